@@ -1,0 +1,1 @@
+"""Calibration sets, ranges and sensitivity; installs as ``edgeclip.calibration``."""

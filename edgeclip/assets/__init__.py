@@ -1,0 +1,1 @@
+"""Data files of the package: the embedded bundle and the CLIP vocabulary."""

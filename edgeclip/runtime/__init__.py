@@ -1,0 +1,1 @@
+"""Loading and running towers, and measuring them."""
