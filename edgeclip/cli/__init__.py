@@ -1,1 +1,120 @@
-"""The command line: one thin module per command."""
+"""The command line: a lazy group, one thin module per command, one place where errors become exit codes.
+
+``edgeclip --help`` loads click and nothing else: the table below holds each command's module and its one line of
+help, and the module is imported when the command runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from edgeclip import __version__
+from edgeclip.errors import EdgeClipError, InputError
+
+__all__ = ["cli", "main"]
+
+EXIT_INTERRUPTED = 130
+
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "bundle": ("edgeclip.cli.bundle:bundle", "Inspect, slim, compare and pack bundles."),
+    "cache": ("edgeclip.cli.cache:cache", "Show or clear what edgeclip keeps on this host."),
+    "classify": ("edgeclip.cli.classify:classify", "Classify pictures against labels of your choice."),
+    "data": ("edgeclip.cli.data:data", "Fetch the public data edgeclip is built and checked with."),
+    "doctor": ("edgeclip.cli.doctor:doctor", "Say what this machine is and which backends work."),
+    "embed": ("edgeclip.cli.embed:embed", "Write image embeddings to a file."),
+    "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
+    "verify": ("edgeclip.cli.verify:verify", "Check that a bundle gives the right numbers on this host."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported when they are run, not when help is shown."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = _COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, attribute = entry[0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, _COMMANDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {name!r}.{hint} Commands: {', '.join(sorted(_COMMANDS))}.")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: edgeclip classify photos/ --labels 'cat,dog,car'",
+)
+@click.version_option(__version__, prog_name="edgeclip")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Zero-shot image classification that fits a small device."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the code of design §5.9.
+
+    0 done, 1 error or bad input, 2 command-line syntax, 3 inconclusive, 4 gate failed, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    sys.exit(_run(arguments, debug=debug))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    try:
+        result: Any = cli.main(args=arguments, prog_name="edgeclip", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("edgeclip: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except EdgeClipError as error:
+        return _report(error, debug=debug)
+    except OSError as error:
+        return _report(_from_os_error(error), debug=debug)
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: EdgeClipError, *, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    else:
+        message = " ".join(str(error).split())
+        click.echo(f"edgeclip: error: {message}", err=True)
+    return error.exit_code
+
+
+def _from_os_error(error: OSError) -> EdgeClipError:
+    """Return a one-sentence error for an operating-system failure nobody translated on the way up."""
+    where = f"{error.filename!r}: " if error.filename else ""
+    translated = InputError(f"{where}{error.strerror or error}. Check the path, its permissions and free space.")
+    translated.__cause__ = error
+    return translated

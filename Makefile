@@ -1,0 +1,69 @@
+# make demo   classify the example photographs with the embedded bundle (thin install, no torch)
+# make test   run all tests but gpu, network and full ones
+# make check  format, lint, types, layers
+# make help   the rest
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BASE := $(VENV)/.edgeclip-base
+DEV := $(VENV)/.edgeclip-dev
+LINT := build/lint
+
+DEMO_LABELS := cat,dog,car,bicycle
+
+.PHONY: help demo install dev fmt check layers test test-fast test-lowest bench-smoke clean
+help:
+	@sed -n 's/^# \(make [a-z-]*  *.*\)/\1/p' Makefile
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "edgeclip needs Python 3.10 or newer as '$(PYTHON)': install python3 (Debian, Ubuntu: apt install python3 python3-venv), or say make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "edgeclip needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1): install a newer one, or say make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: install python3-venv (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(BASE): $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing the thin runtime into $(VENV) (numpy, onnxruntime, pillow, click …; no torch)"
+	$(PIP) -e .
+	@touch $@
+
+$(DEV): $(BASE) pyproject.toml constraints.txt
+	@echo "Installing torch (CPU), onnx and the test tools into $(VENV)"
+	$(PIP) -e ".[dev,export,train]"
+	$(PIP) --no-deps torchvision open-clip-torch timm
+	@touch $@
+
+# make install  the thin runtime into .venv
+install: $(BASE)
+# make dev  everything the tests and the build scripts need into .venv
+dev: $(DEV)
+
+demo: $(BASE)
+	$(BIN)/edgeclip classify edgeclip/assets/photos --labels "$(DEMO_LABELS)" --top-k 3 --timing
+
+# make fmt  format the code and repair what ruff can repair
+fmt: $(DEV)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(DEV) layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# make layers  the direction of imports, on the installed wheel: the path mapping hides edgeclip -> export in the tree
+layers: $(DEV)
+	@rm -rf $(LINT) && mkdir -p $(LINT)
+	$(PIP) --no-deps --no-build-isolation --target $(LINT)/site .
+	cd $(LINT) && PYTHONPATH=site ../../$(BIN)/lint-imports --no-cache --config ../../.importlinter
+
+test: $(DEV)
+	$(BIN)/pytest
+# make test-fast  the tests without the slow ones
+test-fast: $(DEV)
+	$(BIN)/pytest -m "not slow and not gpu and not network and not full"
+
+# make clean  remove .venv and what builds leave behind
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
