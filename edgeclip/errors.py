@@ -56,7 +56,8 @@ class MissingExtraError(EdgeClipError):
 
     def __init__(self, what: str, *, extra: str, module: str) -> None:
         super().__init__(
-            f'{what} needs the package {module!r}, which is not installed: run pip install "edgeclip[{extra}]".'
+            f"{what} needs the package {module!r}, which is not installed: "
+            f'run pip install "edgeclip[{extra}]".'
         )
         self.extra = extra
         self.module = module

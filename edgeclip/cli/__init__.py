@@ -1,7 +1,7 @@
 """The command line: a lazy group, one thin module per command, one place where errors become exit codes.
 
-``edgeclip --help`` loads click and nothing else: the table below holds each command's module and its one line of
-help, and the module is imported when the command runs.
+``edgeclip --help`` loads click and nothing else: the table below holds each command's module and its one line
+of help, and the module is imported when the command runs.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def _report(error: EdgeClipError, *, debug: bool) -> int:
 def _from_os_error(error: OSError) -> EdgeClipError:
     """Return a one-sentence error for an operating-system failure nobody translated on the way up."""
     where = f"{error.filename!r}: " if error.filename else ""
-    translated = InputError(f"{where}{error.strerror or error}. Check the path, its permissions and free space.")
+    translated = InputError(
+        f"{where}{error.strerror or error}. Check the path, its permissions and free space."
+    )
     translated.__cause__ = error
     return translated

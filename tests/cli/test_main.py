@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from edgeclip import __version__
+from edgeclip.cli import _COMMANDS, _run
+from edgeclip.errors import MissingExtraError, ParityError
+
+
+def _edgeclip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgeclip", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_lists_every_command_and_an_example() -> None:
+    result = _edgeclip("--help")
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in _COMMANDS)
+    assert "Example: edgeclip classify" in result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(_COMMANDS))
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run([name, "--help"], debug=False) == 0
+    shown = capsys.readouterr().out
+    assert f"edgeclip {name}" in shown
+    assert "xample" in shown
+
+
+def test_version() -> None:
+    assert _edgeclip("--version").stdout == f"edgeclip, version {__version__}\n"
+
+
+def test_a_mistyped_command_is_a_syntax_error_with_a_suggestion() -> None:
+    result = _edgeclip("clasify", "photo.jpg")
+    assert result.returncode == 2
+    assert "No such command 'clasify'. Did you mean 'classify'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            MissingExtraError("edgeclip train", extra="train", module="torch"),
+            1,
+            'pip install "edgeclip[train]"',
+        ),
+        (ParityError("onnx-int8: cosine 0.4, expected at least 0.99"), 4, "cosine 0.4"),
+        (PermissionError(13, "Permission denied", "/etc/shadow"), 1, "'/etc/shadow': Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_one_line_and_an_exit_code(
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import click
+
+    import edgeclip.cli
+
+    @click.command()
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setitem(edgeclip.cli._COMMANDS, "fails", (f"{__name__}:fails", "Fail."))
+    monkeypatch.setattr(sys.modules[__name__], "fails", fails, raising=False)
+    assert _run(["fails"], debug=False) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert "Traceback" not in shown.err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    import click
+
+    import edgeclip.cli
+
+    @click.command()
+    def fails() -> None:
+        raise ParityError("different")
+
+    globals()["fails_loudly"] = fails
+    edgeclip.cli._COMMANDS["fails-loudly"] = (f"{__name__}:fails_loudly", "Fail.")
+    try:
+        assert _run(["fails-loudly"], debug=True) == 4
+    finally:
+        del edgeclip.cli._COMMANDS["fails-loudly"], globals()["fails_loudly"]
+    assert "Traceback" in capsys.readouterr().err
