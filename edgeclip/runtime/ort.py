@@ -1,0 +1,246 @@
+"""ONNX Runtime, on the CPU or through its CUDA provider.
+
+An engine may be entered by many threads at once: ONNX Runtime's ``Run`` is thread-safe. Every session has its
+own thread pool; no process-wide setting is touched except ONNX Runtime's own telemetry events, which are
+switched off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
+from edgeclip.runtime.host import usable_cores
+from edgeclip.runtime.session import ModelFiles, Placement, RuntimeOptions, TensorSpec, parse_device
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["OrtEngine", "load"]
+
+CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+
+_DTYPES: Final = {
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(bool)": "bool",
+}
+_QUIET: Final = 4  # fatal only: what goes wrong arrives as an exception, nothing is printed
+
+
+def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> OrtEngine:
+    """Load a tower into ONNX Runtime.
+
+    Args:
+        model: an ONNX file; external data is read beside it.
+        options: device, providers, threads and memory.
+        reason: why this backend, kept in :class:`Placement`.
+
+    Raises:
+        BackendUnavailableError: ONNX Runtime or a provider asked for is not here or did not start.
+        BackendError: the file cannot be loaded.
+    """
+    ort = _import()
+    providers = _providers(options)
+    available = ort.get_available_providers()
+    _require(providers, available, model, "offers")
+    threads, why_threads = _threads(options)
+    try:
+        session = ort.InferenceSession(
+            str(model.model),
+            _session_options(ort, model, options, providers, threads),
+            providers=[(name, _provider_options(name, options)) for name in providers],
+            disabled_optimizers=None,
+        )
+    except Exception as error:  # every class of onnxruntime derives from Exception alone
+        raise _load_error(error, model, ort.__version__) from error
+    # ONNX Runtime falls back to the CPU by itself when a provider does not start.
+    _require(providers, session.get_providers(), model, "started")
+    kind, index = parse_device(options.device)
+    device = f"cuda:{index}" if providers[0] != CPU and (kind == "cuda" or providers[0] == CUDA) else "cpu"
+    return OrtEngine(
+        session,
+        model,
+        Placement(
+            backend="ort",
+            provider=providers[0],
+            device=device,
+            threads=threads,
+            precision=model.precision,
+            reason=f"{reason}; {why_threads}",
+        ),
+    )
+
+
+class OrtEngine:
+    """One tower in ONNX Runtime. Safe for many threads at once."""
+
+    concurrent_runs = True
+
+    def __init__(self, session: Any, model: ModelFiles, chosen: Placement) -> None:
+        self._session = session
+        self._model = model
+        self.chosen = chosen
+        self.inputs: Mapping[str, TensorSpec] = _specs(session.get_inputs(), model)
+        self.outputs: Mapping[str, TensorSpec] = _specs(session.get_outputs(), model)
+        self._names = list(self.outputs)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run once; the arrays returned are new."""
+        try:
+            values = self._session.run(self._names, feeds)
+        except Exception as error:
+            raise _run_error(error, self._model) from error
+        return dict(zip(self._names, values, strict=True))
+
+    def close(self) -> None:
+        """Drop the session; the memory goes when the last call in flight has ended."""
+        del self._session
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"backend 'ort' cannot be used: onnxruntime does not import ({error}). "
+            f"Run pip install onnxruntime."
+        ) from error
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def _providers(options: RuntimeOptions) -> tuple[str, ...]:
+    kind, _ = parse_device(options.device)
+    if options.providers is None:
+        return (CPU,) if kind == "cpu" else (CUDA,)
+    if kind == "cuda" and options.providers[0] == CPU:
+        raise ConfigError(
+            f"providers: got {CPU!r} first for device {options.device!r}, expected {CUDA!r}. "
+            f"Drop one of the two."
+        )
+    return options.providers
+
+
+def _require(asked: tuple[str, ...], present: list[str], model: ModelFiles, verb: str) -> None:
+    missing = [name for name in asked if name not in present]
+    if missing:
+        hint = " For CUDA put onnxruntime-gpu in the place of onnxruntime." if CUDA in missing else ""
+        raise BackendUnavailableError(
+            f"{model.name}: asked for {', '.join(map(repr, missing))}, but ONNX Runtime {verb} only "
+            f"{', '.join(map(repr, present))}.{hint}"
+        )
+
+
+def _threads(options: RuntimeOptions) -> tuple[int, str]:
+    if options.affinity is not None:
+        return len(options.affinity), f"{len(options.affinity)} thread(s) on CPUs {options.affinity}"
+    if options.threads is not None:
+        return options.threads, f"{options.threads} thread(s) asked for"
+    cores = usable_cores()
+    return cores, f"{cores} thread(s) = usable cores"
+
+
+def _session_options(
+    ort: Any, model: ModelFiles, options: RuntimeOptions, providers: tuple[str, ...], threads: int
+) -> Any:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = _QUIET
+    entries = {
+        "session.intra_op.allow_spinning": "1" if options.spinning else "0",
+        "session.inter_op.allow_spinning": "0",
+    }
+    if CPU not in providers:
+        entries["session.disable_cpu_ep_fallback"] = "1"
+    if options.affinity is not None and len(options.affinity) > 1:
+        # One entry for each worker (the calling thread is none of them); numbers start at 1.
+        entries["session.intra_op_thread_affinities"] = ";".join(str(cpu + 1) for cpu in options.affinity[1:])
+    if options.low_memory:
+        settings.enable_cpu_mem_arena = False
+        settings.enable_mem_pattern = False
+        entries["session.disable_prepacking"] = "1"
+        entries["session.use_device_allocator_for_initializers"] = "1"
+    entries.update(model.session_config)
+    for key, value in entries.items():
+        settings.add_session_config_entry(key, value)
+    return settings
+
+
+def _provider_options(name: str, options: RuntimeOptions) -> dict[str, str]:
+    if name == CUDA:
+        return {"device_id": str(parse_device(options.device)[1])}
+    return {}
+
+
+def _specs(arguments: list[Any], model: ModelFiles) -> Mapping[str, TensorSpec]:
+    specs = {}
+    for argument in arguments:
+        if argument.type not in _DTYPES:
+            raise BackendError(
+                f"{model.name}: {argument.name!r} has the type {argument.type!r}, expected one of "
+                f"{', '.join(sorted(_DTYPES.values()))}. Export the tower again."
+            )
+        shape = tuple(
+            size if isinstance(size, (int, str)) else f"d{axis}" for axis, size in enumerate(argument.shape)
+        )
+        specs[argument.name] = TensorSpec(argument.name, _DTYPES[argument.type], shape)
+    return MappingProxyType(specs)
+
+
+def _load_error(error: Exception, model: ModelFiles, version: str) -> BackendError:
+    text = _first_line(error)
+    where = f"{model.name}: ONNX Runtime {version} cannot load {model.model.name!r}"
+    kind = type(error).__name__
+    if _out_of_memory(error):
+        return BackendError(
+            f"{where}: out of memory ({text}). Try RuntimeOptions(low_memory=True) or a smaller variant."
+        )
+    if kind == "NoSuchFile":
+        return BackendError(f"{where}: a file is missing ({text}). Restore the bundle.")
+    if kind == "InvalidProtobuf":
+        return BackendError(f"{where}: it is no ONNX file, or damaged ({text}). Restore the bundle.")
+    if "opset" in text.lower() or "ir version" in text.lower():
+        return BackendError(
+            f"{where}: it needs a newer ONNX Runtime ({text}). Run pip install -U onnxruntime."
+        )
+    if "disable_cpu_ep_fallback" in text or "fallback to CPU EP" in text:
+        return BackendUnavailableError(
+            f"{where} wholly on the provider asked for ({text}). Add {CPU!r} to providers to let single "
+            f"nodes run there."
+        )
+    return BackendError(f"{where}: {text}")
+
+
+def _run_error(error: Exception, model: ModelFiles) -> BackendError:
+    text = _first_line(error)
+    if _out_of_memory(error):
+        return BackendError(
+            f"{model.name}: out of memory ({text}). Use a smaller batch or RuntimeOptions(low_memory=True)."
+        )
+    return BackendError(f"{model.name}: ONNX Runtime failed: {text}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "failed to allocate memory" in text or "bad_alloc" in text
+
+
+def _first_line(error: Exception) -> str:
+    """Shorten a message of ONNX Runtime: its first line without error class, source file and function."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/\S+/(onnxruntime/\S+)", r"\1", text)
+    return text.strip().rstrip(".")[:300]
