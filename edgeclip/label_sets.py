@@ -338,7 +338,7 @@ def _from_json(text: str, source: str) -> LabelSet:
         document = document["labels"]
     if not isinstance(document, (list, dict)):
         raise InputError(
-            f"{source}: got {type(document).__name__}, expected a list of labels or a mapping name -> synonyms."
+            f"{source}: got {type(document).__name__}, expected a list of labels or a mapping from name."
         )
     return _collect(source, document)
 

@@ -1,0 +1,141 @@
+"""Heads turn embeddings into answers: here the temperature head of zero-shot classification.
+
+A head maps similarities ``(B, N)`` to scores ``(B, N)`` and says what its scores are (``score_kind``); ranking
+is shared. Heads know no labels and no pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .errors import BundleError
+from .tensors import read_tensors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .bundle import Bundle
+
+__all__ = ["Head", "Ranking", "TemperatureHead", "rank", "temperature_head"]
+
+MAX_SCALE = 100.0
+"""Largest multiplier of cosines, as CLIP clips it (Radford et al. 2021, §2.5)."""
+
+
+class Head(Protocol):
+    """What turns similarities into scores."""
+
+    @property
+    def score_kind(self) -> str:
+        """What the scores are, as JSON output names it."""
+        ...
+
+    def __call__(self, similarity: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return ``(B, N)`` scores of ``(B, N)`` similarities."""
+        ...
+
+
+@dataclass(frozen=True)
+class TemperatureHead:
+    """Softmax over the offered labels at temperature ``1 / scale``.
+
+    Scores of one picture sum to 1 over *all* labels offered: they say which label fits best, not whether any
+    does.
+
+    Args:
+        scale: multiplier of the cosines, above 0 and at most 100.
+
+    Raises:
+        BundleError: the scale is out of range.
+    """
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= MAX_SCALE:
+            raise BundleError(
+                f"temperature head: scale is {self.scale!r}, expected above 0 and at most {MAX_SCALE:g}."
+            )
+
+    @property
+    def score_kind(self) -> str:
+        """``"softmax"``."""
+        return "softmax"
+
+    def __call__(self, similarity: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the softmax of ``scale · similarity`` over the last axis, float32."""
+        # cosines are at most 1, so exp() stays below e^200 only after the maximum is taken off
+        logits: NDArray[np.float32] = similarity - similarity.max(axis=-1, keepdims=True)
+        logits *= np.float32(self.scale)
+        np.exp(logits, out=logits)
+        logits /= logits.sum(axis=-1, keepdims=True)
+        return logits
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The best labels of a batch, best first.
+
+    Attributes:
+        rows: ``(B, k)`` rows of the bank.
+        score: ``(B, k)`` float32.
+        similarity: ``(B, k)`` float32 cosine.
+    """
+
+    rows: NDArray[np.intp]
+    score: NDArray[np.float32]
+    similarity: NDArray[np.float32]
+
+
+def rank(
+    embeddings: NDArray[np.float32], bank: NDArray[np.float32], head: Head, *, top_k: int = 5
+) -> Ranking:
+    """Return the ``top_k`` labels of each picture (all of them where the bank has fewer).
+
+    Args:
+        embeddings: ``(B, E)`` float32, unit rows.
+        bank: ``(N, E)`` float32, unit rows.
+        head: what scores the similarities.
+        top_k: at least 1.
+
+    Equal similarities keep the order of the bank among the labels returned. Costs one matrix product and a few
+    passes over ``(B, N)`` (``benchmarks/label_count.py``).
+    """
+    similarity = embeddings @ bank.T  # (B, N)
+    score = head(similarity)
+    count = bank.shape[0]
+    k = min(top_k, count)
+    if k < count:
+        rows = np.argpartition(similarity, count - k, axis=1)[:, count - k :]
+        rows.sort(axis=1)  # the order of the bank, which the stable sort below keeps among equals
+    else:
+        rows = np.broadcast_to(np.arange(count), similarity.shape)
+    best = np.take_along_axis(similarity, rows, axis=1)
+    order = np.argsort(-best, axis=1, kind="stable")
+    rows = np.take_along_axis(rows, order, axis=1)
+    return Ranking(
+        rows, np.take_along_axis(score, rows, axis=1), np.take_along_axis(similarity, rows, axis=1)
+    )
+
+
+def temperature_head(bundle: Bundle, bank: str | None) -> TemperatureHead:
+    """Return the head fitted on the label bank ``bank``, else one with the scale of the model.
+
+    A fitted head is an entry of kind ``temperature`` in the manifest's ``heads`` that names the bank; its file
+    is safetensors with one float32 tensor ``scale`` of shape ``()`` or ``(1,)``.
+
+    Raises:
+        BundleError: the file is damaged or holds another tensor.
+    """
+    for name, entry in bundle.manifest.heads.items():
+        if entry.kind == "temperature" and entry.bank == bank and bank is not None:
+            where = f"{bundle.where}: head {name!r}"
+            tensors, _ = read_tensors(bundle.read(entry.file), where=where)
+            scale: NDArray[Any] | None = tensors.get("scale")
+            if scale is None or scale.size != 1 or scale.dtype.kind != "f":
+                raise BundleError(f"{where}: expected one float tensor 'scale', got {sorted(tensors)}.")
+            return TemperatureHead(float(scale.reshape(())))
+    return TemperatureHead(bundle.manifest.model.scale)

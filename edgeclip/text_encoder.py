@@ -1,0 +1,143 @@
+"""Texts to unit embeddings: tokenizer and text tower of one bundle, opened when the first text comes."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .bundle import Bundle, Variant
+from .errors import BundleError
+from .runtime.session import RuntimeOptions, open_session
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .runtime.latency import Clock
+    from .runtime.session import OpenSession
+    from .tokenizer import Tokenizer
+
+__all__ = ["TextEncoder", "open_tokenizer", "text_variant"]
+
+_BATCH = 64
+_DEFAULTS = RuntimeOptions()
+
+
+class TextEncoder:
+    """Encode texts with one bundle's text tower. Safe from many threads: they take turns.
+
+    Nothing is read before the first text, so that an encoder whose labels are all cached costs nothing.
+
+    Args:
+        bundle: the bundle.
+        variant: whose text tower; as :func:`text_variant` chooses it.
+        options: how the tower is run.
+
+    Attributes:
+        runs: how often the text tower has run.
+    """
+
+    def __init__(self, bundle: Bundle, variant: Variant, *, options: RuntimeOptions = _DEFAULTS) -> None:
+        self.variant = variant
+        self.space = bundle.manifest.model.embedding_space
+        self.embed_dim = bundle.manifest.model.embed_dim
+        self.runs = 0
+        self._bundle = bundle
+        self._options = options
+        self._lock = threading.RLock()
+        self._tokenizer: Tokenizer | None = None
+        self._session: OpenSession | None = None
+
+    @property
+    def digest(self) -> str:
+        """Digest of text tower and tokenizer: equal digests give equal embeddings of equal texts."""
+        files = self._bundle.manifest.tokenizer
+        if files is None:
+            raise BundleError(f"{self._bundle.where}: holds a text tower but no tokenizer; export it again.")
+        # Hashes of the files, not of the opened tokenizer: a warm start must not parse its merges.
+        hashes = [self._bundle.manifest.files[name].sha256 for name in (files.config, files.merges)]
+        return hashlib.sha256("\n".join([self.variant.tower_digest("text"), *hashes]).encode()).hexdigest()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the text tower is loaded."""
+        return self._session is not None
+
+    def encode(
+        self, texts: Sequence[str], *, clock: Clock | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return ``(B, E)`` float32 unit embeddings, and whether each text was cut at the context length.
+
+        Raises:
+            BundleError: the bundle has no tokenizer, or a damaged one.
+            BackendError: the text tower does not load or run.
+        """
+        from .runtime.latency import NO_CLOCK
+
+        clock = NO_CLOCK if clock is None else clock
+        with self._lock:
+            session, tokenizer = self._open()
+            embeddings = np.empty((len(texts), self.embed_dim), np.float32)
+            truncated = np.zeros(len(texts), np.bool_)
+            name = next(iter(session.inputs))
+            for start in range(0, len(texts), _BATCH):
+                batch = texts[start : start + _BATCH]
+                with clock.span("tokenize"):
+                    tokens = tokenizer(batch, truncate=True)
+                    # Only a row without padding can have been cut.
+                    for row in np.flatnonzero(tokens[:, -1] != tokenizer.config.special.pad).tolist():
+                        truncated[start + row] = tokenizer.count(batch[row]) > tokenizer.context_length
+                with clock.span("text_tower"):
+                    out = next(iter(session.run({name: tokens}).values()))
+                self.runs += 1
+                if out.shape != (len(batch), self.embed_dim):
+                    raise BundleError(
+                        f"{self._bundle.where}: the text tower gave {out.shape}, expected "
+                        f"({len(batch)}, {self.embed_dim}); export it again."
+                    )
+                embeddings[start : start + len(batch)] = out
+        return embeddings, truncated
+
+    def close(self) -> None:
+        """Close the text tower; the next text opens it again."""
+        with self._lock:
+            session, self._session = self._session, None
+            if session is not None:
+                session.close()
+
+    def _open(self) -> tuple[OpenSession, Tokenizer]:
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self._bundle)
+        if self._session is None:
+            self._session = open_session(self.variant.tower("text"), options=self._options)
+        return self._session, self._tokenizer
+
+
+def open_tokenizer(bundle: Bundle) -> Tokenizer:
+    """Return the tokenizer of a bundle.
+
+    Raises:
+        BundleError: it has none, or a damaged one.
+    """
+    from .tokenizer import Tokenizer
+
+    files = bundle.manifest.tokenizer
+    if files is None:
+        raise BundleError(f"{bundle.where}: has no tokenizer, so it cannot encode texts.")
+    words = None if files.words is None else bundle.read(files.words)
+    return Tokenizer.from_bytes(bundle.read(files.config), bundle.read(files.merges), words)
+
+
+def text_variant(bundle: Bundle, image: Variant) -> Variant | None:
+    """Return the variant whose text tower goes with an image tower.
+
+    That is its own, else the first default variant that has one; ``None`` in bundles without text towers.
+    """
+    for name in (image.name, *bundle.manifest.default_variants, *sorted(bundle.manifest.variants)):
+        variant = bundle.variant(name)
+        if "text" in variant.entry.towers:
+            return variant
+    return None
