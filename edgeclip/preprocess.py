@@ -48,8 +48,8 @@ _DRAFT_MARGIN = 2
 _MAX_JPEG_SCANS = 100
 
 # Format -> Pillow plugin and class. Opening the class directly imports one plugin (Image.open five, 22 ms),
-# leaves out every decoder not listed here, and keeps Pillow's process-wide pixel limit and its warnings out of
-# it. A multi-picture JPEG (MPO) opens as its first picture.
+# leaves out every decoder not listed here, and keeps Pillow's process-wide pixel limit and its warnings out
+# of it. A multi-picture JPEG (MPO) opens as its first picture.
 _DECODERS = {
     "JPEG": ("JpegImagePlugin", "JpegImageFile"),
     "PNG": ("PngImagePlugin", "PngImageFile"),
@@ -404,8 +404,8 @@ def _reduced(
 ) -> _Reduced:
     """Return the upright geometry of a picture of ``stored`` (width, height) that was decoded to ``decoded``.
 
-    The decoder rounds sides up: the last column and row may stand for less than a whole pixel, and ``edge`` says
-    where the picture really ends.
+    The decoder rounds sides up: the last column and row may stand for less than a whole pixel, and ``edge``
+    says where the picture really ends.
     """
     right_side, bottom_side = _UPRIGHT_SIDES[orientation]
     cut = {right_side: decoded[0] - edge[0], bottom_side: decoded[1] - edge[1]}
