@@ -81,10 +81,10 @@ _UPRIGHT_SIDES = {
 class _Reduced(NamedTuple):
     """Where a picture decoded at reduced scale came from, upright."""
 
-    full_size_px: tuple[
-        int, int
-    ]  # (width, height) of the full picture, which sets the geometry of the resize
-    box: tuple[float, float, float, float]  # the full picture's edges, in reduced pixels; the last may be cut
+    # (width, height) of the full picture, which sets the geometry of the resize
+    full_size_px: tuple[int, int]
+    # the full picture's edges, in reduced pixels: the last one may be cut
+    box: tuple[float, float, float, float]
 
 
 def decode_image(
@@ -115,6 +115,8 @@ def decode_image(
 
     Raises:
         InputError: the source is missing, no picture, of an unknown format, damaged, truncated or too large.
+            (What is missing at the end of a file is grey, not an error, in a process that has set Pillow's
+            ``ImageFile.LOAD_TRUNCATED_IMAGES``.)
 
     Safe from many threads (a PIL picture opened lazily must not be shared between them); Pillow's decoders
     release the GIL.
@@ -177,6 +179,8 @@ class Preprocess:
                 "preprocess: resize='shortest' with crop='none' gives pictures of different sizes; "
                 "use crop='center' or resize='squash'."
             )
+        if not all(std > 0 for std in spec.std):
+            raise ConfigError(f"preprocess: std is {spec.std}, expected three positive numbers.")
         self.spec = spec
         self.fast_decode = fast_decode
         self.max_pixels = max_pixels
@@ -477,6 +481,8 @@ def _over_white(image: Image.Image) -> Image.Image:
 
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "La":  # premultiplied grey converts to nothing else
+        image = image.convert("LA")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
