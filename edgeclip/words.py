@@ -1,16 +1,17 @@
-"""What a text tower can be expected to know: its hashed word list and the scripts of its languages.
+r"""What a text tower can be expected to know: its hashed word list and the scripts of its languages.
 
 A word list (``words.bin``) says which words the texts held that a text tower was trained on. Only hashes are
-stored, so the file neither lists the training texts nor costs more than four bytes a word. The form, little-endian::
+stored, so the file neither lists the training texts nor costs more than four bytes a word. The form,
+little-endian::
 
-    offset 0   8 bytes   "ECWORDS\\0"
+    offset 0   8 bytes   "ECWORDS\0"
     offset 8   uint32    version, 1
     offset 12  uint32    number of words n
     offset 16  n × uint32, strictly increasing: blake2b with digest_size=4 of the word in UTF-8,
                NFKC-normalized and lower-cased
 
-A word is a run of letters; every Han character is a word of its own. With 100,000 words a stranger is taken for
-known once in 43,000 times, which a warning can live with.
+A word is a run of letters; every Han character is a word of its own. With 100,000 words a stranger is taken
+for known once in 43,000 times, which a warning can live with.
 
 Not in here: tokens. The list belongs to the texts, whatever tokenizer cut them.
 """
@@ -23,9 +24,9 @@ import struct
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -48,14 +49,15 @@ def split_words(text: str) -> list[str]:
     """Return the words of a text, NFKC-normalized and lower-cased: runs of letters, single Han characters."""
     if text.isascii():
         return _ASCII_WORD.findall(text.lower())
-    return _word_pattern().findall(unicodedata.normalize("NFKC", text).lower())
+    return _word_finder()(unicodedata.normalize("NFKC", text).lower())
 
 
 @lru_cache(maxsize=1)
-def _word_pattern() -> Any:
+def _word_finder() -> Callable[[str], list[str]]:
     import regex  # 20 ms, and only texts beyond ASCII need it
 
-    return regex.compile(r"(?V1)\p{Han}|[[\p{L}\p{M}]--\p{Han}]+")
+    found: Callable[[str], list[str]] = regex.compile(r"(?V1)\p{Han}|[[\p{L}\p{M}]--\p{Han}]+").findall
+    return found
 
 
 def _hash(word: str) -> int:
@@ -89,7 +91,7 @@ class WordList:
             )
         if len(data) != _HEADER.size + 4 * count:
             raise BundleError(
-                f"words.bin: got {len(data)} bytes, expected {_HEADER.size + 4 * count} for its {count} words."
+                f"words.bin: got {len(data)} bytes, expected {_HEADER.size + 4 * count} for {count} words."
             )
         self._hashes: NDArray[np.uint32] = np.frombuffer(data, dtype="<u4", offset=_HEADER.size)
         if not bool(np.all(self._hashes[1:] > self._hashes[:-1])):
@@ -144,8 +146,9 @@ def build_words(texts: Iterable[str], *, min_count: int = 1) -> bytes:
     return _HEADER.pack(_MAGIC, _VERSION, len(hashes)) + np.array(hashes, dtype="<u4").tobytes()
 
 
-# Letters by script: (first, last, script), in order, without overlap. Blocks, not the full property: enough to tell
-# which alphabet a label is written in. What stands in no row (digits, signs, emoji, marks) belongs to no script.
+# Letters by script: (first, last, script), in order, without overlap. Blocks, not the full property: enough
+# to tell which alphabet a label is written in. What stands in no row (digits, signs, emoji, marks) belongs
+# to no script.
 _RANGES: tuple[tuple[int, int, str], ...] = (
     (0x0041, 0x005A, "latin"),
     (0x0061, 0x007A, "latin"),
@@ -209,42 +212,43 @@ _RANGES: tuple[tuple[int, int, str], ...] = (
 )
 _STARTS = [first for first, _, _ in _RANGES]
 
-_LATIN = frozenset({"latin"})
-_SCRIPTS_BY_LANGUAGE: dict[str, frozenset[str]] = {
-    **dict.fromkeys(
-        "af ca cs cy da de en eo es et eu fi fil fr ga gl hr hu id is it la lt lv ms mt nb nl nn no pl pt ro sk sl sq "
-        "sv sw tl tr vi zu".split(),
-        _LATIN,
-    ),
-    **dict.fromkeys("zh yue wuu".split(), frozenset({"han", "bopomofo"})),
-    "ja": frozenset({"han", "kana"}),
-    "ko": frozenset({"hangul", "han"}),
-    **dict.fromkeys("be bg kk ky mk mn ru tg uk".split(), frozenset({"cyrillic"})),
-    "sr": frozenset({"cyrillic", "latin"}),
-    "el": frozenset({"greek"}),
-    "hy": frozenset({"armenian"}),
-    "ka": frozenset({"georgian"}),
-    **dict.fromkeys("he yi".split(), frozenset({"hebrew"})),
-    **dict.fromkeys("ar fa ps ur".split(), frozenset({"arabic"})),
-    **dict.fromkeys("hi mr ne".split(), frozenset({"devanagari"})),
-    "bn": frozenset({"bengali"}),
-    "pa": frozenset({"gurmukhi"}),
-    "gu": frozenset({"gujarati"}),
-    "ta": frozenset({"tamil"}),
-    "te": frozenset({"telugu"}),
-    "kn": frozenset({"kannada"}),
-    "ml": frozenset({"malayalam"}),
-    "si": frozenset({"sinhala"}),
-    "th": frozenset({"thai"}),
-    "lo": frozenset({"lao"}),
-    "my": frozenset({"myanmar"}),
-    "am": frozenset({"ethiopic"}),
-    "km": frozenset({"khmer"}),
+_LANGUAGES_BY_SCRIPTS: dict[str, str] = {
+    "arabic": "ar fa ps ur",
+    "armenian": "hy",
+    "bengali": "bn",
+    "cyrillic": "be bg kk ky mk mn ru tg uk",
+    "cyrillic latin": "sr",
+    "devanagari": "hi mr ne",
+    "ethiopic": "am",
+    "georgian": "ka",
+    "greek": "el",
+    "gujarati": "gu",
+    "gurmukhi": "pa",
+    "han bopomofo": "wuu yue zh",
+    "han hangul": "ko",
+    "han kana": "ja",
+    "hebrew": "he yi",
+    "kannada": "kn",
+    "khmer": "km",
+    "lao": "lo",
+    "latin": "af ca cs cy da de en eo es et eu fi fil fr ga gl hr hu id is it la lt lv ms mt nb nl nn no pl "
+    "pt ro sk sl sq sv sw tl tr vi zu",
+    "malayalam": "ml",
+    "myanmar": "my",
+    "sinhala": "si",
+    "tamil": "ta",
+    "telugu": "te",
+    "thai": "th",
+}
+_SCRIPTS_BY_LANGUAGE = {
+    language: frozenset(scripts.split())
+    for scripts, languages in _LANGUAGES_BY_SCRIPTS.items()
+    for language in languages.split()
 }
 
 
 def scripts_of(text: str) -> set[str]:
-    """Return the scripts a text is written in, such as ``{"latin", "han"}``; digits, signs and emoji have none."""
+    """Return the scripts of a text, such as ``{"latin", "han"}``; digits, signs and emoji have none."""
     if text.isascii():
         return {"latin"} if _ASCII_WORD.search(text.lower()) else set()
     found: set[str] = set()
@@ -256,7 +260,7 @@ def scripts_of(text: str) -> set[str]:
 
 
 def _scripts_for(languages: Sequence[str]) -> frozenset[str] | None:
-    """Return the scripts of language codes such as ``en`` or ``zh-Hans``; None if one of them is not in the table."""
+    """Return the scripts of codes such as ``en`` or ``zh-Hans``; None if one is not in the table."""
     scripts: frozenset[str] = frozenset()
     for language in languages:
         known = _SCRIPTS_BY_LANGUAGE.get(re.split("[-_]", language.lower())[0])
@@ -270,14 +274,15 @@ class KnowsWords(Protocol):
     """Anything that can have a word list; ``Tokenizer`` does."""
 
     @property
-    def words(self) -> WordList | None: ...
+    def words(self) -> WordList | None:
+        """The word list, if there is one."""
 
 
 def label_warnings(labels: Sequence[str], languages: Sequence[str], tokenizer: KnowsWords) -> list[str]:
     """Return one sentence for each reason to expect that a model does not know some of the labels.
 
-    Two reasons are looked at: letters outside the scripts of the model's languages (not judged when a language is
-    not in our table), and, where the tokenizer carries a word list, words that are not in it.
+    Two reasons are looked at: letters outside the scripts of the model's languages (not judged when a
+    language is not in our table), and, where the tokenizer carries a word list, words that are not in it.
 
     Args:
         labels: the names to classify by, before any template is put around them.
@@ -289,44 +294,38 @@ def label_warnings(labels: Sequence[str], languages: Sequence[str], tokenizer: K
     """
     warnings = []
     allowed = _scripts_for(languages)
-    foreign: list[str] = []
-    scripts: set[str] = set()
-    if allowed is not None:
-        for label in labels:
-            outside = scripts_of(label) - allowed
-            if outside:
-                foreign.append(label)
-                scripts |= outside
+    foreign = [label for label in labels if allowed is not None and scripts_of(label) - allowed]
     if foreign:
+        scripts = set().union(*map(scripts_of, foreign)) - (allowed or set())
         warnings.append(
-            f"{_count(len(foreign), len(labels), 'label')} {'uses' if len(foreign) == 1 else 'use'} "
-            f"{' and '.join(sorted(scripts))} letters, but the model was trained on {', '.join(languages)}: "
-            f"{_quoted(foreign)}. Expect arbitrary scores for {'it' if len(foreign) == 1 else 'them'}."
+            f"{_share(foreign, labels, 'label')} written in {' and '.join(sorted(scripts))} letters, but the "
+            f"model was trained on {', '.join(languages)}: {_quoted(foreign)}. Expect arbitrary scores."
         )
-    words = tokenizer.words
-    if words is not None:
-        # A label that was named above is not named twice.
-        rest = [label for label in labels if label not in set(foreign)]
-        total = [word for label in rest for word in split_words(label)]
-        unknown = [word for word in total if not words.knows(word)]
-        if unknown:
-            warnings.append(
-                f"{_count(len(unknown), len(total), 'word')} in the labels "
-                f"({100 * len(unknown) / len(total):.0f} %) {'is' if len(unknown) == 1 else 'are'} "
-                f"not in the list the text tower was trained on: {_quoted(unknown)}. "
-                f"Expect poor scores, or use other names."
-            )
-        wordless = [label for label in rest if not split_words(label)]
-        if wordless:
-            warnings.append(
-                f"{_count(len(wordless), len(labels), 'label')} {'has' if len(wordless) == 1 else 'have'} no word in "
-                f"{'it' if len(wordless) == 1 else 'them'}: {_quoted(wordless)}. Expect arbitrary scores."
-            )
+    if tokenizer.words is None:
+        return warnings
+    named = set(foreign)  # a label is named once
+    rest = [label for label in labels if label not in named]
+    words = [word for label in rest for word in split_words(label)]
+    unknown = [word for word in words if not tokenizer.words.knows(word)]
+    if unknown:
+        warnings.append(
+            f"{_share(unknown, words, 'word')} not in the list the text tower was trained on: "
+            f"{_quoted(unknown)}. Expect poor scores, or use other names."
+        )
+    wordless = [label for label in rest if not split_words(label)]
+    if wordless:
+        warnings.append(
+            f"{_share(wordless, labels, 'label')} without any word: {_quoted(wordless)}. "
+            f"Expect arbitrary scores."
+        )
     return warnings
 
 
-def _count(part: int, whole: int, noun: str) -> str:
-    return f"{part} of {whole} {noun}" + ("" if whole == 1 else "s")
+def _share(part: Sequence[str], whole: Sequence[str], noun: str) -> str:
+    """Return "1 of 2 labels (50 %) is"."""
+    nouns = noun if len(whole) == 1 else noun + "s"
+    percent = 100 * len(part) / len(whole)
+    return f"{len(part)} of {len(whole)} {nouns} ({percent:.0f} %) {'is' if len(part) == 1 else 'are'}"
 
 
 def _quoted(items: Sequence[str]) -> str:

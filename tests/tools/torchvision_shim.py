@@ -1,35 +1,42 @@
-"""Make ``import torchvision`` work where its wheel was built for another torch (CUDA wheel beside CPU torch).
+"""Make torchvision importable beside a CPU build of torch, for comparisons with torchvision, open_clip and timm.
 
-Import this module before torchvision, open_clip or timm. Only what needs torchvision's compiled operators
-(``nms`` and its kind) stays unusable; transforms and models work.
+The wheels of torchvision are built against a CUDA torch; beside the CPU one their own extension does not load, and
+two operator schemas that the Python part mentions are missing. Declaring them is enough to import it: resizing,
+transforms and models work, and calling ``nms`` raises ``NotImplementedError``, as it should.
+
+``import torchvision_shim`` before the first import of torchvision, open_clip or timm, and only in tests that
+compare with one of them: it imports torch.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import torch
 
+__all__ = ["KEPT"]
 
-def _own_operators_load() -> bool:
-    """Return whether torchvision's own compiled operators load beside this torch."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return False
-    library = next(Path(spec.origin).parent.glob("_C*"), None)
-    if library is None:
-        return False
+_SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+
+def _declare() -> torch.library.Library | None:
+    """Declare the schemas that torchvision's own extension would bring, unless it does."""
     try:
-        torch.ops.load_library(library)
-    except OSError:
-        return False
-    return True
+        import torchvision  # noqa: F401
+    except (ImportError, OSError):
+        return None
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        import sys
+
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    else:
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _SCHEMAS.values():
+        library.define(schema)
+    return library
 
 
-# Operators live as long as this object. Without them torchvision fails while it registers their shapes.
-operators: torch.library.Library | None = None
-if not _own_operators_load():
-    operators = torch.library.Library("torchvision", "FRAGMENT")
-    operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+KEPT = _declare()  # the operators live as long as this object
