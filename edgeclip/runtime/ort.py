@@ -1,12 +1,12 @@
 """ONNX Runtime, on the CPU or through its CUDA provider.
 
 An engine may be entered by many threads at once: ONNX Runtime's ``Run`` is thread-safe. Every session has its
-own thread pool; no process-wide setting is touched except ONNX Runtime's own telemetry events, which are
-switched off.
+own thread pool; no process-wide setting is touched except ONNX Runtime's own telemetry, which is switched off.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from edgeclip.runtime.session import ModelFiles, Placement, RuntimeOptions, Tens
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["OrtEngine", "load"]
+__all__ = ["OrtEngine", "import_onnxruntime", "load"]
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
@@ -49,7 +49,7 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> OrtEngin
         BackendUnavailableError: ONNX Runtime or a provider asked for is not here or did not start.
         BackendError: the file cannot be loaded.
     """
-    ort = _import()
+    ort = import_onnxruntime()
     providers = _providers(options)
     available = ort.get_available_providers()
     _require(providers, available, model, "offers")
@@ -107,7 +107,18 @@ class OrtEngine:
         del self._session
 
 
-def _import() -> Any:
+def import_onnxruntime() -> Any:
+    """Return the module ``onnxruntime`` with its telemetry off. Import it this way, and in no other.
+
+    On Linux, macOS and Windows onnxruntime 1.31 starts an uploader, a thread and a device identifier under the
+    user's cache directory *while it is imported*; the call that disables events comes too late for them, and a
+    process that forks afterwards hangs at exit. The environment variable is read at import and stays set, for
+    processes started from here.
+
+    Raises:
+        BackendUnavailableError: it is not installed or does not import.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -116,7 +127,7 @@ def _import() -> Any:
             f"Run pip install onnxruntime."
         ) from error
     if hasattr(onnxruntime, "disable_telemetry_events"):
-        onnxruntime.disable_telemetry_events()
+        onnxruntime.disable_telemetry_events()  # for a process that imported it before us
     return onnxruntime
 
 

@@ -376,10 +376,6 @@ class OpenSession:
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        if os.getpid() != self._process:
-            # The engine's threads did not survive the fork; waiting for them would never end.
-            _ABANDONED.append(engine)
-            return
         engine.close()
 
     def __enter__(self) -> OpenSession:
@@ -434,9 +430,6 @@ class OpenSession:
                             f"{name}: got {want} = {size} where {first} has {want} = {other}, "
                             f"expected the same."
                         )
-
-
-_ABANDONED: Final[list[Engine]] = []
 
 
 def open_session(
