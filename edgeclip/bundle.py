@@ -1,12 +1,13 @@
 """The deployment format: a directory of files named, sized and hashed by one ``manifest.json``.
 
-Reading (:class:`Bundle`) parses the manifest only; a file is checked against its sha256 at its first use. Nothing
-that the manifest does not list is read, and no name or link leads out of the directory. Writing
-(:class:`BundleWriter`) puts content-addressed files in place first and replaces ``manifest.json`` last: that is the
-commit point, so that a process killed at any moment leaves the complete old or the complete new bundle.
+Reading (:class:`Bundle`) parses the manifest only; a file is checked against its sha256 at its first use.
+Nothing that the manifest does not list is read, and no name or link leads out of the directory. Writing
+(:class:`BundleWriter`) puts content-addressed files in place first and replaces ``manifest.json`` last: that
+is the commit point, so that a process killed at any moment leaves the complete old or the complete new
+bundle.
 
-The format is specified in ``docs/bundle-format.md`` and ``docs/manifest.schema.json``. No pickle, no code, and no
-network here; what a tower computes is the business of ``runtime/``.
+The format is specified in ``docs/bundle-format.md`` and ``docs/manifest.schema.json``. No pickle, no code and
+no network here; what a tower computes is the business of ``runtime/``.
 """
 
 from __future__ import annotations
@@ -16,23 +17,49 @@ import copy
 import datetime
 import errno
 import hashlib
-import json
-import logging
-import math
 import os
 import re
-import secrets
-import stat
-import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import Any, cast
 
 import msgspec
-from msgspec import Meta, Struct
 
 from edgeclip.errors import BundleError
+from edgeclip.manifest import (
+    MANIFEST_NAME,
+    SCHEMA,
+    BankEntry,
+    FileEntry,
+    FileName,
+    HeadEntry,
+    Manifest,
+    ModelEntry,
+    Parity,
+    PreprocessSpec,
+    Requires,
+    SchemaVersion,
+    TensorEntry,
+    TokenizerFiles,
+    TowerEntry,
+    VariantEntry,
+    embedding_space,
+    encode_manifest,
+    one_line,
+    parse_manifest,
+    some,
+)
+from edgeclip.storage import (
+    TEMPORARY_PREFIX,
+    DirectoryLock,
+    hash_stream,
+    open_inside,
+    sync_directory,
+    write_temporary,
+)
 
 __all__ = [
     "MANIFEST_NAME",
@@ -55,414 +82,13 @@ __all__ = [
     "Variant",
     "VariantEntry",
     "embedding_space",
-    "encode_manifest",
-    "parse_manifest",
     "provenance_time",
     "stored_name",
 ]
 
-MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 8 << 20
-MAX_FILE_BYTES = 1 << 36
 
-_log = logging.getLogger(__name__)
-
-# `$` alone also matches before a final newline in Python (not in ECMAScript, which JSON Schema uses): hence (?!\n).
-_END = r"$(?!\n)"
-_PART = r"[A-Za-z0-9_@+-][A-Za-z0-9._@+-]*"
-FileName = Annotated[str, Meta(pattern=rf"^{_PART}(/{_PART})*{_END}", max_length=240)]
-KeyName = Annotated[str, Meta(pattern=rf"^{_PART}{_END}", max_length=120)]
-Sha256 = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{64}}{_END}")]
-SidePx = Annotated[int, Meta(ge=1, le=4096)]
-Dim = Annotated[int, Meta(ge=1, le=1 << 31)]
-DimName = Annotated[str, Meta(pattern=rf"^[A-Za-z_][A-Za-z0-9_.+*-]*{_END}", max_length=60)]
-Word = Annotated[str, Meta(pattern=rf"^[a-z0-9][a-z0-9._+-]*{_END}", max_length=60)]
-Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-
-# Names Windows gives to devices, whatever the suffix.
-_RESERVED = frozenset(
-    {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
-)
-
-
-# --- the manifest, typed ---------------------------------------------------------------------------------------------
-
-
-class SchemaVersion(Struct, frozen=True, kw_only=True, order=True):
-    """Version of the manifest's schema; readers of one major understand every minor."""
-
-    major: Annotated[int, Meta(ge=0, le=1 << 31)]
-    minor: Annotated[int, Meta(ge=0, le=1 << 31)]
-
-    def __str__(self) -> str:
-        return f"{self.major}.{self.minor}"
-
-
-SCHEMA = SchemaVersion(major=1, minor=0)
-
-
-class FileEntry(Struct, frozen=True, kw_only=True):
-    """Hash and size of one file of the bundle."""
-
-    sha256: Sha256
-    size_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
-
-
-class PreprocessSpec(Struct, frozen=True, kw_only=True):
-    """How a picture becomes the image tower's input.
-
-    ``image_size_px`` is ``(H, W)``; ``mean`` and ``std`` are per RGB channel on pixels in [0, 1]; ``applied`` says
-    whether scaling, mean and std are part of the graph or are done by the host.
-    """
-
-    image_size_px: tuple[SidePx, SidePx]
-    resize: Literal["shortest", "squash"] = "shortest"
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    crop: Literal["center", "none"] = "center"
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    applied: Literal["graph", "host"] = "graph"
-
-
-class TokenizerFiles(Struct, frozen=True, kw_only=True):
-    """Where the tokenizer's files are: settings, BPE merges (gzip) and the hashed list of known words.
-
-    ``digest`` is ``Tokenizer.digest``: two bundles whose digests agree turn every text into the same ids.
-    """
-
-    config: FileName
-    merges: FileName
-    words: FileName | None = None
-    digest: Sha256 | None = None
-
-
-class TensorEntry(Struct, frozen=True, kw_only=True):
-    """Name, dtype and shape of one input or output; a symbolic dimension is a name."""
-
-    name: Annotated[str, Meta(min_length=1, max_length=200)]
-    dtype: Word
-    shape: Annotated[tuple[Dim | DimName, ...], Meta(max_length=8)]
-
-
-class TowerEntry(Struct, frozen=True, kw_only=True):
-    """Files and interface of one tower: ``model`` is the file to open, ``files`` all it needs (``model`` included)."""
-
-    model: FileName
-    files: Annotated[tuple[FileName, ...], Meta(min_length=1)]
-    inputs: Annotated[tuple[TensorEntry, ...], Meta(min_length=1)]
-    outputs: Annotated[tuple[TensorEntry, ...], Meta(min_length=1)]
-
-
-class Requires(Struct, frozen=True, kw_only=True):
-    """What a host must offer: any of these instruction sets, an engine version (``>=1.20``), a GPU capability."""
-
-    isa_any: tuple[Word, ...] = ()
-    engine: str | None = None
-    compute_capability: str | None = None
-
-
-class Parity(Struct, frozen=True, kw_only=True):
-    """Measured agreement of a tower with its eager float32 form; numbers are absent where nothing was run.
-
-    ``n`` counts the compared samples, ``bank`` names the label bank behind the top-k agreements, ``proxy`` says what
-    was run in place of an engine that is not available where the bundle was made.
-    """
-
-    status: Literal["passed", "unverified"]
-    max_abs: float | None = None
-    cosine_min: float | None = None
-    cosine_mean: float | None = None
-    top1_agreement: float | None = None
-    top5_agreement: float | None = None
-    n: Count = 0
-    bank: KeyName | None = None
-    host: dict[str, Any] = {}
-    proxy: str | None = None
-
-
-class VariantEntry(Struct, frozen=True, kw_only=True):
-    """One format × precision × target of the model.
-
-    ``format`` is ``onnx``, ``openvino`` or ``tensorrt``, ``precision`` is ``fp32``, ``fp16`` or ``int8``; a reader
-    skips a variant whose words it does not know. ``parity`` has one entry a tower. ``session_config`` are engine
-    settings the variant was verified with (for ONNX Runtime: session configuration entries).
-    """
-
-    format: Word
-    precision: Word
-    towers: Annotated[dict[KeyName, TowerEntry], Meta(min_length=1)]
-    target: str | None = None
-    requires: Requires = Requires()
-    calibration: dict[str, Any] | None = None
-    parity: dict[KeyName, Parity] = {}
-    accuracy: dict[str, Any] | None = None
-    latency: dict[str, Any] | None = None
-    session_config: dict[str, str] = {}
-
-
-class BankEntry(Struct, frozen=True, kw_only=True):
-    """One label bank: a safetensors file with ``labels`` unit embeddings.
-
-    ``templates`` names the prompt templates, ``variant`` the text tower's variant it was made with, ``language`` the
-    language of the labels, ``aliases`` the further languages in which its labels can be asked for.
-    """
-
-    file: FileName
-    labels: Annotated[int, Meta(ge=1, le=1 << 31)]
-    templates: str
-    variant: KeyName | None = None
-    language: str | None = None
-    aliases: tuple[str, ...] = ()
-    title: str | None = None
-
-
-class HeadEntry(Struct, frozen=True, kw_only=True):
-    """One head: a safetensors file that turns embeddings (or similarities to ``bank``) into answers."""
-
-    kind: Literal["temperature", "linear", "reject"]
-    file: FileName
-    bank: KeyName | None = None
-    fitted_on: str | None = None
-
-
-class ModelEntry(Struct, frozen=True, kw_only=True):
-    """The model behind the bundle.
-
-    ``parameters`` counts per tower; ``scale`` multiplies cosines (``exp`` of the learnt logarithm, at most 100);
-    ``parents`` are the models it descends from; ``embedding_space`` is the digest from :func:`embedding_space`;
-    ``notices`` are listed files with the texts its licences ask for.
-    """
-
-    name: Annotated[str, Meta(min_length=1, max_length=200)]
-    family: str
-    embed_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
-    scale: Annotated[float, Meta(gt=0, le=100)]
-    licence: str
-    embedding_space: Annotated[str, Meta(min_length=8, max_length=128)]
-    parameters: dict[str, Count] = {}
-    languages: tuple[str, ...] = ()
-    parents: tuple[str | dict[str, Any], ...] = ()
-    notices: tuple[FileName, ...] = ()
-
-
-class Manifest(Struct, frozen=True, kw_only=True):
-    """Everything a bundle says about itself. Fields this version does not know stay in ``Bundle.raw``."""
-
-    schema: SchemaVersion
-    min_reader: SchemaVersion = SchemaVersion(major=1, minor=0)
-    model: ModelEntry
-    preprocess: PreprocessSpec
-    tokenizer: TokenizerFiles | None = None
-    variants: Annotated[dict[KeyName, VariantEntry], Meta(min_length=1)]
-    default_variants: tuple[KeyName, ...] = ()
-    label_banks: dict[KeyName, BankEntry] = {}
-    default_bank: KeyName | None = None
-    background_bank: KeyName | None = None
-    heads: dict[KeyName, HeadEntry] = {}
-    golden: FileName | None = None
-    files: dict[FileName, FileEntry]
-    provenance: dict[str, Any] = {}
-
-
-def embedding_space(model_digest: str, preprocess: PreprocessSpec) -> str:
-    """Return the digest that two sets of embeddings must share to be compared.
-
-    Args:
-        model_digest: sha256 of the trained weights (any form that is stable across exports of one model).
-        preprocess: how pictures are prepared; where the scaling is applied does not change the space.
-    """
-    said = msgspec.to_builtins(preprocess)
-    del said["applied"]
-    text = json.dumps({"model": model_digest, "preprocess": said}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def provenance_time() -> str:
-    """Return the time for ``provenance`` in UTC: ``SOURCE_DATE_EPOCH`` where set, else now.
-
-    Raises:
-        BundleError: ``SOURCE_DATE_EPOCH`` is not a number of seconds.
-    """
-    said = os.environ.get("SOURCE_DATE_EPOCH")
-    try:
-        now = (
-            datetime.datetime.fromtimestamp(int(said), datetime.timezone.utc)
-            if said
-            else datetime.datetime.now(datetime.timezone.utc)
-        )
-    except (ValueError, OverflowError, OSError) as error:
-        raise BundleError(
-            f"SOURCE_DATE_EPOCH is {said!r}, expected a whole number of seconds since 1970: correct or unset it."
-        ) from error
-    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-# --- parsing and checking --------------------------------------------------------------------------------------------
-
-
-def parse_manifest(data: bytes, where: str) -> tuple[dict[str, Any], Manifest]:
-    """Parse and check a manifest; return the raw document and its typed view.
-
-    Args:
-        data: content of ``manifest.json``.
-        where: the bundle, as messages name it.
-
-    Raises:
-        BundleError: not JSON, an unknown schema major, or a field that cannot be used; the message names the field.
-    """
-    raw = _parse_json(data, where)
-    _check_schema(raw, where)
-    try:
-        manifest = msgspec.convert(raw, Manifest)
-    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
-        raise BundleError(f"{where}: {MANIFEST_NAME} cannot be used: {_one_line(error)}.") from error
-    _check_manifest(manifest, where)
-    return raw, manifest
-
-
-def encode_manifest(raw: dict[str, Any]) -> bytes:
-    """Return the canonical bytes of a manifest: fields in the order of :class:`Manifest`, all below them sorted."""
-    known = [name for name in Manifest.__struct_fields__ if name in raw]
-    ordered = {name: _sorted_keys(raw[name]) for name in [*known, *sorted(set(raw) - set(known))]}
-    return (json.dumps(ordered, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-
-
-def _sorted_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _sorted_keys(value[key]) for key in sorted(value)}
-    if isinstance(value, (list, tuple)):
-        return [_sorted_keys(item) for item in value]
-    return value
-
-
-def _parse_json(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        text = data.decode("utf-8")
-        raw = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float
-        )
-        if "\\u" in text:
-            # An escaped lone surrogate parses, and then breaks whoever prints or writes it.
-            json.dumps(raw, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: {MANIFEST_NAME} is not valid JSON: {_one_line(error)}.") from error
-    if not isinstance(raw, dict):
-        raise BundleError(f"{where}: {MANIFEST_NAME} holds a JSON {type(raw).__name__}, expected an object.")
-    return raw
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} appears twice in one object")
-    return unique
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is out of range")
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
-
-
-def _check_schema(raw: dict[str, Any], where: str) -> None:
-    def version(field: str) -> SchemaVersion:
-        try:
-            return msgspec.convert(raw.get(field), SchemaVersion)
-        except (msgspec.ValidationError, OverflowError) as error:
-            raise BundleError(
-                f"{where}: {MANIFEST_NAME}: field {field!r} cannot be used: {_one_line(error)}; expected "
-                '{"major": 1, "minor": 0} or later.'
-            ) from error
-
-    schema = version("schema")
-    if schema.major != SCHEMA.major:
-        raise BundleError(
-            f"{where}: the manifest has schema {schema}, this edgeclip reads {SCHEMA.major}.x: "
-            f"install an edgeclip that reads {schema.major}.x, or export the bundle again."
-        )
-    if "min_reader" in raw and (needed := version("min_reader")) > SCHEMA:
-        raise BundleError(
-            f"{where}: the bundle asks for a reader of schema {needed}, this edgeclip reads {SCHEMA}: update edgeclip."
-        )
-
-
-def _check_manifest(manifest: Manifest, where: str) -> None:
-    """Check what types alone cannot say: that every reference leads somewhere and every number makes sense."""
-
-    def refuse(field: str, problem: str) -> NoReturn:
-        raise BundleError(f"{where}: {MANIFEST_NAME}: field {field!r}: {problem}.")
-
-    _check_file_names(manifest, refuse)
-    _check_references(manifest, refuse)
-    for field, values in (("mean", manifest.preprocess.mean), ("std", manifest.preprocess.std)):
-        if not all(abs(value) <= 1e3 for value in values):
-            refuse(f"preprocess.{field}", f"got {list(values)}, expected numbers on pixels in [0, 1]")
-    if not all(value > 1e-6 for value in manifest.preprocess.std):
-        refuse("preprocess.std", f"got {list(manifest.preprocess.std)}, expected numbers above zero")
-
-
-def _check_file_names(manifest: Manifest, refuse: Any) -> None:
-    seen: dict[str, str] = {}
-    for name in manifest.files:
-        if name.lower() == MANIFEST_NAME:
-            refuse("files", f"lists {name!r}, which cannot carry its own hash")
-        for part in name.lower().split("/"):
-            if part.endswith(".") or part.partition(".")[0] in _RESERVED:
-                refuse("files", f"the name {name!r} is not usable on every system, choose another")
-        other = seen.setdefault(name.lower(), name)
-        if other != name:
-            refuse("files", f"the names {other!r} and {name!r} differ only in upper and lower case")
-
-
-def _check_references(manifest: Manifest, refuse: Any) -> None:
-    def listed(field: str, name: str | None) -> None:
-        if name is not None and name not in manifest.files:
-            refuse(field, f"names the file {name!r}, which 'files' does not list")
-
-    def among(field: str, name: str | None, names: dict[str, Any], kind: str) -> None:
-        if name is not None and name not in names:
-            refuse(field, f"names the {kind} {name!r}; the bundle has {sorted(names)}")
-
-    if manifest.tokenizer is not None:
-        for part in ("config", "merges", "words"):
-            listed(f"tokenizer.{part}", getattr(manifest.tokenizer, part))
-    for key, variant in manifest.variants.items():
-        for tower_name, tower in variant.towers.items():
-            field = f"variants.{key}.towers.{tower_name}"
-            if tower.model not in tower.files:
-                refuse(
-                    f"{field}.model", f"{tower.model!r} is not among the tower's files {list(tower.files)}"
-                )
-            for name in tower.files:
-                listed(f"{field}.files", name)
-    for name in manifest.default_variants:
-        among("default_variants", name, manifest.variants, "variant")
-    if len(set(manifest.default_variants)) != len(manifest.default_variants):
-        refuse("default_variants", f"names a variant twice: {list(manifest.default_variants)}")
-    for key, bank in manifest.label_banks.items():
-        listed(f"label_banks.{key}.file", bank.file)
-    among("default_bank", manifest.default_bank, manifest.label_banks, "label bank")
-    among("background_bank", manifest.background_bank, manifest.label_banks, "label bank")
-    for key, head in manifest.heads.items():
-        listed(f"heads.{key}.file", head.file)
-        among(f"heads.{key}.bank", head.bank, manifest.label_banks, "label bank")
-    listed("golden", manifest.golden)
-    for name in manifest.model.notices:
-        listed("model.notices", name)
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -515,7 +141,7 @@ class Variant:
         )
 
     def tower_digest(self, name: str) -> str:
-        """Return the digest of a tower without reading its files (they are named by hash in the manifest)."""
+        """Return the digest of a tower without reading its files: the manifest holds their hashes."""
         entry = self._entry(name)
         hashes = {file: self.bundle.manifest.files[file].sha256 for file in entry.files}
         ordered = [hashes.pop(entry.model), *sorted(hashes.values())]
@@ -525,8 +151,8 @@ class Variant:
         entry = self.entry.towers.get(name)
         if entry is None:
             raise BundleError(
-                f"{self.bundle.where}: variant {self.name!r} has no {name!r} tower, only {sorted(self.entry.towers)}: "
-                "use a bundle that was not slimmed without it."
+                f"{self.bundle.where}: variant {self.name!r} has no {name!r} tower, only "
+                f"{some(self.entry.towers)}: use a bundle that has it."
             )
         return entry
 
@@ -568,7 +194,8 @@ class Bundle:
             directory = Path(__file__).parent / "assets" / "default"
             if not (directory / MANIFEST_NAME).is_file():
                 raise BundleError(
-                    "this installation of edgeclip has no embedded default bundle: reinstall edgeclip from a wheel, "
+                    "this installation of edgeclip has no embedded default bundle: install edgeclip from a "
+                    "wheel, "
                     "or name a bundle directory."
                 )
         else:
@@ -576,7 +203,7 @@ class Bundle:
         return cls(directory.absolute(), _read_manifest(directory))
 
     def file(self, name: str) -> Path:
-        """Return the path of a listed file, its size and sha256 checked at the first call.
+        """Return the path of a listed file, its size and sha256 checked at the first call (about 1 GB/s).
 
         Raises:
             BundleError: the manifest does not list it, or it is missing, damaged, or outside the directory.
@@ -589,10 +216,10 @@ class Bundle:
         entry = self._entry(name)
         with own:
             if name not in self._checked:
-                path, descriptor = self._open(name)
-                with os.fdopen(descriptor, "rb", buffering=0) as stream:
-                    self._compare(name, entry, os.fstat(descriptor).st_size, None)
-                    self._compare(name, entry, *self._guard(name, lambda: _hash_stream(stream)))
+                path, stream = self._open(name)
+                with stream, self._translated(name):
+                    self._compare(name, entry, os.fstat(stream.fileno()).st_size)
+                    self._compare(name, entry, *hash_stream(stream))
                 self._checked[name] = path
         return self._checked[name]
 
@@ -603,10 +230,10 @@ class Bundle:
             BundleError: as :meth:`file`.
         """
         entry = self._entry(name)
-        path, descriptor = self._open(name)
-        with os.fdopen(descriptor, "rb", buffering=0) as stream:
-            self._compare(name, entry, os.fstat(descriptor).st_size, None)
-            data = self._guard(name, stream.readall)
+        path, stream = self._open(name)
+        with stream, self._translated(name):
+            self._compare(name, entry, os.fstat(stream.fileno()).st_size)
+            data = stream.readall()
         known = name in self._checked
         self._compare(name, entry, len(data), None if known else hashlib.sha256(data).hexdigest())
         self._checked[name] = path
@@ -620,7 +247,7 @@ class Bundle:
         """
         entry = self.manifest.variants.get(name)
         if entry is None:
-            raise BundleError(f"{self.where}: no variant {name!r}; it has {sorted(self.manifest.variants)}.")
+            raise BundleError(f"{self.where}: no variant {name!r}; it has {some(self.manifest.variants)}.")
         return Variant(self, name, entry)
 
     def check_files(self) -> None:
@@ -640,23 +267,22 @@ class Bundle:
             )
         return entry
 
-    def _open(self, name: str) -> tuple[Path, int]:
+    def _open(self, name: str) -> tuple[Path, FileIO]:
+        with self._translated(name):
+            return open_inside(self._root, name)
+
+    @contextlib.contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
         try:
-            return _open_inside(self._root, name)
+            yield
         except FileNotFoundError as error:
             raise BundleError(
                 f"{self.where}: the file {name!r} is missing: copy or export the bundle again."
             ) from error
-        except OSError as error:
-            raise BundleError(f"{self.where}: the file {name!r} cannot be read: {_reason(error)}.") from error
-
-    def _guard(self, name: str, read: Any) -> Any:
-        try:
-            return read()
         except (OSError, MemoryError) as error:
             raise BundleError(f"{self.where}: the file {name!r} cannot be read: {_reason(error)}.") from error
 
-    def _compare(self, name: str, entry: FileEntry, size_bytes: int, sha256: str | None) -> None:
+    def _compare(self, name: str, entry: FileEntry, size_bytes: int, sha256: str | None = None) -> None:
         if size_bytes != entry.size_bytes:
             problem = f"has {size_bytes} bytes, the manifest says {entry.size_bytes}"
         elif sha256 is not None and sha256 != entry.sha256:
@@ -674,13 +300,11 @@ def _read_manifest(directory: Path) -> bytes:
         if not directory.is_dir():
             kind = "is a file" if directory.exists() else "does not exist"
             raise BundleError(f"{where}: {kind}, expected a directory with a {MANIFEST_NAME}.")
-        _, descriptor = _open_inside(os.path.realpath(directory), MANIFEST_NAME)
-        with os.fdopen(descriptor, "rb", buffering=0) as stream:
-            data = stream.read(MAX_MANIFEST_BYTES + 1) or b""
-            while len(data) <= MAX_MANIFEST_BYTES and (
-                more := stream.read(MAX_MANIFEST_BYTES + 1 - len(data))
-            ):
-                data += more
+        _, stream = open_inside(os.path.realpath(directory), MANIFEST_NAME)
+        with stream:
+            data = bytearray()
+            while len(data) <= MAX_MANIFEST_BYTES and (block := stream.read(MAX_MANIFEST_BYTES)):
+                data += block
     except FileNotFoundError as error:
         raise BundleError(
             f"{where}: has no {MANIFEST_NAME}, so it is not a bundle (or its writing never ended)."
@@ -691,84 +315,73 @@ def _read_manifest(directory: Path) -> bytes:
         raise BundleError(
             f"{where}: {MANIFEST_NAME} has more than {MAX_MANIFEST_BYTES} bytes, which no bundle needs."
         )
-    return data
+    return bytes(data)
 
 
 def _reason(error: BaseException) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
+    said = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     return said[:1].lower() + said[1:]
 
 
-def _open_inside(root: str, name: str) -> tuple[Path, int]:
-    """Open a regular file below the resolved directory ``root``; links are followed only while they stay inside.
+# --- writing -----------------------------------------------------------------------------------------------
 
-    Returns the resolved path and a descriptor for reading. Raises ``OSError``.
-    """
-    resolved = os.path.realpath(os.path.join(root, *name.split("/")))  # noqa: PTH118
-    if os.path.commonpath([root, resolved]) != root or resolved == root:
-        raise OSError(errno.EPERM, "it is a link that leads out of the bundle")
-    flags = os.O_RDONLY
-    for flag in (
-        "O_NOFOLLOW",
-        "O_NONBLOCK",
-        "O_CLOEXEC",
-        "O_BINARY",
-    ):  # not blocking: a named pipe must not hang us
-        flags |= getattr(os, flag, 0)
-    descriptor = os.open(resolved, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    return Path(resolved), descriptor
-
-
-def _hash_stream(stream: Any) -> tuple[int, str]:
-    """Return size and sha256 of what is left in an unbuffered stream."""
-    digest, size_bytes = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(1 << 18))
-    while count := stream.readinto(buffer):
-        digest.update(buffer[:count])
-        size_bytes += count
-    return size_bytes, digest.hexdigest()
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-_TAGGED = re.compile(r"\.[0-9a-f]{8}(?=(\.[A-Za-z0-9]+)?(\.gz)?$)")
-_TEMPORARY_PREFIX, _LOCK_NAME = ".edgeclip-tmp-", ".edgeclip-lock"
+_TAGGED = re.compile(r"\.([0-9a-f]{8})(?=(\.[A-Za-z0-9]+)?(\.gz)?$)")
 
 
 def stored_name(name: str, sha256: str) -> str:
     """Return the name under which :class:`BundleWriter` stores a file: with 8 digits of its hash.
 
-    ``onnx-int8/image.onnx`` becomes ``onnx-int8/image.1a2b3c4d.onnx``; a tag that is already there is replaced. Use
-    it where another file must name this one, as an ONNX graph names its external data.
+    ``onnx-int8/image.onnx`` becomes ``onnx-int8/image.1a2b3c4d.onnx``; a tag that is already there is
+    replaced. Use it where another file must name this one, as an ONNX graph names its external data.
     """
     folder, slash, base = name.rpartition("/")
-    base = _TAGGED.sub("", base)
-    stem, suffixes = base, ""
-    for wanted in (r"\.gz$", r"\.[A-Za-z0-9]+$"):
-        if (match := re.search(wanted, stem)) and match.start():
+    stem, suffixes = _TAGGED.sub("", base), ""
+    for suffix in (r"\.gz$", r"\.[A-Za-z0-9]+$"):
+        if (match := re.search(suffix, stem)) and match.start():
             stem, suffixes = stem[: match.start()], match.group() + suffixes
     return f"{folder}{slash}{stem}.{sha256[:8]}{suffixes}"
+
+
+def provenance_time() -> str:
+    """Return the time for ``provenance`` in UTC: ``SOURCE_DATE_EPOCH`` where set, else now.
+
+    Raises:
+        BundleError: ``SOURCE_DATE_EPOCH`` is not a number of seconds.
+    """
+    utc = datetime.timezone.utc
+    said = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        now = datetime.datetime.fromtimestamp(int(said), utc) if said else datetime.datetime.now(utc)
+    except (ValueError, OverflowError, OSError) as error:
+        raise BundleError(
+            f"SOURCE_DATE_EPOCH is {said!r}, expected a whole number of seconds since 1970: correct or "
+            "unset it."
+        ) from error
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class BundleWriter:
     """Write a new bundle, or change an existing one, so that a kill at any moment leaves a complete bundle.
 
-    Files go to disk as they are added, under names no committed manifest uses for other content; :meth:`commit`
-    replaces ``manifest.json`` and is the moment the new bundle exists. Files only the previous manifest used stay until
-    the next write, so that processes which hold it open keep working. One writer a directory, held by a lock that the
-    system releases with the process. A context manager: leaving it without :meth:`commit` takes back what was added.
+    Files go to disk as they are added, under names no committed manifest uses for other content;
+    :meth:`commit` replaces ``manifest.json``, and that is the moment the new bundle exists. Files only the
+    previous manifest used stay until the next write, so that processes that hold it open keep working. One
+    writer a directory, held by a lock that the system releases with the process. A context manager: leaving
+    it without :meth:`commit` takes back what was added.
+
+    Args:
+        path: a directory to be made, or an existing bundle.
+        manifest: what to start from; without, the existing bundle's.
 
     Attributes:
         path: the directory, absolute.
-        manifest: the document to be written; edit it freely. It starts as the one given, else as the existing
-            bundle's, else nearly empty. ``files``, ``schema`` and ``provenance.time`` are filled in by
-            :meth:`commit`; ``provenance.time`` is kept where a given manifest has it.
+        manifest: the document to be written; edit it freely. :meth:`commit` fills in ``schema``, ``files``
+            and ``provenance.time`` (a time in a manifest that was given is kept). ``files`` will hold what
+            was added and those older files that some field still names.
 
     Raises:
-        BundleError: the directory cannot be written, holds a bundle this version cannot read, or has another writer.
+        BundleError: the directory cannot be written, has another writer, or holds a bundle that this version
+            cannot read.
     """
 
     def __init__(
@@ -778,24 +391,17 @@ class BundleWriter:
         self.where = f"bundle {str(self.path)!r}"
         self._added: dict[str, dict[str, Any]] = {}
         self._created: set[str] = set()
-        self._lock: _DirectoryLock | None = None
+        self._lock: DirectoryLock | None = None
+        self._made_directory = not self.path.exists()
         with self._translated("cannot be written"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _DirectoryLock(self.path, self.where)
+            self._lock = DirectoryLock(self.path)
         try:
             self._previous = self._existing()
-            if manifest is None:
-                self.manifest = copy.deepcopy(self._previous)
-                if isinstance(self.manifest.get("provenance"), dict):
-                    self.manifest["provenance"].pop("time", None)
-            elif isinstance(manifest, Manifest):
-                self.manifest = cast("dict[str, Any]", msgspec.to_builtins(manifest))
-            else:
-                self.manifest = copy.deepcopy(manifest)
+            self.manifest = self._first_draft(manifest)
         except BaseException:
-            self._lock.release()
+            self.close()
             raise
-        self._committed_files = set(self._previous.get("files", {}))
 
     def __enter__(self) -> BundleWriter:
         return self
@@ -815,61 +421,52 @@ class BundleWriter:
         """
         self._open_or_raise()
         try:
-            msgspec.convert(name, FileName)
+            parts = msgspec.convert(name, FileName).split("/")
         except msgspec.ValidationError as error:
             raise BundleError(
-                f"{self.where}: the name {name!r} cannot be used: expected a relative path of letters, digits and ._@+-."
+                f"{self.where}: the name {name!r} cannot be used: expected a relative path whose parts have "
+                "letters, digits and ._@+- only."
             ) from error
-        folder = self.path.joinpath(*name.split("/")[:-1])
+        folder = self.path.joinpath(*parts[:-1])
         with self._translated(f"the file {name!r} cannot be written"):
             folder.mkdir(parents=True, exist_ok=True)
-            if os.path.realpath(folder) != os.path.join(os.path.realpath(self.path), *name.split("/")[:-1]):  # noqa: PTH118
+            if os.path.realpath(folder) != str(Path(os.path.realpath(self.path), *parts[:-1])):
                 raise OSError(errno.EPERM, "its folder is a link")
-            with _temporary(folder) as (temporary, descriptor):
-                size_bytes, sha256 = _copy(content, descriptor)
+            temporary, size_bytes, sha256 = write_temporary(folder, content)
+            try:
                 stored = stored_name(name, sha256)
-                entry = {"sha256": sha256, "size_bytes": size_bytes}
-                self._check_collision(stored, entry)
+                self._check_collision(stored, sha256)
                 target = self.path.joinpath(*stored.split("/"))
-                existed = target.exists()
-                os.replace(temporary, target)  # noqa: PTH105
-        if not existed:
-            self._created.add(stored)
-        self._added[stored] = entry
+                if not target.exists():
+                    self._created.add(stored)
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        self._added[stored] = {"sha256": sha256, "size_bytes": size_bytes}
         return stored
 
     def commit(self) -> Bundle:
         """Make what was added and said the bundle, release the lock and return it opened.
 
         Raises:
-            BundleError: the manifest cannot be used, or the disk refuses; the old bundle is intact.
+            BundleError: the manifest cannot be used, or the disk refuses; the old bundle is intact, and the
+                writer can be used further.
         """
         self._open_or_raise()
-        self.manifest.setdefault("schema", msgspec.to_builtins(SCHEMA))
-        self.manifest.setdefault("min_reader", {"major": SCHEMA.major, "minor": 0})
-        provenance = self.manifest.setdefault("provenance", {})
-        if isinstance(provenance, dict):
-            provenance.setdefault("time", provenance_time())
-        self.manifest["files"] = self._referenced_files()
-        try:
-            data = encode_manifest(self.manifest)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise BundleError(
-                f"{self.where}: the manifest cannot be written as JSON: {_one_line(error)}."
-            ) from error
+        data = self._encoded()
         _, manifest = parse_manifest(data, self.where)
         self._check_present(manifest)
         with self._translated("cannot be written"):
-            self._sweep(keep=self._committed_files | set(manifest.files))
-            for folder in {self.path.joinpath(*name.split("/")[:-1]) for name in manifest.files} | {
-                self.path
-            }:
-                _sync_directory(folder)
-            with _temporary(self.path) as (temporary, descriptor):
-                _copy(data, descriptor)
-                os.replace(temporary, self.path / MANIFEST_NAME)  # noqa: PTH105
-            self._created.clear()
-            _sync_directory(self.path)
+            self._sweep(keep={*self._previous.get("files", {}), *manifest.files})
+            for folder in {self.path.joinpath(*name.split("/")[:-1]) for name in manifest.files}:
+                sync_directory(folder)
+            sync_directory(self.path)
+            self._replace_manifest(data)
+            sync_directory(self.path)
+            if self._made_directory:
+                sync_directory(self.path.parent)
+                self._made_directory = False
         self.close()
         return Bundle.open(self.path)
 
@@ -878,11 +475,29 @@ class BundleWriter:
         if self._lock is None:
             return
         for name in self._created:
+            path = self.path.joinpath(*name.split("/"))
             with contextlib.suppress(OSError):
-                self.path.joinpath(*name.split("/")).unlink()
+                path.unlink()
+                while (path := path.parent) != self.path:
+                    path.rmdir()  # ends the loop where something else is in it
         self._created.clear()
         self._lock.release()
         self._lock = None
+        if self._made_directory:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    def _replace_manifest(self, data: bytes) -> None:
+        temporary, _, _ = write_temporary(self.path, data)
+        # Given up before the rename, so that an interrupt right after it takes nothing back.
+        created, self._created = self._created, set()
+        try:
+            temporary.replace(self.path / MANIFEST_NAME)
+        except OSError:
+            self._created = created
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _open_or_raise(self) -> None:
         if self._lock is None:
@@ -891,34 +506,62 @@ class BundleWriter:
             )
 
     @contextlib.contextmanager
-    def _translated(self, what: str) -> Any:
+    def _translated(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except BlockingIOError as error:
+            raise BundleError(
+                f"{self.where}: another process is writing it: wait for it to end and try again."
+            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise BundleError(f"{self.where}: {what}: {_reason(error)}.") from error
 
     def _existing(self) -> dict[str, Any]:
-        if not (self.path / MANIFEST_NAME).exists():
+        if not os.path.lexists(self.path / MANIFEST_NAME):
             return {}
         raw, _ = parse_manifest(_read_manifest(self.path), self.where)
         return raw
 
-    def _check_collision(self, stored: str, entry: dict[str, Any]) -> None:
+    def _first_draft(self, given: dict[str, Any] | Manifest | None) -> dict[str, Any]:
+        if isinstance(given, Manifest):
+            return cast("dict[str, Any]", msgspec.to_builtins(given))
+        if given is not None:
+            return copy.deepcopy(given)
+        draft = copy.deepcopy(self._previous)
+        if isinstance(draft.get("provenance"), dict):
+            draft["provenance"].pop("time", None)
+        return draft
+
+    def _check_collision(self, stored: str, sha256: str) -> None:
         known = self._added.get(stored) or self._previous.get("files", {}).get(stored)
-        if known is not None and known["sha256"] != entry["sha256"]:
+        if known is not None and known["sha256"] != sha256:
             raise BundleError(
-                f"{self.where}: two files would both be called {stored!r}: their hashes agree in 8 digits; "
+                f"{self.where}: two files would both be called {stored!r}, as their hashes agree in 8 "
+                "digits: "
                 "choose another name for one."
             )
 
+    def _encoded(self) -> bytes:
+        self.manifest.setdefault("schema", {"major": SCHEMA.major, "minor": SCHEMA.minor})
+        self.manifest.setdefault("min_reader", {"major": SCHEMA.major, "minor": 0})
+        provenance = self.manifest.setdefault("provenance", {})
+        if isinstance(provenance, dict):
+            provenance.setdefault("time", provenance_time())
+        try:
+            self.manifest["files"] = self._referenced_files()
+            return encode_manifest(self.manifest)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{self.where}: the manifest cannot be written as JSON: {one_line(error)}."
+            ) from error
+
     def _referenced_files(self) -> dict[str, Any]:
-        """Return the entries of the added files and of the older ones that any field still names."""
-        said: dict[str, Any] = {**self._previous.get("files", {})}
+        known: dict[str, Any] = dict(self._previous.get("files", {}))
         given = self.manifest.get("files")
         if isinstance(given, dict):
-            said.update(given)
+            known.update(given)
         named = set(_strings({key: value for key, value in self.manifest.items() if key != "files"}))
-        return {**{name: said[name] for name in said if name in named}, **self._added}
+        return {**{name: entry for name, entry in known.items() if name in named}, **self._added}
 
     def _check_present(self, manifest: Manifest) -> None:
         for name, entry in manifest.files.items():
@@ -930,23 +573,38 @@ class BundleWriter:
                 ) from error
             if size_bytes != entry.size_bytes:
                 raise BundleError(
-                    f"{self.where}: the file {name!r} has {size_bytes} bytes, the manifest says {entry.size_bytes}."
+                    f"{self.where}: the file {name!r} has {size_bytes} bytes, the manifest says "
+                    f"{entry.size_bytes}."
                 )
 
     def _sweep(self, keep: set[str]) -> None:
-        """Remove files an earlier write left behind; only names this class gives are touched."""
-        for folder, _, names in os.walk(self.path, topdown=False):
-            for base in names:
-                path = Path(folder, base)
-                ours = base.startswith(_TEMPORARY_PREFIX) or _TAGGED.search(base)
-                if ours and path.relative_to(self.path).as_posix() not in keep:
+        """Remove what earlier writes left behind: temporary files, and files that carry their own hash."""
+        for base, folders, names in os.walk(self.path, topdown=False):
+            folder = Path(base)
+            for name in names:
+                path = folder / name
+                if path.relative_to(self.path).as_posix() not in keep and _is_ours(path):
                     path.unlink(missing_ok=True)
-            if Path(folder) != self.path:
+            if folder != self.path and not folders:
                 with contextlib.suppress(OSError):
-                    Path(folder).rmdir()
+                    folder.rmdir()
 
 
-def _strings(value: Any) -> Any:
+def _is_ours(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    if path.name.startswith(TEMPORARY_PREFIX):
+        return True
+    tag = _TAGGED.search(path.name)
+    if tag is None:
+        return False
+    with FileIO(
+        path, "r"
+    ) as stream:  # somebody else's file may look like ours by its name, not by its content
+        return hash_stream(stream)[1].startswith(tag.group(1))
+
+
+def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -955,115 +613,3 @@ def _strings(value: Any) -> Any:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item)
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Any:
-    """Yield path and descriptor of a new file in ``folder``; removed again unless it was renamed."""
-    path = folder / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    descriptor = os.open(path, flags, 0o666)  # the umask decides, as for any file the user writes
-    try:
-        yield path, descriptor
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _copy(content: bytes | os.PathLike[str], descriptor: int) -> tuple[int, str]:
-    """Write ``content`` to a descriptor, sync and close it; return size and sha256 of what was written."""
-    with os.fdopen(descriptor, "wb", buffering=0) as out:
-        if isinstance(content, (bytes, bytearray, memoryview)):
-            _write_all(out, memoryview(content))
-            size_bytes, sha256 = len(content), hashlib.sha256(content).hexdigest()
-        else:
-            digest, size_bytes = hashlib.sha256(), 0
-            with Path(content).open("rb", buffering=0) as source:
-                while chunk := source.read(1 << 20):
-                    digest.update(chunk)
-                    size_bytes += len(chunk)
-                    _write_all(out, memoryview(chunk))
-            sha256 = digest.hexdigest()
-        os.fsync(out.fileno())
-    return size_bytes, sha256
-
-
-def _write_all(out: Any, data: memoryview) -> None:
-    while data:
-        data = data[out.write(data) :]
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make renames in ``folder`` durable; a no-op where directories cannot be opened (Windows)."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems refuse to sync a directory
-        _log.debug("cannot sync %s: %s", folder, error)
-    finally:
-        os.close(descriptor)
-
-
-class _DirectoryLock:
-    """An advisory lock on a directory, released by the system when the process ends, however it ends."""
-
-    def __init__(self, directory: Path, where: str) -> None:
-        self._path = directory / _LOCK_NAME
-        self._descriptor: int | None = None
-        for _ in range(100):
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            if not _try_lock(descriptor):
-                os.close(descriptor)
-                raise BundleError(
-                    f"{where}: another process is writing it: wait for it to end and try again."
-                )
-            try:
-                current = os.stat(self._path)  # noqa: PTH116
-            except FileNotFoundError:
-                current = None
-            if current is not None and os.path.samestat(current, os.fstat(descriptor)):
-                self._descriptor = descriptor
-                return
-            os.close(descriptor)  # its last holder removed the file between our open and our lock
-        raise BundleError(
-            f"{where}: its lock file {str(self._path)!r} keeps changing: remove it and try again."
-        )
-
-    def release(self) -> None:
-        """Remove the lock file and release the lock; harmless when repeated."""
-        if self._descriptor is None:
-            return
-        with contextlib.suppress(OSError):
-            self._path.unlink()  # Windows refuses while it is open: the empty file stays, and does no harm
-        os.close(self._descriptor)
-        self._descriptor = None
-
-    def __del__(self) -> None:
-        self.release()
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock an open file without waiting; return whether it is ours."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (
-        OSError
-    ) as error:  # a file system without locks: writing is still atomic, only two writers may race
-        _log.debug("no locks here: %s", error)
-    return True
