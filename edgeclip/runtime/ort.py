@@ -1,7 +1,7 @@
 """ONNX Runtime, on the CPU or through its CUDA provider.
 
 An engine may be entered by many threads at once: ONNX Runtime's ``Run`` is thread-safe. Every session has its
-own thread pool; no process-wide setting is touched except ONNX Runtime's own telemetry, which is switched off.
+own thread pool; no process-wide setting is touched except ONNX Runtime's own telemetry, which is turned off.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ class OrtEngine:
 def import_onnxruntime() -> Any:
     """Return the module ``onnxruntime`` with its telemetry off. Import it this way, and in no other.
 
-    On Linux, macOS and Windows onnxruntime 1.31 starts an uploader, a thread and a device identifier under the
-    user's cache directory *while it is imported*; the call that disables events comes too late for them, and a
-    process that forks afterwards hangs at exit. The environment variable is read at import and stays set, for
-    processes started from here.
+    On Linux, macOS and Windows onnxruntime 1.31 starts an uploader thread and writes a device identifier below
+    the user's cache directory *while it is imported*; the call that disables events comes too late for them,
+    and a process that forks afterwards hangs at exit. The environment variable is read at import and stays set,
+    for processes started from here.
 
     Raises:
         BackendUnavailableError: it is not installed or does not import.

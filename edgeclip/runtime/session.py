@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,6 +327,7 @@ class OpenSession:
         self._chosen = engine.chosen
         self._lock = None if engine.concurrent_runs else threading.Lock()
         self._process = os.getpid()
+        _LIVE.add(self)
         # (name, dtype, shape) of every input, ready to be compared
         self._expected = tuple((spec.name, spec.dtype, spec.shape) for spec in self._inputs.values())
 
@@ -376,7 +378,19 @@ class OpenSession:
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        engine.close()
+        if os.getpid() == self._process:
+            engine.close()
+
+    def _leak(self) -> None:
+        """Keep the engine's memory for ever, in a child process after ``fork``.
+
+        Freeing an engine waits for its worker threads. They do not exist in the child, so it would hang: in
+        ``close``, when the object is collected, or at exit.
+        """
+        import ctypes
+
+        if self._engine is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
 
     def __enter__(self) -> OpenSession:
         return self
@@ -430,6 +444,18 @@ class OpenSession:
                             f"{name}: got {want} = {size} where {first} has {want} = {other}, "
                             f"expected the same."
                         )
+
+
+_LIVE: Final[weakref.WeakSet[OpenSession]] = weakref.WeakSet()
+
+
+def _leak_all_in_child() -> None:
+    for session in list(_LIVE):
+        session._leak()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leak_all_in_child)
 
 
 def open_session(
