@@ -1,7 +1,7 @@
 """Heads turn embeddings into answers: here the temperature head of zero-shot classification.
 
-A head maps similarities ``(B, N)`` to scores ``(B, N)`` and says what its scores are (``score_kind``); ranking
-is shared. Heads know no labels and no pictures.
+A head maps similarities ``(B, N)`` to scores ``(B, N)`` and says what its scores are (``score_kind``);
+ranking is shared. Heads know no labels and no pictures.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def rank(
         head: what scores the similarities.
         top_k: at least 1.
 
-    Equal similarities keep the order of the bank among the labels returned. Costs one matrix product and a few
-    passes over ``(B, N)`` (``benchmarks/label_count.py``).
+    Equal similarities keep the order of the bank among the labels returned. Costs one matrix product and a
+    few passes over ``(B, N)`` (``benchmarks/label_count.py``).
     """
     similarity = embeddings @ bank.T  # (B, N)
     score = head(similarity)
@@ -124,8 +124,8 @@ def rank(
 def temperature_head(bundle: Bundle, bank: str | None) -> TemperatureHead:
     """Return the head fitted on the label bank ``bank``, else one with the scale of the model.
 
-    A fitted head is an entry of kind ``temperature`` in the manifest's ``heads`` that names the bank; its file
-    is safetensors with one float32 tensor ``scale`` of shape ``()`` or ``(1,)``.
+    A fitted head is an entry of kind ``temperature`` in the manifest's ``heads`` that names the bank; its
+    file is safetensors with one float32 tensor ``scale`` of shape ``()`` or ``(1,)``.
 
     Raises:
         BundleError: the file is damaged or holds another tensor.

@@ -1,11 +1,12 @@
 """Label banks: labels × prompt templates as unit embeddings, encoded once and kept.
 
-The embedding of a label is ``normalise(mean over phrases(normalise(mean over templates(e))))``, ``e`` the unit
-embeddings of the text tower. The phrases are the name and its synonyms (each put into every template) and the
-descriptions (as they stand). With one phrase this is CLIP's prompt ensembling (Radford et al. 2021, §3.1.4);
-averaging phrases after normalising them gives each the same weight, however its templates agree.
+The embedding of a label is ``normalise(mean over phrases(normalise(mean over templates(e))))``, ``e`` the
+unit embeddings of the text tower. The phrases are the name and its synonyms (each put into every template)
+and the descriptions (as they stand). With one phrase this is CLIP's prompt ensembling (Radford et al. 2021,
+§3.1.4); averaging phrases after normalising them gives each the same weight, however its templates agree.
 
-**Bank file.** Safetensors with a tensor ``embeddings``, ``(N, E)`` float16 or float32, unit rows, and metadata:
+**Bank file.** Safetensors with a tensor ``embeddings``, ``(N, E)`` float16 or float32, unit rows, and
+metadata:
 
 ============== =========================================================================================
 ``format``     ``edgeclip-label-bank``
@@ -303,7 +304,7 @@ def build_bank(
     encoder: Encoder,
     *,
     store: LabelStore | None = None,
-    known: LabelBank | None = None,
+    known: Callable[[], LabelBank | None] | None = None,
     on_progress: Callable[[BankProgress], None] | None = None,
     clock: Clock | None = None,
 ) -> LabelBank:
@@ -316,7 +317,8 @@ def build_bank(
         templates: prompt templates.
         encoder: texts to embeddings; not asked when every label is found.
         store: vectors kept on this host.
-        known: a finished bank; its rows count for equal labels when templates and tower are the same.
+        known: gives a finished bank, whose rows count for equal labels when templates and tower are the same;
+            asked only where the store does not hold the whole bank.
         on_progress: called after each batch.
         clock: where tokenizing and the text tower are timed.
     """
@@ -329,13 +331,8 @@ def build_bank(
         return cached
     keys = [label_key(label, templates, digest) for label in labels.labels]
     found = StoredVectors() if store is None else store.vectors(keys)
-    if known is not None and known.tower == digest and known.templates.digest == templates.digest:
-        rows = {label_key(label, templates, digest): row for row, label in enumerate(known.labels.labels)}
-        for key in keys:
-            if key in rows and key not in found.embeddings:
-                found.embeddings[key] = known.embeddings[rows[key]]
-                if known.names[rows[key]] in known.truncated:
-                    found.truncated.add(key)
+    if known is not None and len(found.embeddings) < len(labels):
+        _take_known(known(), keys, templates, digest, found)
     missing = {
         key: label for key, label in zip(keys, labels.labels, strict=True) if key not in found.embeddings
     }
@@ -354,6 +351,20 @@ def build_bank(
     if store is not None:
         store.put_bank(bank_key, bank.to_bytes())
     return bank
+
+
+def _take_known(
+    known: LabelBank | None, keys: Sequence[bytes], templates: Templates, tower: str, found: StoredVectors
+) -> None:
+    """Add the rows of a finished bank that stand for ``keys`` to ``found``."""
+    if known is None or known.tower != tower or known.templates.digest != templates.digest:
+        return
+    rows = {label_key(label, templates, tower): row for row, label in enumerate(known.labels.labels)}
+    for key in keys:
+        if key in rows and key not in found.embeddings:
+            found.embeddings[key] = known.embeddings[rows[key]]
+            if known.names[rows[key]] in known.truncated:
+                found.truncated.add(key)
 
 
 def label_key(label: Label, templates: Templates, tower: str) -> bytes:

@@ -102,9 +102,9 @@ class TextEncoder:
         return embeddings, truncated
 
     def close(self) -> None:
-        """Close the text tower; the next text opens it again."""
+        """Close tokenizer and text tower; the next text opens them again."""
         with self._lock:
-            session, self._session = self._session, None
+            session, self._session, self._tokenizer = self._session, None, None
             if session is not None:
                 session.close()
 

@@ -1,0 +1,700 @@
+"""ZeroShotClassifier: pictures in, ranked labels out; the facade over bundle, towers and heads.
+
+    >>> with ZeroShotClassifier.open() as classifier:
+    ...     classifier.set_labels(["cat", "dog", "car"])
+    ...     best = classifier.classify("photo.jpg")[0]
+    ...     best.label, best.score, best.similarity
+
+It knows no result files, no command line and no network; it prints nothing, installs no signal handlers and
+changes no setting of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from time import perf_counter_ns
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast, overload
+
+import numpy as np
+
+from .bundle import Bundle
+from .cache import HostCache
+from .errors import BackendError, BundleError, ConfigError, EdgeClipError, InputError
+from .heads import Head, rank, temperature_head
+from .label_sets import Label, LabelSet, Templates
+from .label_store import LabelStore
+from .labels import BankProgress, LabelBank, build_bank
+from .preprocess import Preprocess
+from .runtime.choose import choose_variant
+from .runtime.host import Host, usable_cores
+from .runtime.latency import NO_CLOCK
+from .runtime.session import RuntimeOptions, open_session
+from .text_encoder import TextEncoder, text_variant
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .preprocess import Channels, ImageSource
+    from .runtime.choose import VariantChoice
+    from .runtime.latency import Clock
+    from .runtime.session import OpenSession, Placement
+
+__all__ = ["Embedded", "Outcome", "Prediction", "ZeroShotClassifier"]
+
+DEFAULT_TEMPLATES = "one"
+_DEFAULT_OPTIONS = RuntimeOptions()
+_CALL_BATCH = (
+    8  # pictures a tower call when a list is classified: more costs memory and gains nothing on a CPU
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One label offered for one picture.
+
+    Attributes:
+        label: name of the label.
+        score: what the head made of all similarities; for the temperature head the softmax over the labels.
+        similarity: cosine of picture and label.
+    """
+
+    label: str
+    score: float
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one picture of a stream: predictions, or the error that stands for them.
+
+    Attributes:
+        source: the picture as it was given.
+        predictions: best first; empty when there is an error.
+        error: why this picture could not be classified.
+        timing_ms: stages of this picture, batched ones divided by the batch; ``None`` without a clock.
+        batch: pictures that shared the tower call.
+    """
+
+    source: Any
+    predictions: tuple[Prediction, ...]
+    error: EdgeClipError | None
+    timing_ms: Mapping[str, float] | None
+    batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """What became of one picture of an embedding stream: see :class:`Outcome`."""
+
+    source: Any
+    embedding: NDArray[np.float32] | None  # (E,)
+    error: EdgeClipError | None
+    timing_ms: Mapping[str, float] | None
+    batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Active:
+    """The labels in force: one object, so that a swap is one assignment."""
+
+    bank: LabelBank
+    names: tuple[str, ...]
+    head: Head
+
+
+class ZeroShotClassifier:
+    """Classify pictures against labels that may change at run time.
+
+    Made by :meth:`open`. Safe to use from many threads at once: calls run side by side, and a change of
+    labels waits for nobody. Not usable in a process forked after opening; it says so.
+
+    Attributes:
+        bundle: the bundle.
+        choice: the variant in use, and why this one.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        choice: VariantChoice,
+        session: OpenSession,
+        *,
+        preprocess: Preprocess,
+        options: RuntimeOptions,
+        keep_text_tower: bool,
+        clock: Clock,
+    ) -> None:
+        self.bundle = bundle
+        self.choice = choice
+        self._session = session
+        self._preprocess = preprocess
+        self._exact = Preprocess(preprocess.spec) if preprocess.fast_decode else preprocess
+        self._options = options
+        self._keep_text_tower = keep_text_tower
+        self._clock = clock
+        self._active: _Active | None = None
+        self._default: LabelBank | None = None
+        self._encoder: TextEncoder | None = None
+        self._lock = threading.RLock()  # labels and text tower; never held while a picture is classified
+        self._process = os.getpid()
+        self._closed = False
+        (self._input,) = session.inputs
+        (self._output,) = session.outputs
+        self._size = (*bundle.manifest.preprocess.image_size_px, 3)
+        self._on_host = bundle.manifest.preprocess.applied == "host"
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle = "default",
+        *,
+        variant: str = "auto",
+        keep_text_tower: bool = False,
+        options: RuntimeOptions = _DEFAULT_OPTIONS,
+        fast_decode: bool = False,
+        clock: Clock = NO_CLOCK,
+    ) -> ZeroShotClassifier:
+        """Open a bundle for classification; its default labels are in force until others are set.
+
+        Args:
+            bundle: a directory, ``"default"`` for the embedded bundle, or an open bundle.
+            variant: name of a variant; ``"auto"`` is the first default one this host can run.
+            keep_text_tower: keep the text tower open between changes of labels; costs its memory.
+            options: backend, device, threads.
+            fast_decode: decode large JPEGs at reduced scale: faster, similarities move in the third digit.
+                Embeddings are exact whatever is chosen here.
+            clock: where stages are timed.
+
+        Raises:
+            BundleError: the bundle or variant cannot be used.
+            BackendError: no engine can run it here.
+        """
+        with clock.span("open"):
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            choice = choose_variant(opened, variant=variant, options=options)
+            session = open_session(choice.variant.tower("image"), options=options)
+            if len(session.inputs) != 1 or len(session.outputs) != 1:
+                session.close()
+                raise BundleError(
+                    f"{opened.where}: the image tower has inputs {sorted(session.inputs)} and outputs "
+                    f"{sorted(session.outputs)}, expected one of each."
+                )
+            return cls(
+                opened,
+                choice,
+                session,
+                preprocess=Preprocess(opened.manifest.preprocess, fast_decode=fast_decode),
+                options=options,
+                keep_text_tower=keep_text_tower,
+                clock=clock,
+            )
+
+    # -- labels ------------------------------------------------------------------------------------------
+
+    def set_labels(
+        self,
+        labels: LabelSet | LabelBank | Iterable[str | Label] | Mapping[str, Any],
+        *,
+        templates: Templates | str | Sequence[str] | None = None,
+        on_progress: Callable[[BankProgress], None] | None = None,
+    ) -> None:
+        """Offer these labels from now on; calls that are running finish with the old ones.
+
+        The text tower is opened only for labels whose embeddings are neither in the host cache nor in the
+        bundle's default bank, and closed again unless the classifier keeps it.
+
+        Args:
+            labels: names, a label set, or a finished bank.
+            templates: a built-in name, a template or a list; ``None`` takes those of the default bank.
+            on_progress: called after each batch of texts encoded.
+
+        Raises:
+            InputError: a label is empty, overlong or repeated; a bank of another embedding space.
+            ConfigError: templates that are unknown or have no place for the label.
+            BundleError: labels that must be encoded, and the bundle has no text tower.
+        """
+        self._check_usable()
+        if isinstance(labels, LabelBank):
+            self._activate(labels, None)
+            return
+        checked = LabelSet.of(labels)
+        chosen = self._default_templates() if templates is None else Templates.of(templates)
+        with self._lock:
+            self._activate(self._bank(checked, chosen, on_progress), None)
+
+    @property
+    def bank(self) -> LabelBank:
+        """The labels in force and their embeddings.
+
+        Raises:
+            ConfigError: no labels were set and the bundle brings none.
+        """
+        return self._labels_in_force().bank
+
+    @property
+    def score_kind(self) -> str:
+        """What ``Prediction.score`` is: ``"softmax"`` for the temperature head."""
+        return self._labels_in_force().head.score_kind
+
+    @property
+    def placement(self) -> Placement:
+        """Where the image tower runs, and why."""
+        return self._session.chosen
+
+    @property
+    def text_tower_runs(self) -> int:
+        """How often the text tower has run for this classifier; 0 when every label was cached."""
+        return 0 if self._encoder is None else self._encoder.runs
+
+    def label_warnings(self) -> list[str]:
+        """Return sentences on labels that the model probably does not know, and on labels that were cut."""
+        from .words import WordList, label_warnings
+
+        bank = self.bank
+        files = self.bundle.manifest.tokenizer
+        words = None if files is None or files.words is None else WordList(self.bundle.read(files.words))
+        warnings = label_warnings(bank.names, self.bundle.manifest.model.languages, _Knows(words))
+        if bank.truncated:
+            warnings.append(
+                f"{len(bank.truncated)} of {len(bank)} labels are too long for the text tower and were cut, "
+                f"first {bank.truncated[0][:40]!r}."
+            )
+        return warnings
+
+    # -- pictures ----------------------------------------------------------------------------------------
+
+    @overload
+    def classify(
+        self, images: ImageSource, *, top_k: int = ..., channels: Channels = ...
+    ) -> list[Prediction]: ...
+    @overload
+    def classify(
+        self, images: Iterable[ImageSource], *, top_k: int = ..., channels: Channels = ...
+    ) -> list[list[Prediction]]: ...
+    def classify(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        channels: Channels = "rgb",
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """Return the best labels of a picture, or of each picture of an iterable.
+
+        Args:
+            images: a path, the bytes of a file, a PIL picture or a uint8 array ``(H, W, 3)``; or an iterable
+                of them, such as an array ``(B, H, W, 3)``.
+            top_k: labels a picture, at least 1; fewer come back where fewer are offered.
+            channels: order of the colours in arrays.
+
+        Returns:
+            Predictions, best first; for an iterable one such list a picture.
+
+        Raises:
+            InputError: a picture cannot be read; that ends the call (:meth:`classify_stream` goes on).
+            BackendError: the tower failed, the classifier is closed, or the process was forked.
+        """
+        active, top_k = self._labels_in_force(), _checked_top_k(top_k)
+        if _is_one(images):
+            batch = self._pixels(images, channels, self._preprocess)[None]
+            return self._predict(self._embed(batch), active, top_k)[0]
+        results: list[list[Prediction]] = []
+        for batch in self._batches(images, channels, self._preprocess):
+            results += self._predict(self._embed(batch), active, top_k)
+        return results
+
+    def embed_images(
+        self, images: ImageSource | Iterable[ImageSource], *, channels: Channels = "rgb"
+    ) -> NDArray[np.float32]:
+        """Return unit embeddings, ``(E,)`` for one picture and ``(B, E)`` for an iterable; always exact.
+
+        Raises:
+            InputError: a picture cannot be read.
+            BackendError: the tower failed, the classifier is closed, or the process was forked.
+        """
+        self._check_usable()
+        if _is_one(images):
+            return self._embed(self._pixels(images, channels, self._exact)[None])[0]
+        rows = [self._embed(batch) for batch in self._batches(images, channels, self._exact)]
+        return (
+            np.concatenate(rows) if rows else np.empty((0, self.bundle.manifest.model.embed_dim), np.float32)
+        )
+
+    def embed_texts(self, texts: str | Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
+        """Return unit embeddings of texts without templates: ``(E,)`` for one, ``(B, E)`` for several.
+
+        Raises:
+            InputError: a text is longer than the context and ``truncate`` is off.
+            BundleError: the bundle has no text tower.
+        """
+        self._check_usable()
+        one = isinstance(texts, str)
+        several = [cast("str", texts)] if one else list(texts)
+        with self._lock:
+            encoder = self._text_encoder()
+            try:
+                embeddings, cut = encoder.encode(several, clock=self._clock)
+            finally:
+                if not self._keep_text_tower:
+                    encoder.close()
+        if cut.any() and not truncate:
+            row = int(np.argmax(cut))
+            raise InputError(
+                f"text {row} ({several[row][:40]!r}) is longer than the text tower reads. Shorten it or pass "
+                "`truncate=True`."
+            )
+        return embeddings[0] if one else embeddings
+
+    def classify_stream(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        channels: Channels = "rgb",
+        batch_size: int = 1,
+        workers: int | None = None,
+    ) -> Iterator[Outcome]:
+        """Yield an outcome for each picture, in order, decoding ahead while the tower runs.
+
+        A picture that cannot be read becomes an outcome with an error; the others go on. The labels in force
+        when the stream starts stay for its length.
+
+        Args:
+            images: pictures; drawn as they are needed, by the thread that consumes the stream, up to
+                ``batch_size + 2 · workers`` ahead.
+            top_k: labels a picture.
+            channels: order of the colours in arrays.
+            batch_size: pictures a tower call; the last one may be smaller.
+            workers: decoding threads; ``None`` is one for each usable core. Decoders and tower then share the
+                cores, and whichever is the bottleneck gets what the other leaves.
+        """
+        active, top_k = self._labels_in_force(), _checked_top_k(top_k)
+        timed = self._clock is not NO_CLOCK
+        for group in self._stream(images, channels, batch_size, workers, self._preprocess):
+            began = perf_counter_ns()
+            good = [item for item in group if item.embedding is not None]
+            rows: Iterator[list[Prediction]] = iter(())
+            if good:
+                rows = iter(
+                    self._predict(np.stack([cast("Any", item.embedding) for item in good]), active, top_k)
+                )
+            head_ms = (perf_counter_ns() - began) / 1e6 / max(len(good), 1)
+            for item in group:
+                timing_ms = (
+                    {**(item.timing_ms or {}), "head": head_ms} if timed and item.error is None else None
+                )
+                yield Outcome(
+                    item.source,
+                    tuple(next(rows)) if item.error is None else (),
+                    item.error,
+                    timing_ms,
+                    item.batch,
+                )
+
+    def embed_stream(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        channels: Channels = "rgb",
+        batch_size: int = 1,
+        workers: int | None = None,
+    ) -> Iterator[Embedded]:
+        """Yield the embedding of each picture, in order, as :meth:`classify_stream` does; always exact."""
+        self._check_usable()
+        for group in self._stream(images, channels, batch_size, workers, self._exact):
+            yield from group
+
+    def close(self) -> None:
+        """Close the towers. Calling it again does nothing; calls that are running finish."""
+        self._closed = True
+        self._session.close()
+        if self._encoder is not None:
+            self._encoder.close()
+
+    def __enter__(self) -> ZeroShotClassifier:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside: pictures --------------------------------------------------------------------------------
+
+    def _pixels(self, source: Any, channels: Channels, preprocess: Preprocess) -> NDArray[np.uint8]:
+        """Return the tower's input for one picture, ``(H, W, 3)`` uint8."""
+        # An array of the tower's own size is resized onto itself: it goes through as it is.
+        if (
+            channels == "rgb"
+            and isinstance(source, np.ndarray)
+            and source.shape == self._size
+            and source.dtype == np.uint8
+        ):
+            return source
+        clock = self._clock
+        with clock.span("decode"):
+            image = preprocess.decode(source, channels=channels)
+        with clock.span("resize"):
+            return preprocess.resize(image)
+
+    def _batches(
+        self, images: Any, channels: Channels, preprocess: Preprocess
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield tower inputs ``(b, H, W, 3)`` of at most ``_CALL_BATCH`` pictures."""
+        ready = isinstance(images, np.ndarray) and images.shape[1:] == self._size and images.dtype == np.uint8
+        if ready and channels == "rgb":
+            for start in range(0, len(images), _CALL_BATCH):
+                yield images[start : start + _CALL_BATCH]
+            return
+        if not isinstance(images, Iterable):
+            # one picture of a kind nobody knows: the decoder's message names what is possible
+            yield self._pixels(images, channels, preprocess)[None]
+            return
+        source = iter(images)
+        while group := list(islice(source, _CALL_BATCH)):
+            yield np.stack([self._pixels(each, channels, preprocess) for each in group])
+
+    def _embed(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return ``(B, E)`` float32 unit embeddings of tower inputs ``(B, H, W, 3)``."""
+        if os.getpid() != self._process:
+            self._check_usable()
+        feed: NDArray[Any] = self._preprocess.normalize(batch) if self._on_host else batch
+        with self._clock.span("image_tower", batch=len(batch)):
+            embeddings: NDArray[np.float32] = self._session.run({self._input: feed})[self._output]
+        return embeddings
+
+    def _predict(
+        self, embeddings: NDArray[np.float32], active: _Active, top_k: int
+    ) -> list[list[Prediction]]:
+        with self._clock.span("head", batch=len(embeddings)):
+            ranking = rank(embeddings, active.bank.embeddings, active.head, top_k=top_k)
+            if ranking.score[0, 0] != ranking.score[0, 0]:
+                raise BackendError(
+                    f"{self.bundle.where}: the image tower gave no numbers; run `edgeclip verify`."
+                )
+            names = active.names
+            return [
+                [Prediction(names[row], score, cosine) for row, score, cosine in zip(*columns, strict=True)]
+                for columns in zip(
+                    ranking.rows.tolist(), ranking.score.tolist(), ranking.similarity.tolist(), strict=True
+                )
+            ]
+
+    def _stream(
+        self,
+        images: Iterable[ImageSource],
+        channels: Channels,
+        batch_size: int,
+        workers: int | None,
+        preprocess: Preprocess,
+    ) -> Iterator[list[Embedded]]:
+        """Yield groups of ``batch_size`` pictures, embedded, in order.
+
+        Threads decode (Pillow lets the GIL go), the consuming thread runs the tower. No core is idle
+        as long as pictures wait on either side, so the time is the total work divided by the cores.
+        """
+        if batch_size < 1 or (workers is not None and workers < 1):
+            raise ConfigError(f"batch_size is {batch_size} and workers {workers}, expected at least 1.")
+        workers = usable_cores() if workers is None else workers
+        source = iter(images)
+        pending: deque[tuple[Any, Future[_Decoded]]] = deque()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="edgeclip-decode")
+        try:
+            while True:
+                for image in islice(source, batch_size + 2 * workers - len(pending)):
+                    pending.append((image, pool.submit(self._decode, image, channels, preprocess)))
+                if not pending:
+                    return
+                group = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
+                yield self._embed_group([(image, future.result()) for image, future in group])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _decode(self, source: Any, channels: Channels, preprocess: Preprocess) -> _Decoded:
+        began = perf_counter_ns()
+        try:
+            with self._clock.span("decode"):
+                image = preprocess.decode(source, channels=channels)
+            decoded = perf_counter_ns()
+            with self._clock.span("resize"):
+                pixels = preprocess.resize(image)
+        except EdgeClipError as error:
+            return _Decoded(None, error, {})
+        ended = perf_counter_ns()
+        return _Decoded(pixels, None, {"decode": (decoded - began) / 1e6, "resize": (ended - decoded) / 1e6})
+
+    def _embed_group(self, group: list[tuple[Any, _Decoded]]) -> list[Embedded]:
+        good = [decoded.pixels for _, decoded in group if decoded.pixels is not None]
+        began = perf_counter_ns()
+        rows = iter(self._embed(np.stack(good)) if good else ())
+        tower_ms = (perf_counter_ns() - began) / 1e6 / max(len(good), 1)
+        return [
+            Embedded(source, None, decoded.error, None, len(good))
+            if decoded.pixels is None
+            else Embedded(source, next(rows), None, {**decoded.timing_ms, "image_tower": tower_ms}, len(good))
+            for source, decoded in group
+        ]
+
+    # -- inside: labels ----------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"this classifier was opened in process {self._process} and does not work in its fork "
+                f"{os.getpid()}. Open a classifier in each process."
+            )
+        if self._closed:
+            raise BackendError("this classifier is closed. Open it again with ZeroShotClassifier.open().")
+
+    def _labels_in_force(self) -> _Active:
+        self._check_usable()
+        active = self._active
+        if active is not None:
+            return active
+        with self._lock:
+            if self._active is None:
+                name = self.bundle.manifest.default_bank
+                bank = self._default_bank()
+                if bank is None:
+                    raise ConfigError(
+                        f"{self.bundle.where}: has no default labels; call set_labels() or pass --labels."
+                    )
+                self._activate(bank, name)
+            return cast("_Active", self._active)
+
+    def _activate(self, bank: LabelBank, name: str | None) -> None:
+        model = self.bundle.manifest.model
+        if bank.space not in ("", model.embedding_space):
+            raise InputError(
+                f"label bank of embedding space {bank.space[:12]!r}, but {self.bundle.where} is of "
+                f"{model.embedding_space[:12]!r}. Build the bank with this bundle."
+            )
+        if bank.embeddings.shape[1] != model.embed_dim:
+            raise InputError(
+                f"label bank of {bank.embeddings.shape[1]} dimensions, but {self.bundle.where} has "
+                f"{model.embed_dim}. Build the bank with this bundle."
+            )
+        self._active = _Active(bank, bank.names, temperature_head(self.bundle, name))
+
+    def _bank(
+        self, labels: LabelSet, templates: Templates, on_progress: Callable[[BankProgress], None] | None
+    ) -> LabelBank:
+        encoder = self._text_encoder_or_none()
+        if encoder is None:
+            return self._bank_without_text_tower(labels, templates)
+        try:
+            cache = HostCache.open(self.bundle.digest, Host.here().fingerprint())
+            return build_bank(
+                labels,
+                templates,
+                encoder,
+                store=LabelStore(cache, encoder.digest),
+                known=self._default_bank,
+                on_progress=on_progress,
+                clock=self._clock,
+            )
+        finally:
+            if not self._keep_text_tower:
+                encoder.close()
+
+    def _bank_without_text_tower(self, labels: LabelSet, templates: Templates) -> LabelBank:
+        """Return rows of the default bank; a slimmed bundle can offer nothing else."""
+        bank = self._default_bank()
+        rows = {} if bank is None else {label.name: row for row, label in enumerate(bank.labels.labels)}
+        missing = [label.name for label in labels.labels if label.name not in rows]
+        if bank is None or missing or templates.digest != bank.templates.digest:
+            what = (
+                f"label {missing[0]!r} is not in its bank"
+                if missing
+                else "these templates are not its bank's"
+            )
+            raise BundleError(
+                f"{self.bundle.where}: has no text tower, and {what}. Use a bundle with a text "
+                "tower, or build the bank there with `edgeclip labels build`."
+            )
+        chosen = [rows[label.name] for label in labels.labels]
+        return replace(bank, labels=labels, embeddings=bank.embeddings[chosen], truncated=())
+
+    def _text_encoder_or_none(self) -> TextEncoder | None:
+        if self._encoder is None:
+            variant = text_variant(self.bundle, self.choice.variant)
+            if variant is not None:
+                self._encoder = TextEncoder(self.bundle, variant, options=self._options)
+        return self._encoder
+
+    def _text_encoder(self) -> TextEncoder:
+        encoder = self._text_encoder_or_none()
+        if encoder is None:
+            raise BundleError(f"{self.bundle.where}: has no text tower, so it cannot encode texts.")
+        return encoder
+
+    def _default_templates(self) -> Templates:
+        manifest = self.bundle.manifest
+        entry = manifest.label_banks.get(manifest.default_bank or "")
+        if entry is None:
+            return Templates.of(DEFAULT_TEMPLATES)
+        if entry.templates == "custom":  # spelled out in the bank file alone
+            bank = self._default_bank()
+            if bank is not None:
+                return bank.templates
+        return Templates.of(entry.templates)
+
+    def _default_bank(self) -> LabelBank | None:
+        """Return the bundle's default bank, read at the first call."""
+        with self._lock:
+            name = self.bundle.manifest.default_bank
+            if self._default is None and name is not None:
+                entry = self.bundle.manifest.label_banks[name]
+                try:
+                    bank = LabelBank.from_bytes(
+                        self.bundle.read(entry.file), source=f"{self.bundle.where}: label bank {name!r}"
+                    )
+                except InputError as error:
+                    raise BundleError(str(error)) from error
+                encoder = self._text_encoder_or_none()
+                if encoder is not None and not bank.tower and entry.variant is not None:
+                    made_with = self.bundle.variant(entry.variant)
+                    same = made_with.tower_digest("text") == encoder.variant.tower_digest("text")
+                    bank = replace(bank, tower=encoder.digest) if same else bank
+                self._default = bank
+            return self._default
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    """One decoded picture on its way to the tower."""
+
+    pixels: NDArray[np.uint8] | None
+    error: EdgeClipError | None
+    timing_ms: dict[str, float]
+
+
+class _Knows:
+    """A word list for :func:`edgeclip.words.label_warnings`, without the tokenizer around it."""
+
+    def __init__(self, words: Any) -> None:
+        self.words = words
+
+
+def _is_one(images: Any) -> bool:
+    """Return whether this is one picture rather than an iterable of them."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)):
+        return True
+    # Whoever holds a PIL picture has imported PIL; nobody else should pay for it.
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(images, pil.Image)
+
+
+def _checked_top_k(top_k: int) -> int:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ConfigError(f"top_k: got {top_k!r}, expected a whole number of at least 1.")
+    return top_k

@@ -1,0 +1,82 @@
+"""Heads: the softmax at a temperature, ranking, and the scale that comes with a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.errors import BundleError
+from edgeclip.heads import TemperatureHead, rank, temperature_head
+from edgeclip.tensors import write_tensors
+
+
+def _unit(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
+    array = rng.standard_normal((rows, width)).astype(np.float32)
+    return array / np.linalg.norm(array, axis=1, keepdims=True)
+
+
+def test_scores_equal_torch_softmax() -> None:
+    torch = pytest.importorskip("torch")
+    similarity = np.random.default_rng(0).uniform(-1, 1, (5, 40)).astype(np.float32)
+    ours = TemperatureHead(37.5)(similarity)
+    theirs = torch.softmax(37.5 * torch.from_numpy(similarity), dim=-1).numpy()
+    # logits reach 75, whose float32 spacing of 8e-6 becomes the relative error of exp()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_the_similarities_given_are_left_alone() -> None:
+    similarity = np.ones((1, 3), np.float32)
+    TemperatureHead(10.0)(similarity)
+    assert similarity.tolist() == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 100.5, float("nan"), float("inf")])
+def test_a_scale_out_of_range_is_refused(scale: float) -> None:
+    with pytest.raises(BundleError, match=f"scale is {scale!r}"):
+        TemperatureHead(scale)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**31))
+def test_ranking_equals_a_full_sort(pictures: int, labels: int, top_k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    embeddings, bank = _unit(rng, pictures, 8), _unit(rng, labels, 8)
+    ranking = rank(embeddings, bank, TemperatureHead(20.0), top_k=top_k)
+    similarity = embeddings @ bank.T
+    expected = np.argsort(-similarity, axis=1, kind="stable")[:, :top_k]
+    assert ranking.rows.tolist() == expected.tolist()
+    assert ranking.similarity.tolist() == np.take_along_axis(similarity, expected, axis=1).tolist()
+
+
+def test_equal_similarities_keep_the_order_of_the_bank() -> None:
+    bank = np.tile(np.eye(1, 4, dtype=np.float32), (3, 1))
+    assert rank(bank[:1], bank, TemperatureHead(1.0), top_k=5).rows.tolist() == [[0, 1, 2]]
+
+
+def test_scores_are_over_all_labels_not_the_ones_returned() -> None:
+    bank = np.tile(np.eye(1, 4, dtype=np.float32), (10, 1))
+    ranking = rank(bank[:1], bank, TemperatureHead(5.0), top_k=2)
+    assert ranking.score.tolist() == [pytest.approx([0.1, 0.1])]
+
+
+def test_a_fitted_head_counts_for_its_bank_alone(tiny_bundle: Path) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        file = writer.add("heads/fitted.safetensors", write_tensors({"scale": np.array([7.5], np.float32)}))
+        writer.manifest["heads"]["temperature"]["file"] = file
+        bundle = writer.commit()
+    assert temperature_head(bundle, "colours").scale == 7.5
+    assert temperature_head(bundle, None).scale == bundle.manifest.model.scale == 20.0
+
+
+def test_a_head_file_without_a_scale_is_named(tiny_bundle: Path) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        file = writer.add("heads/odd.safetensors", write_tensors({"weight": np.zeros(3, np.float32)}))
+        writer.manifest["heads"]["temperature"]["file"] = file
+        writer.commit()
+    with pytest.raises(BundleError, match=r"head 'temperature'.*'scale'.*weight"):
+        temperature_head(Bundle.open(tiny_bundle), "colours")
