@@ -110,10 +110,10 @@ class OrtEngine:
 def import_onnxruntime() -> Any:
     """Return the module ``onnxruntime`` with its telemetry off. Import it this way, and in no other.
 
-    On Linux, macOS and Windows onnxruntime 1.31 starts an uploader thread and writes a device identifier below
-    the user's cache directory *while it is imported*; the call that disables events comes too late for them,
-    and a process that forks afterwards hangs at exit. The environment variable is read at import and stays set,
-    for processes started from here.
+    On Linux, macOS and Windows onnxruntime 1.31 starts an uploader thread and writes a device identifier
+    below the user's cache directory *while it is imported*; the call that disables events comes too late for
+    them, and a process that forks afterwards hangs at exit. The environment variable is read at import and
+    stays set, for processes started from here.
 
     Raises:
         BackendUnavailableError: it is not installed or does not import.
