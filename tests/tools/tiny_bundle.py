@@ -57,6 +57,8 @@ def make_tiny_bundle(
     variants: tuple[str, ...] = ("onnx-int8", "onnx-fp32"),
     text_tower: bool = True,
     seed: int = 0,
+    pictures: int = 16,
+    width: int = 24,
 ) -> Bundle:
     """Write a tiny bundle and return it opened.
 
@@ -65,8 +67,10 @@ def make_tiny_bundle(
         variants: ``onnx-fp32``, ``onnx-int8`` or both, in the order of ``default_variants``.
         text_tower: without, neither text tower nor tokenizer is in it, as in a slimmed bundle.
         seed: another seed is another model.
+        pictures: how many golden pictures, at most 16.
+        width: of the text tower's token table, which is most of the bundle.
     """
-    model = _TinyModel(seed)
+    model = _TinyModel(seed, width)
     space = embedding_space(model.digest, PreprocessSpec(image_size_px=(SIDE_PX, SIDE_PX)))
     templates = Templates.of("one")
     names = tuple(COLOURS)
@@ -74,7 +78,7 @@ def make_tiny_bundle(
     tokens = model.tokenizer(texts)
     text = _run(model.text_graph(), "tokens", tokens)
     bank = LabelBank(LabelSet.of(names), text, templates, space=space)
-    images = np.stack([colour_picture(name, seed=number) for number in (1, 2) for name in names])
+    images = np.stack([colour_picture(name, seed=number) for number in (1, 2) for name in names][:pictures])
     float_embedding = _run(model.image_graph(), "image", images)
     golden = {
         "images": images,
@@ -156,14 +160,14 @@ def make_tiny_bundle(
 class _TinyModel:
     """Weights of both towers, drawn from a seed; the image projection fitted to the names of the colours."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, width: int) -> None:
         rng = np.random.default_rng(seed)
         corpus = [f"a photo of {name}" for name in COLOURS for _ in range(3)]
         self.tokenizer: Tokenizer = train_bpe(
             corpus, vocab_size=600, context_length=CONTEXT_LENGTH
         ).with_words(build_words(corpus))
-        self.table = rng.normal(0, 1, (self.tokenizer.vocab_size, 24)).astype(np.float32)
-        self.text_projection = rng.normal(0, 0.2, (24, EMBED_DIM)).astype(np.float32)
+        self.table = rng.normal(0, 1, (self.tokenizer.vocab_size, width)).astype(np.float32)
+        self.text_projection = rng.normal(0, 0.2, (width, EMBED_DIM)).astype(np.float32)
         self.text_bias = np.zeros(EMBED_DIM, np.float32)
         self._centre_text()
         self.kernel = rng.normal(0, 0.35, (_FEATURES, 3, 3, 3)).astype(np.float32)
