@@ -7,6 +7,7 @@ only regular files that match a pattern, with limits on number and size, and eve
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
@@ -15,19 +16,26 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from edgeclip.errors import InputError
 
 __all__ = ["Limits", "read_members", "safe_name"]
 
 _AR_MAGIC, _AR_HEADER_BYTES = b"!<arch>\n", 60
-# deb(5): the tarball's suffix names its compression. Python reads zst from 3.14 on only; Debian's own are xz.
-_DEB_MODES = {"": "r|", ".gz": "r|gz", ".bz2": "r|bz2", ".xz": "r|xz", ".lzma": "r|xz"}
+# By the tarball's suffix. Python reads zst from 3.14 on only; Debian's own packages are xz.
+_DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
+    "": lambda stream: stream,
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".lzma": lzma.open,
+}
 _RCC_MAGIC, _RCC_COMPRESSED, _RCC_FOLDER, _RCC_ZSTD = b"qres", 1, 2, 4
 
 
@@ -119,16 +127,19 @@ def read_members(
 def _translated(archive: Path) -> Iterator[None]:
     try:
         yield
+    except InputError:
+        raise
     except (
         tarfile.TarError,
         zipfile.BadZipFile,
-        gzip.BadGzipFile,
         lzma.LZMAError,
         zlib.error,
         struct.error,
         EOFError,
-        UnicodeDecodeError,
-        NotImplementedError,
+        OSError,  # zipfile seeks to wherever a damaged directory points
+        ValueError,
+        OverflowError,
+        RuntimeError,
         _DamagedError,
     ) as error:
         raise InputError(
@@ -144,7 +155,7 @@ class _DamagedError(Exception):
 class _Reader:
     """Defers reading one member until its name was looked at."""
 
-    def __init__(self, stream: BinaryIO, size: int) -> None:
+    def __init__(self, stream: AbstractContextManager[IO[bytes]], size: int) -> None:
         self._stream, self._size = stream, size
 
     def __call__(self) -> bytes:
@@ -165,11 +176,11 @@ def _entries(archive: Path) -> Iterator[_Entry]:
             yield from _zip_entries(file)
     elif name.endswith(".deb"):
         with archive.open("rb") as stream:
-            data, mode = _deb_data(stream, archive.stat().st_size)
-            yield from _tar_entries(data, mode)
+            data, suffix = _deb_data(stream, archive.stat().st_size)
+            yield from _tar_entries(data, suffix)
     elif name.endswith((".tgz", ".tar")) or ".tar." in name:
         with archive.open("rb") as stream:
-            yield from _tar_entries(stream, "r|*")
+            yield from _tar_entries(stream, ".gz" if name.endswith(".tgz") else name.rpartition(".tar")[2])
     else:
         raise _DamagedError("expected a name that ends in .whl, .zip, .tgz, .tar, .tar.* or .deb")
 
@@ -181,34 +192,56 @@ def _zip_entries(file: zipfile.ZipFile) -> Iterator[_Entry]:
             continue
         if info.flag_bits & 1:
             raise _DamagedError(f"member {info.filename!r} is encrypted")
-        yield info.filename, info.file_size, _Reader(_OpenLater(file, info), info.file_size)  # type: ignore[arg-type]
+        yield info.filename, info.file_size, _Reader(_OpenLater(file, info), info.file_size)
 
 
-class _OpenLater:
+class _OpenLater(AbstractContextManager[IO[bytes]]):
     """A zip member, opened on entry so that members nobody wants cost nothing."""
 
     def __init__(self, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         self._file, self._info = file, info
 
-    def __enter__(self) -> BinaryIO:
+    def __enter__(self) -> IO[bytes]:
         self._stream = self._file.open(self._info)
-        return self._stream  # type: ignore[return-value]
+        return self._stream
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
 
-def _tar_entries(stream: BinaryIO, mode: str) -> Iterator[_Entry]:
-    with tarfile.open(fileobj=stream, mode=mode) as file:  # type: ignore[call-overload]
+def _tar_entries(compressed: BinaryIO, suffix: str) -> Iterator[_Entry]:
+    if suffix not in _DECOMPRESSORS:
+        raise _DamagedError(f"its files are in a tarball '*{suffix}', a compression not read here")
+    stream = _Tail(_DECOMPRESSORS[suffix](compressed))
+    with tarfile.open(fileobj=cast("BinaryIO", stream), mode="r|") as file:
         for member in file:
             if not member.isreg():  # folders come with their files; links and devices are nobody's data
                 continue
-            content = file.extractfile(member)
+            content = cast("BinaryIO", file.extractfile(member))
             yield member.name, member.size, _Reader(content, member.size)
+    # tarfile takes a file that was cut off between two members for a complete one. Reading on to the
+    # last byte also compares the compressed stream's own checksum.
+    while stream.read(1 << 20):
+        pass
+    if stream.tail.strip(b"\0") or len(stream.tail) < tarfile.BLOCKSIZE:
+        raise _DamagedError("the tarball has no end")
+
+
+class _Tail:
+    """A stream that remembers the last block it gave: zeros, if a tarball ended where it should."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.tail = b""
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.tail = (self.tail + data)[-tarfile.BLOCKSIZE :]
+        return data
 
 
 def _deb_data(stream: BinaryIO, size: int) -> tuple[BinaryIO, str]:
-    """Return the package's tarball of files and how to open it (deb(5), ar(5))."""
+    """Return the package's tarball of files and the suffix that names its compression (deb(5), ar(5))."""
     if stream.read(len(_AR_MAGIC)) != _AR_MAGIC:
         raise _DamagedError("it does not start like a Debian package")
     position = len(_AR_MAGIC)
@@ -223,12 +256,7 @@ def _deb_data(stream: BinaryIO, size: int) -> tuple[BinaryIO, str]:
         if start + length > size:
             raise _DamagedError(f"member {name!r} ends after the file does")
         if name.startswith("data.tar"):
-            mode = _DEB_MODES.get(name[len("data.tar") :])
-            if mode is None:
-                raise _DamagedError(
-                    f"its files are in {name!r}, a compression Python does not read everywhere"
-                )
-            return _Window(stream, start, length), mode  # type: ignore[return-value]
+            return cast("BinaryIO", _Window(stream, start, length)), name[len("data.tar") :]
         position = start + length + length % 2
     raise _DamagedError("it has no member 'data.tar'")
 
