@@ -44,6 +44,11 @@ DEFAULT_MAX_PIXELS = 178_956_970
 # differently is averaged away by the resize that follows (benchmarks/fast_decode.py).
 _DRAFT_MARGIN = 2
 
+# A large file that claims more pixels a byte has a damaged header or is a decompression bomb: of blank pictures
+# JPEG reaches 255, 8-bit PNG 1,029, GIF 1,336. Lossless WebP and bilevel ones reach more, and may while small.
+_MAX_PIXELS_PER_BYTE = 2000
+_SMALL_PIXELS = 50_000_000
+
 # Scans of a progressive JPEG cost a pass over the whole picture each; cameras and encoders write about ten.
 _MAX_JPEG_SCANS = 100
 
@@ -383,6 +388,7 @@ def _decode_stream(
     """Decode a picture file from its header to upright RGB."""
     image = _open_picture(stream, name)
     _check_pixels(name, *image.size, max_pixels)
+    _check_density(stream, image, name)
     if image.format != "JPEG":
         image.load()
         # after loading: PNG may store EXIF behind the pixels, newer Pillow has turned a TIFF and then says 1
@@ -421,6 +427,17 @@ def _reduced(
         height - cut.get("bottom", 0.0),
     )
     return _Reduced(stored if orientation < 5 else stored[::-1], box)
+
+
+def _check_density(stream: IO[bytes], image: Image.Image, name: str) -> None:
+    """Refuse a small file that claims a large picture, before seconds and gigabytes go into it."""
+    pixels = image.width * image.height
+    size_bytes = stream.seek(0, os.SEEK_END)
+    if pixels > _SMALL_PIXELS and pixels > _MAX_PIXELS_PER_BYTE * size_bytes:
+        raise InputError(
+            f"{name}: claims {image.width} x {image.height} pixels in {size_bytes} bytes; expected at most "
+            f"{_MAX_PIXELS_PER_BYTE} a byte above {_SMALL_PIXELS} pixels. Check or replace the file."
+        )
 
 
 def _check_scans(stream: IO[bytes], name: str) -> None:

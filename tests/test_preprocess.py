@@ -385,6 +385,13 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
     assert decode_image(photo(), max_pixels=2867).size == (61, 47)
 
 
+def test_a_small_file_that_claims_a_large_picture_is_refused() -> None:
+    assert_one_line_error(png_header(9000, 9000), "claims 9000 x 9000 pixels in 41 bytes", seconds=1)
+    flat = encoded(Image.new("1", (9000, 5000)), "PNG")  # a blank page stays welcome
+    assert len(flat) < 45_000
+    assert decode_image(flat).size == (9000, 5000)
+
+
 def test_pillows_own_limit_stays_untouched_and_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Image, "MAX_IMAGE_PIXELS", 2000
