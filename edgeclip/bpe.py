@@ -241,8 +241,9 @@ def _sides(body: bytes, text: str) -> list[str]:
     in_turn = len(separators) % 2 == 0 and bool(
         np.all(separators[0::2] == ord(" ")) and np.all(separators[1::2] == ord("\n"))
     )
-    # As many sides as separators: no side is empty and nothing else parts them.
-    if in_turn and len(sides) == len(separators) and (not body or body.endswith(b"\n")):
+    # As many sides as separators and nothing lost: no side is empty, and no other space parts them.
+    complete = len(sides) == len(separators) and len("".join(sides)) + len(separators) == len(text)
+    if in_turn and complete and (not body or body.endswith(b"\n")):
         return sides
     for number, line in enumerate(text.split("\n")[:-1], start=2):
         parts = line.split(" ")

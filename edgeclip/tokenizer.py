@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["SpecialIds", "Tokenizer", "TokenizerConfig", "train_bpe"]
 
 _MAX_CONFIG_BYTES = 1 << 16
+_MAX_CONTEXT = 4096
 # Normalization takes time with the square of a run of combining marks: 16,384 of them cost 0.3 s.
 _MAX_CHARACTERS = 1 << 14
 _MAX_CACHED_WORDS = 1 << 15
@@ -161,7 +162,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     clean: tuple[str, ...]
     pattern: str
     regex: str
-    context_length: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    context_length: int
     pooling: Literal["argmax", "last", "mask"]
     languages: tuple[str, ...]
 
@@ -170,12 +171,10 @@ def _read_config(data: bytes) -> TokenizerConfig:
     if len(data) > _MAX_CONFIG_BYTES:
         raise BundleError(f"tokenizer.json: got {len(data)} bytes, expected at most {_MAX_CONFIG_BYTES}.")
     try:
-        config = msgspec.json.decode(data, type=TokenizerConfig)
+        return msgspec.json.decode(data, type=TokenizerConfig)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BundleError(f"tokenizer.json: is no tokenizer of schema 1: {reason}.") from error
-    _check_names(config)
-    return config
 
 
 def _check_names(config: TokenizerConfig) -> None:
@@ -219,10 +218,10 @@ def _vocab_size(config: TokenizerConfig, pieces: int) -> int:
             f"tokenizer.json: pooling 'mask' got the padding id {special.pad}, a piece of text; "
             f"expected an id from {pieces} on."
         )
-    if config.context_length <= len(frame):
+    if not len(frame) < config.context_length <= _MAX_CONTEXT:
         raise BundleError(
-            f"tokenizer.json: a context length of {config.context_length} leaves no room beside {len(frame)} "
-            f"special ids; expected at least {len(frame) + 1}."
+            f"tokenizer.json: got a context length of {config.context_length}, expected {len(frame) + 1} "
+            f"(the special ids and one more) to {_MAX_CONTEXT}."
         )
     return pieces + len(beyond)
 
@@ -244,6 +243,7 @@ class Tokenizer:
     """
 
     def __init__(self, config: TokenizerConfig, merges: bytes, words: bytes | None = None) -> None:
+        _check_names(config)
         self.config = config
         self.words = None if words is None else WordList(words)
         self._merges = Merges(merges)

@@ -109,7 +109,7 @@ class WordList:
         return at < len(self._hashes) and int(self._hashes[at]) == wanted
 
     def knows(self, word: str) -> bool:
-        """Return whether a word, its singular or its plural is in the list. Single letters always are."""
+        """Return whether a word, its singular or its plural is in the list; an ASCII letter always is."""
         if len(word) == 1 and word.isascii():
             return True
         return any(form in self for form in _forms(word))
@@ -120,11 +120,12 @@ class WordList:
 
 
 def _forms(word: str) -> list[str]:
-    """Return a word, its plain plural, and the singulars its ending allows: cats, boxes, ponies."""
-    forms = [word]
+    """Return a word, its regular plurals, and the singulars its ending allows: cats, boxes, ponies."""
     if not word.isascii() or len(word) < 3:
-        return forms
-    forms.append(word + "s")
+        return [word]
+    forms = [word, word + "s", word + "es"]
+    if word.endswith("y"):
+        forms.append(word[:-1] + "ies")
     if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
         forms.append(word[:-1])
         if word.endswith("es"):
@@ -200,7 +201,8 @@ _RANGES: tuple[tuple[int, int, str], ...] = (
     (0x4E00, 0x9FFF, "han"),
     (0xA640, 0xA69F, "cyrillic"),
     (0xA720, 0xA7FF, "latin"),
-    (0xAC00, 0xD7A3, "hangul"),
+    (0xA960, 0xA97C, "hangul"),
+    (0xAC00, 0xD7FB, "hangul"),
     (0xF900, 0xFAFF, "han"),
     (0xFB1D, 0xFB4F, "hebrew"),
     (0xFB50, 0xFDFB, "arabic"),

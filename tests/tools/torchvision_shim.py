@@ -1,8 +1,8 @@
-"""Make torchvision importable beside a CPU build of torch, for comparisons with torchvision, open_clip and timm.
+"""Make torchvision importable beside a CPU build of torch, for comparisons with it, open_clip and timm.
 
-The wheels of torchvision are built against a CUDA torch; beside the CPU one their own extension does not load, and
-two operator schemas that the Python part mentions are missing. Declaring them is enough to import it: resizing,
-transforms and models work, and calling ``nms`` raises ``NotImplementedError``, as it should.
+The wheels of torchvision are built against a CUDA torch; beside the CPU one their own extension does not
+load, and two operator schemas that the Python part mentions are missing. Declaring them is enough to import
+it: resizing, transforms and models work, and calling ``nms`` raises ``NotImplementedError``, as it should.
 
 ``import torchvision_shim`` before the first import of torchvision, open_clip or timm, and only in tests that
 compare with one of them: it imports torch.
