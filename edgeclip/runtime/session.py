@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "DEFAULT_OPTIONS",
     "Backend",
     "Engine",
     "ModelFiles",
@@ -153,10 +154,6 @@ class RuntimeOptions:
             raise ConfigError("providers: got none, expected at least one name, or None to follow device.")
         if self.cache_dir is not None and not isinstance(self.cache_dir, Path):
             object.__setattr__(self, "cache_dir", Path(self.cache_dir))
-        if isinstance(self.allow, str):
-            raise ConfigError(
-                f"allow: got the text {self.allow!r}, expected a set such as {{{self.allow!r}}}."
-            )
         object.__setattr__(self, "allow", frozenset(self.allow))
         unknown = sorted(self.allow - _ALLOWABLE)
         if unknown:
@@ -176,6 +173,9 @@ class RuntimeOptions:
 
 
 _ALLOWABLE: Final = frozenset({"unsafe-isa", "unverified"})
+
+
+DEFAULT_OPTIONS: Final = RuntimeOptions()
 
 
 class Session(Protocol):
@@ -458,9 +458,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leak_all_in_child)
 
 
-def open_session(
-    tower: TowerFiles | Path | str, *, options: RuntimeOptions = RuntimeOptions()
-) -> OpenSession:
+def open_session(tower: TowerFiles | Path | str, *, options: RuntimeOptions = DEFAULT_OPTIONS) -> OpenSession:
     """Load one tower and return it ready to run.
 
     Args:

@@ -1,8 +1,9 @@
 """Percentiles and medians with intervals that hold for every distribution.
 
 The p-th percentile of n samples is the nearest rank, the ``⌈n·p/100⌉``-th smallest, so always a sample that
-occurred; it is given only where at least ten samples lie above it. Its interval is the pair of order statistics
-that covers the true quantile with the stated confidence (David & Nagaraja, Order Statistics, 3rd ed., §7.1).
+occurred; it is given only where at least ten samples lie above it. Its interval is the pair of order
+statistics that covers the true quantile with the stated confidence (David & Nagaraja, Order Statistics, 3rd
+ed., §7.1).
 All of it is for independent samples.
 """
 

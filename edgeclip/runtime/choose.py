@@ -1,0 +1,255 @@
+"""Which variant of a bundle this host runs, and opening its towers.
+
+``auto`` takes the tuned device profile where there is one, else the first of ``default_variants`` that this
+host can run and whose numbers were verified. What is passed over is returned with its reason: nothing is
+chosen silently. An int8 variant must first give the right answers on this host: int8 kernels differ between
+instruction sets, and saturate on some.
+
+The hook for tuned profiles is one entry of the host cache, ``profile.json``::
+
+    {"schema": 1, "variant": "onnx-int8"}
+
+It is written by whoever tunes, holds for one bundle on one kind of host, and is ignored when it is malformed
+or names a variant that cannot be run here. Unknown keys are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from edgeclip.cache import HostCache
+from edgeclip.errors import BackendError, BackendUnavailableError
+from edgeclip.runtime.host import Host, versions
+from edgeclip.runtime.session import (
+    DEFAULT_OPTIONS,
+    OpenSession,
+    RuntimeOptions,
+    open_session,
+    parse_device,
+    resolve_backend,
+)
+
+if TYPE_CHECKING:
+    from edgeclip.bundle import Bundle, Variant
+
+__all__ = ["GOLDEN_PICTURES", "PROFILE_NAME", "VariantChoice", "choose_variant", "open_tower", "unmet"]
+
+PROFILE_NAME: Final = "profile.json"
+GOLDEN_PICTURES: Final = 8
+
+# The distributions that carry the library of a backend.
+_DISTRIBUTIONS: Final = {
+    "ort": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt_rtx": ("tensorrt-rtx",),
+}
+_ENGINE_OF_FORMAT: Final = {
+    "onnx": ("ort",),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt_rtx"),
+}
+
+
+@dataclass(frozen=True)
+class VariantChoice:
+    """The variant to run.
+
+    Attributes:
+        variant: the variant.
+        reason: why this one, in words.
+        skipped: variants that come before it and were passed over, each with the reason.
+    """
+
+    variant: Variant
+    reason: str
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def choose_variant(
+    bundle: Bundle,
+    *,
+    variant: str = "auto",
+    options: RuntimeOptions = DEFAULT_OPTIONS,
+    host: Host | None = None,
+) -> VariantChoice:
+    """Choose the variant that this host runs. Opens no tower and imports no engine.
+
+    Args:
+        bundle: an open bundle.
+        variant: a name, or ``"auto"``.
+        options: backend and device must be able to run it; ``allow`` lifts guards.
+        host: instead of this machine.
+
+    Raises:
+        BundleError: there is no variant of that name.
+        BackendUnavailableError: the named variant cannot be run here, or none of the default ones can; the
+            message gives every reason.
+    """
+    host = host or Host.here()
+    if variant != "auto":
+        named = bundle.variant(variant)
+        problem = unmet(named, options=options, host=host)
+        if problem is not None:
+            raise BackendUnavailableError(
+                f"variant {variant!r} cannot be run here: {problem}. Choose another one or variant='auto'."
+            )
+        return VariantChoice(named, f"variant {variant} was asked for")
+    tuned = _tuned(bundle, options, host)
+    if tuned is not None:
+        return VariantChoice(tuned, "the tuned profile of this device names it")
+    skipped: list[tuple[str, str]] = []
+    names = bundle.manifest.default_variants or tuple(bundle.manifest.variants)
+    for name in names:
+        candidate = bundle.variant(name)
+        problem = unmet(candidate, options=options, host=host) or _unverified(candidate, options)
+        if problem is None:
+            reason = "first of the bundle's default variants"
+            return VariantChoice(
+                candidate, reason if not skipped else f"{reason} that runs here", tuple(skipped)
+            )
+        skipped.append((name, problem))
+    reasons = "; ".join(f"{name}: {problem}" for name, problem in skipped)
+    raise BackendUnavailableError(f"{bundle.where}: none of its variants can be run here ({reasons}).")
+
+
+def open_tower(
+    bundle: Bundle,
+    choice: VariantChoice | Variant,
+    tower: str,
+    options: RuntimeOptions = DEFAULT_OPTIONS,
+) -> OpenSession:
+    """Open a tower of the chosen variant; an int8 image tower proves itself first.
+
+    The first time an int8 variant is opened on a kind of host, eight golden pictures are run, and the host
+    cache is stamped. From then on this costs one small read.
+
+    Raises:
+        BundleError: files are missing or damaged.
+        BackendError: the engine cannot load it, or its answers on this host are wrong.
+    """
+    variant = choice.variant if isinstance(choice, VariantChoice) else choice
+    session = open_session(variant.tower(tower), options=options)
+    try:
+        if variant.entry.precision == "int8" and tower == "image":
+            _prove(bundle, variant, session)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | None:
+    """Return why a host cannot run a variant, ``None`` where it can."""
+    entry = variant.entry
+    if entry.format not in _ENGINE_OF_FORMAT:
+        return f"this edgeclip does not know the format {entry.format!r}"
+    try:
+        backend, _ = resolve_backend(entry.format, options)
+    except BackendUnavailableError as error:
+        return str(error).rstrip(".")
+    requires = entry.requires
+    if requires.isa_any and "unsafe-isa" not in options.allow:
+        offered = host.isa
+        if offered is None:
+            return f"it needs one of {_list(requires.isa_any)}, and this host does not tell what it has"
+        if not offered.intersection(requires.isa_any):
+            return (
+                f"it needs one of {_list(requires.isa_any)}, this host has {_list(sorted(offered)) or 'none'}"
+            )
+    if requires.engine is not None and backend in _ENGINE_OF_FORMAT[entry.format]:
+        installed = versions()
+        found = next((installed[name] for name in _DISTRIBUTIONS[backend] if name in installed), None)
+        fits = None if found is None else version_fits(found, requires.engine)
+        if fits is False:
+            return f"it needs {backend} {requires.engine}, this host has {found}"
+    if requires.compute_capability is not None and not host.gpus:
+        return f"it needs a GPU of capability {requires.compute_capability}, and no driver is loaded"
+    if parse_device(options.device)[0] == "cuda" and backend == "openvino":
+        return f"{backend} does not run on {options.device}"
+    return None
+
+
+def version_fits(version: str, spec: str) -> bool | None:
+    """Return whether a version meets a specification such as ``">=1.20,<2"``; ``None`` where not understood."""
+    have = _numbers(version)
+    for clause in spec.split(","):
+        match = re.fullmatch(r"\s*(>=|<=|==|!=|>|<)\s*(\d+(?:\.\d+)*)\s*", clause)
+        if match is None or have is None:
+            return None
+        want = _numbers(match[2]) or ()
+        width = max(len(have), len(want))
+        left, right = (numbers + (0,) * (width - len(numbers)) for numbers in (have, want))
+        holds = {
+            ">=": left >= right,
+            "<=": left <= right,
+            "==": left == right,
+            "!=": left != right,
+            ">": left > right,
+            "<": left < right,
+        }
+        if not holds[match[1]]:
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...] | None:
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else None
+
+
+def _unverified(variant: Variant, options: RuntimeOptions) -> str | None:
+    """Return why a variant may not be chosen by itself: some tower's numbers were never found right."""
+    if "unverified" in options.allow:
+        return None
+    for tower in sorted(variant.entry.towers):
+        parity = variant.entry.parity.get(tower)
+        if parity is None or parity.status != "passed":
+            return f"the numbers of its {tower} tower are not verified"
+    return None
+
+
+def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> Variant | None:
+    data = HostCache.open(bundle.digest, host.fingerprint()).get(PROFILE_NAME)
+    if data is None:
+        return None
+    try:
+        profile = json.loads(data)
+    except ValueError:
+        return None
+    if not isinstance(profile, dict) or profile.get("schema") != 1:
+        return None
+    name = profile.get("variant")
+    if not isinstance(name, str) or name not in bundle.manifest.variants:
+        return None
+    variant = bundle.variant(name)
+    return variant if unmet(variant, options=options, host=host) is None else None
+
+
+def _prove(bundle: Bundle, variant: Variant, session: OpenSession) -> None:
+    """Check eight golden pictures unless this kind of host has passed before."""
+    if bundle.manifest.golden is None:
+        return  # nothing to check against; `edgeclip verify` says so
+    placement = session.chosen
+    cache = HostCache.open(bundle.digest, Host.here().fingerprint())
+    stamp = f"golden-{variant.name}-{placement.backend}-{placement.device.replace(':', '')}.json"
+    if cache.get(stamp) is not None:
+        return
+    from edgeclip.runtime.parity import Golden, check_tower
+
+    result = check_tower(bundle, Golden.of(bundle), variant, "image", session, limit=GOLDEN_PICTURES)
+    if not result.passed:
+        others = [name for name in bundle.manifest.variants if name != variant.name]
+        instead = f"Open it with variant={others[0]!r}" if others else "Use another bundle"
+        raise BackendError(
+            f"variant {variant.name!r}: its answers on this host are wrong over {result.numbers.n} golden "
+            f"pictures: {'; '.join(map(str, result.failures))}. {instead}, and see `edgeclip verify`."
+        )
+    cache.put(stamp, json.dumps(result.numbers.to_dict()).encode())
+
+
+def _list(words: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(words)
