@@ -44,8 +44,9 @@ DEFAULT_MAX_PIXELS = 178_956_970
 # differently is averaged away by the resize that follows (benchmarks/fast_decode.py).
 _DRAFT_MARGIN = 2
 
-# A large file that claims more pixels a byte has a damaged header or is a decompression bomb: of blank pictures
-# JPEG reaches 255, 8-bit PNG 1,029, GIF 1,336. Lossless WebP and bilevel ones reach more, and may while small.
+# A large file that claims more pixels a byte has a damaged header or is a decompression bomb: of blank
+# pictures JPEG reaches 255, 8-bit PNG 1,029, GIF 1,336. Lossless WebP and bilevel ones reach more, and may
+# while small.
 _MAX_PIXELS_PER_BYTE = 2000
 _SMALL_PIXELS = 50_000_000
 
@@ -197,39 +198,35 @@ class Preprocess:
 
     def __call__(self, source: ImageSource, *, channels: Channels = "rgb") -> NDArray[np.uint8]:
         """Decode and resize: the ``(H, W, 3)`` uint8 RGB input of the tower. See `decode` and `resize`."""
-        return self.resize(self.decode(source, channels=channels), name=_name_of(source))
+        return self.resize(self.decode(source, channels=channels))
 
     def decode(self, source: ImageSource, *, channels: Channels = "rgb") -> Image.Image:
-        """Decode to a loaded RGB picture, at reduced scale where ``fast_decode`` allows: `decode_image`."""
-        return decode_image(
+        """Decode to a loaded RGB picture, at reduced scale where ``fast_decode`` allows.
+
+        Raises:
+            InputError: as `decode_image`; also where the picture is so narrow that its resized form would
+                exceed ``max_pixels``.
+        """
+        image = decode_image(
             source, channels=channels, draft_size_px=self._draft_size_px, max_pixels=self.max_pixels
         )
+        self._new_size(image, source)
+        return image
 
-    def resize(self, image: Image.Image, *, name: str = "picture") -> NDArray[np.uint8]:
+    def resize(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop to the size of the tower.
 
         Args:
             image: what `decode` returned (mode RGB).
-            name: what an error calls the picture.
 
         Returns:
             ``(H, W, 3)`` uint8 RGB, contiguous, owned by the caller.
-
-        Raises:
-            InputError: the picture is so narrow that its resized form would exceed ``max_pixels``.
         """
         from PIL import Image
 
         height, width = self.spec.image_size_px
+        new_height, new_width = self._new_size(image, image)
         reduced: _Reduced | None = image.info.get(_REDUCED_KEY)
-        full_width, full_height = reduced.full_size_px if reduced else image.size
-        new_height, new_width = _resized_size(full_height, full_width, self.spec)
-        if new_height * new_width > self.max_pixels:
-            raise InputError(
-                f"{name}: its sides of {full_width} x {full_height} px are too unequal: resized to "
-                f"{new_width} x {new_height} px it would exceed the limit of {self.max_pixels} pixels. "
-                f"Cut it into squarer pieces."
-            )
         resample = (
             Image.Resampling.BICUBIC if self.spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
         )
@@ -240,6 +237,19 @@ class Preprocess:
         if (new_height, new_width) != (height, width):
             resized = resized.crop((left, top, left + width, top + height))
         return np.array(resized, dtype=np.uint8)
+
+    def _new_size(self, image: Image.Image, source: object) -> tuple[int, int]:
+        """Return ``(height, width)`` after resizing and before the crop; refuse what would explode."""
+        reduced: _Reduced | None = image.info.get(_REDUCED_KEY)
+        width, height = reduced.full_size_px if reduced else image.size
+        new_height, new_width = _resized_size(height, width, self.spec)
+        if new_height * new_width > self.max_pixels:
+            raise InputError(
+                f"{_name_of(source)}: its sides of {width} x {height} px are too unequal: resized to "
+                f"{new_width} x {new_height} px it would exceed the limit of {self.max_pixels} pixels. "
+                f"Cut it into squarer pieces."
+            )
+        return new_height, new_width
 
     def normalize(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scale to [0, 1], subtract mean, divide by std: for towers whose spec says ``applied == "host"``.
