@@ -33,10 +33,10 @@ from .label_sets import Label, LabelSet, Templates
 from .label_store import LabelStore
 from .labels import BankProgress, LabelBank, build_bank
 from .preprocess import Preprocess
-from .runtime.choose import choose_variant
+from .runtime.choose import choose_variant, open_tower
 from .runtime.host import Host, usable_cores
 from .runtime.latency import NO_CLOCK
-from .runtime.session import RuntimeOptions, open_session
+from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions
 from .text_encoder import TextEncoder, text_variant
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["Embedded", "Outcome", "Prediction", "ZeroShotClassifier"]
 
 DEFAULT_TEMPLATES = "one"
-_DEFAULT_OPTIONS = RuntimeOptions()
 _CALL_BATCH = (
     8  # pictures a tower call when a list is classified: more costs memory and gains nothing on a CPU
 )
@@ -146,6 +145,7 @@ class ZeroShotClassifier:
         self._lock = threading.RLock()  # labels and text tower; never held while a picture is classified
         self._process = os.getpid()
         self._closed = False
+        self._fresh = True  # no tower call yet
         (self._input,) = session.inputs
         (self._output,) = session.outputs
         self._size = (*bundle.manifest.preprocess.image_size_px, 3)
@@ -158,7 +158,7 @@ class ZeroShotClassifier:
         *,
         variant: str = "auto",
         keep_text_tower: bool = False,
-        options: RuntimeOptions = _DEFAULT_OPTIONS,
+        options: RuntimeOptions = DEFAULT_OPTIONS,
         fast_decode: bool = False,
         clock: Clock = NO_CLOCK,
     ) -> ZeroShotClassifier:
@@ -180,22 +180,23 @@ class ZeroShotClassifier:
         with clock.span("open"):
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             choice = choose_variant(opened, variant=variant, options=options)
-            session = open_session(choice.variant.tower("image"), options=options)
-            if len(session.inputs) != 1 or len(session.outputs) != 1:
-                session.close()
-                raise BundleError(
-                    f"{opened.where}: the image tower has inputs {sorted(session.inputs)} and outputs "
-                    f"{sorted(session.outputs)}, expected one of each."
-                )
-            return cls(
-                opened,
-                choice,
-                session,
-                preprocess=Preprocess(opened.manifest.preprocess, fast_decode=fast_decode),
-                options=options,
-                keep_text_tower=keep_text_tower,
-                clock=clock,
+        with clock.span("compile"):
+            session = open_tower(opened, choice, "image", options)
+        if len(session.inputs) != 1 or len(session.outputs) != 1:
+            session.close()
+            raise BundleError(
+                f"{opened.where}: the image tower has inputs {sorted(session.inputs)} and outputs "
+                f"{sorted(session.outputs)}, expected one of each."
             )
+        return cls(
+            opened,
+            choice,
+            session,
+            preprocess=Preprocess(opened.manifest.preprocess, fast_decode=fast_decode),
+            options=options,
+            keep_text_tower=keep_text_tower,
+            clock=clock,
+        )
 
     # -- labels ------------------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class ZeroShotClassifier:
     # -- pictures ----------------------------------------------------------------------------------------
 
     @overload
-    def classify(
+    def classify(  # type: ignore[overload-overlap]  # a str is an iterable of str, but one path to us
         self, images: ImageSource, *, top_k: int = ..., channels: Channels = ...
     ) -> list[Prediction]: ...
     @overload
@@ -321,7 +322,8 @@ class ZeroShotClassifier:
         """
         self._check_usable()
         if _is_one(images):
-            return self._embed(self._pixels(images, channels, self._exact)[None])[0]
+            single: NDArray[np.float32] = self._embed(self._pixels(images, channels, self._exact)[None])[0]
+            return single
         rows = [self._embed(batch) for batch in self._batches(images, channels, self._exact)]
         return (
             np.concatenate(rows) if rows else np.empty((0, self.bundle.manifest.model.embed_dim), np.float32)
@@ -466,7 +468,14 @@ class ZeroShotClassifier:
         if os.getpid() != self._process:
             self._check_usable()
         feed: NDArray[Any] = self._preprocess.normalize(batch) if self._on_host else batch
-        with self._clock.span("image_tower", batch=len(batch)):
+        if self._fresh:
+            self._fresh = False
+            with self._clock.span("first_run", batch=len(batch)):
+                return self._run(feed)
+        return self._run(feed)
+
+    def _run(self, feed: NDArray[Any]) -> NDArray[np.float32]:
+        with self._clock.span("image_tower", batch=len(feed)):
             embeddings: NDArray[np.float32] = self._session.run({self._input: feed})[self._output]
         return embeddings
 

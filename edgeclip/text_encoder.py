@@ -11,7 +11,8 @@ import numpy as np
 
 from .bundle import Bundle, Variant
 from .errors import BundleError
-from .runtime.session import RuntimeOptions, open_session
+from .runtime.latency import NO_CLOCK
+from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions, open_session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["TextEncoder", "open_tokenizer", "text_variant"]
 
 _BATCH = 64
-_DEFAULTS = RuntimeOptions()
 
 
 class TextEncoder:
@@ -40,7 +40,9 @@ class TextEncoder:
         runs: how often the text tower has run.
     """
 
-    def __init__(self, bundle: Bundle, variant: Variant, *, options: RuntimeOptions = _DEFAULTS) -> None:
+    def __init__(
+        self, bundle: Bundle, variant: Variant, *, options: RuntimeOptions = DEFAULT_OPTIONS
+    ) -> None:
         self.variant = variant
         self.space = bundle.manifest.model.embedding_space
         self.embed_dim = bundle.manifest.model.embed_dim
@@ -75,8 +77,6 @@ class TextEncoder:
             BundleError: the bundle has no tokenizer, or a damaged one.
             BackendError: the text tower does not load or run.
         """
-        from .runtime.latency import NO_CLOCK
-
         clock = NO_CLOCK if clock is None else clock
         with self._lock:
             session, tokenizer = self._open()

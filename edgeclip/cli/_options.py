@@ -1,0 +1,294 @@
+"""Options and small parts that the commands which run a model share."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from edgeclip.classify import ZeroShotClassifier
+    from edgeclip.labels import BankProgress, LabelBank, LabelSet, Templates
+    from edgeclip.runtime.session import RuntimeOptions
+
+__all__ = [
+    "SCHEMA",
+    "LabelChoice",
+    "ModelChoice",
+    "Notes",
+    "label_options",
+    "model_options",
+    "prepare_stdout",
+    "quiet_broken_pipe",
+    "read_paths",
+    "shown",
+]
+
+SCHEMA = 1
+BACKENDS = ("auto", "ort", "openvino", "tensorrt", "tensorrt_rtx", "eager")
+_BANK_SUFFIXES = (".safetensors", ".npy")
+_PICTURE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def model_options(command: _Command) -> _Command:
+    """Add the options that say which model runs where."""
+    for option in reversed(
+        (
+            click.option(
+                "--bundle",
+                default="default",
+                show_default=True,
+                metavar="DIR",
+                help="Bundle to use; 'default' is the embedded one.",
+            ),
+            click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
+            click.option(
+                "--backend",
+                type=click.Choice(BACKENDS),
+                default="auto",
+                show_default=True,
+                help="Inference engine.",
+            ),
+            click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+            click.option(
+                "--threads",
+                type=click.IntRange(min=1),
+                help="Threads of the towers.  [default: usable cores]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def label_options(command: _Command) -> _Command:
+    """Add the options that say which labels are offered."""
+    for option in reversed(
+        (
+            click.option(
+                "--labels", metavar="A,B,…", help="Labels, separated by commas; synonyms after '|'."
+            ),
+            click.option(
+                "--label-file",
+                type=click.Path(path_type=Path),
+                help="Labels: text, one a line; JSON; or a bank from 'labels build'.",
+            ),
+            click.option(
+                "--templates",
+                metavar="NAME|FILE",
+                help="Prompt templates: bare, one, openai-7, openai-80, zh, a file, or text with one {}.  "
+                "[default: the bundle's]",
+            ),
+            click.option(
+                "--language", metavar="CODE", help="Use the aliases of the labels in this language."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What :func:`model_options` were given."""
+
+    bundle: str
+    variant: str
+    backend: str
+    device: str
+    threads: int | None
+
+    def options(self) -> RuntimeOptions:
+        """Return them as runtime options."""
+        from edgeclip.runtime.session import RuntimeOptions
+
+        return RuntimeOptions(backend=self.backend, device=self.device, threads=self.threads)
+
+
+@dataclass(frozen=True)
+class LabelChoice:
+    """What :func:`label_options` were given."""
+
+    labels: str | None
+    label_file: Path | None
+    templates: str | None
+    language: str | None
+
+    def check(self, *, required: bool = False) -> None:
+        """Refuse combinations that mean nothing, before anything heavy is loaded."""
+        given = self.labels is not None or self.label_file is not None
+        if self.labels is not None and self.label_file is not None:
+            raise click.UsageError("--labels and --label-file cannot be given together.")
+        if required and not given:
+            raise click.UsageError("give --labels or --label-file.")
+        if not given and (self.templates or self.language):
+            raise click.UsageError("--templates and --language need --labels or --label-file.")
+        if self.is_bank and (self.templates or self.language):
+            raise click.UsageError("a label bank brings its own templates and language.")
+
+    @property
+    def is_bank(self) -> bool:
+        """Whether the label file is a finished bank."""
+        return self.label_file is not None and self.label_file.suffix.lower() in _BANK_SUFFIXES
+
+    def read(self) -> LabelSet | LabelBank | None:
+        """Return the labels, a finished bank, or ``None`` where none were given."""
+        from edgeclip.label_sets import parse_labels, read_labels
+
+        if self.labels is not None:
+            labels = parse_labels(self.labels)
+        elif self.label_file is None:
+            return None
+        elif self.is_bank:
+            from edgeclip.labels import LabelBank
+
+            return LabelBank.open(self.label_file)
+        else:
+            labels = read_labels(self.label_file)
+        return labels if self.language is None else labels.in_language(self.language)
+
+    def read_templates(self) -> Templates | None:
+        """Return the templates: a built-in name, a file, or a template itself."""
+        from edgeclip.label_sets import TEMPLATES, Templates
+
+        said = self.templates
+        if said is None:
+            return None
+        if said not in TEMPLATES and "{}" not in said and (Path(said).suffix or Path(said).exists()):
+            return Templates.read(said)
+        return Templates.of(said)
+
+    def apply(self, classifier: ZeroShotClassifier, notes: Notes) -> None:
+        """Set the labels of a classifier and say what there is to say about them."""
+        labels = self.read()
+        if labels is None:
+            count = len(classifier.bank)
+            notes.say(
+                f"no labels given, so the bundle's own {count:,} are used; "
+                'offer yours with --labels "cat,dog,car" or --label-file'
+            )
+            return
+        classifier.set_labels(labels, templates=self.read_templates(), on_progress=notes.on_encoding)
+        notes.done()
+        for warning in classifier.label_warnings():
+            notes.say(warning)
+
+
+class Notes:
+    """Remarks and progress on stderr; progress only where a person watches."""
+
+    _LONG_S = 5.0
+
+    def __init__(self) -> None:
+        self._watched = sys.stderr.isatty()
+        self._open_line = False
+        self._estimated = False
+
+    def say(self, text: str) -> None:
+        """Write one remark."""
+        self.done()
+        click.echo(f"edgeclip: {text}", err=True)
+
+    def progress(self, text: str) -> None:
+        """Rewrite the progress line."""
+        if self._watched:
+            # \x1b[K clears what a longer line left behind
+            click.echo(f"\r{text}\x1b[K", err=True, nl=False)
+            self._open_line = True
+
+    def done(self) -> None:
+        """End the progress line."""
+        if self._open_line:
+            click.echo("\r\x1b[K", err=True, nl=False)
+            self._open_line = False
+
+    def on_encoding(self, progress: BankProgress) -> None:
+        """Announce an encoding of labels that will take long, then show how far it is."""
+        remaining_s = progress.remaining_s or 0.0
+        if not self._estimated and remaining_s > self._LONG_S:
+            self.say(
+                f"encoding {progress.labels:,} labels ({progress.texts:,} texts) takes about "
+                f"{_duration(remaining_s)}; they are kept, and a run that is stopped continues there"
+            )
+        self._estimated = True
+        self.progress(
+            f"encoded {progress.labels_done:,} of {progress.labels:,} labels, {_duration(remaining_s)} left"
+        )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def read_paths(paths: Iterable[Path], paths_from: str | None) -> Iterator[Path]:
+    """Yield the pictures meant by paths and a list of paths; folders give all pictures below them."""
+    listed = () if paths_from is None else _listed(paths_from)
+    for path in chain(paths, listed):
+        if path.is_dir():
+            yield from _below(path)
+        else:
+            yield path  # what is no picture, or not there, is said when it is opened
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for directory, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            if Path(name).suffix.lower() in _PICTURE_SUFFIXES:
+                yield Path(directory, name)
+
+
+def _listed(paths_from: str) -> Iterator[Path]:
+    from edgeclip.errors import InputError
+
+    try:
+        with click.open_file(paths_from, "rb") as file:
+            for line in file:
+                name = os.fsdecode(line.rstrip(b"\r\n"))
+                if name:
+                    yield Path(name)
+    except OSError as error:
+        raise InputError(f"--paths-from {paths_from!r} cannot be read: {error.strerror}.") from error
+
+
+def shown(path: object) -> str:
+    """Return a path as text that terminals and JSON can carry: odd bytes and control characters escaped."""
+    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def prepare_stdout() -> None:
+    """Let names that the terminal's encoding lacks be escaped instead of ending the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def quiet_broken_pipe() -> None:
+    """Let the interpreter end in silence after the reader of stdout has gone (``| head``)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,233 @@
+"""How ``edgeclip classify`` writes results: for people, as JSON Lines, one JSON document, or CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+import click
+
+from ._options import SCHEMA, shown
+
+if TYPE_CHECKING:
+    from edgeclip.classify import Outcome, Prediction, ZeroShotClassifier
+    from edgeclip.runtime.latency import StageClock
+
+__all__ = ["FORMS", "Summary", "Writer", "timing_table"]
+
+
+class Summary:
+    """Counts and times of one run."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.pictures = 0
+        self.failed = 0
+
+    @property
+    def wall_ms(self) -> float:
+        """Since the first picture was asked for."""
+        return (time.perf_counter() - self._began) * 1e3
+
+
+class Writer(Protocol):
+    """Writes outcomes as they come, and what ends them."""
+
+    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+        """Write one picture; ``kept`` are the predictions above the least confidence."""
+        ...
+
+    def end(self, summary: Summary) -> None:
+        """Write what follows the last picture."""
+        ...
+
+
+class Lines:
+    """For people: a line a picture and its labels below, or all in one line for a single label."""
+
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
+        self._stream = stream
+        self._clock = clock
+
+    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+        """Write one picture."""
+        if outcome.error is not None:
+            return  # said on stderr
+        name = click.style(shown(outcome.source), bold=True)
+        if not kept:
+            self._write(f"{name}\n  (no label scored high enough)")
+        else:
+            rows = [f"  {each.score:6.1%}  {_label(each, first=not i)}" for i, each in enumerate(kept)]
+            self._write("\n".join([name, *rows]))
+
+    def end(self, summary: Summary) -> None:
+        """Write where the time went, if that was asked for."""
+        if self._clock is not None:
+            self._write("\n" + timing_table(self._clock, summary))
+
+    def _write(self, text: str) -> None:
+        click.echo(text, file=self._stream)
+
+
+def _label(prediction: Prediction, *, first: bool) -> str:
+    return click.style(prediction.label, fg="green") if first else prediction.label
+
+
+class JsonLines:
+    """One JSON object a picture."""
+
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
+        self._stream = stream
+        self._score_kind = classifier.score_kind
+
+    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+        """Write one object."""
+        document = {"schema": SCHEMA, "score_kind": self._score_kind, **picture_object(outcome, kept)}
+        self._stream.write(json.dumps(document, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def end(self, summary: Summary) -> None:
+        """Nothing follows."""
+
+
+class JsonDocument:
+    """One JSON document, written at the end."""
+
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
+        self._stream = stream
+        self._classifier = classifier
+        self._clock = clock
+        self._results: list[dict[str, Any]] = []
+
+    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+        """Keep one object."""
+        self._results.append(picture_object(outcome, kept))
+
+    def end(self, summary: Summary) -> None:
+        """Write the document."""
+        classifier, placement = self._classifier, self._classifier.placement
+        document = {
+            "schema": SCHEMA,
+            "score_kind": classifier.score_kind,
+            "model": classifier.bundle.manifest.model.name,
+            "embedding_space": classifier.bundle.manifest.model.embedding_space,
+            "variant": classifier.choice.variant.name,
+            "backend": placement.backend,
+            "device": placement.device,
+            "threads": placement.threads,
+            "labels": len(classifier.bank),
+            "results": self._results,
+            "pictures": summary.pictures,
+            "failed": summary.failed,
+            "wall_ms": round(summary.wall_ms, 3),
+        }
+        if self._clock is not None:
+            document["stages"] = stage_objects(self._clock)
+        self._stream.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+
+
+class Csv:
+    """CSV with a header; one row a label, or a row with an error."""
+
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
+        self._stream = stream
+        self._csv = csv.writer(stream, lineterminator="\n")
+        self._csv.writerow(["path", "rank", "label", "score", "similarity", "error"])
+
+    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+        """Write the rows of one picture."""
+        path = shown(outcome.source)
+        if outcome.error is not None:
+            self._csv.writerow([path, "", "", "", "", _one_line(outcome.error)])
+        for number, each in enumerate(kept, start=1):
+            row = [path, number, each.label, f"{each.score:.6g}", f"{each.similarity:.6g}", ""]
+            self._csv.writerow(row)
+        self._stream.flush()
+
+    def end(self, summary: Summary) -> None:
+        """Nothing follows."""
+
+
+FORMS: dict[str | None, Callable[[TextIO, ZeroShotClassifier, StageClock | None], Writer]] = {
+    None: Lines,
+    "json": JsonDocument,
+    "jsonl": JsonLines,
+    "csv": Csv,
+}
+
+
+def picture_object(outcome: Outcome, kept: tuple[Prediction, ...]) -> dict[str, Any]:
+    """Return the JSON object of one picture."""
+    path = shown(outcome.source)
+    if outcome.error is not None:
+        return {"path": path, "error": _one_line(outcome.error)}
+    document: dict[str, Any] = {
+        "path": path,
+        "predictions": [
+            {
+                "label": each.label,
+                "score": _rounded(each.score),
+                "similarity": _rounded(each.similarity),
+            }
+            for each in kept
+        ],
+    }
+    if outcome.timing_ms is not None:
+        document["timing_ms"] = {
+            **{stage: round(ms, 4) for stage, ms in outcome.timing_ms.items()},
+            "batch": outcome.batch,
+        }
+    return document
+
+
+def stage_objects(clock: StageClock) -> dict[str, Mapping[str, float]]:
+    """Return the stages of a clock as JSON objects."""
+    return {
+        name: {
+            "ms": round(stage.ms, 4),
+            "wall_ms": round(stage.wall_ms, 4),
+            "runs": stage.runs,
+            "items": stage.items,
+            "batch": stage.batch,
+        }
+        for name, stage in clock.totals().items()
+    }
+
+
+def timing_table(clock: StageClock, summary: Summary) -> str:
+    """Return the stages as an aligned table; cold-start phases first, the wall clock last."""
+    rows = [("stage", "ms each", "ms in all", "runs", "batch")]
+    for name, stage in clock.totals().items():
+        rows.append((name, f"{stage.ms:.2f}", f"{stage.wall_ms:.1f}", str(stage.runs), str(stage.batch)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
+    done = summary.pictures - summary.failed
+    each = f", {summary.wall_ms / done:.2f} ms a picture" if done else ""
+    lines.append(
+        f"wall: {summary.wall_ms:.1f} ms for {_count(summary.pictures, 'picture')}{each} (stages overlap)"
+    )
+    return "\n".join(lines)
+
+
+def _rounded(value: float) -> float:
+    """Return a value to the six digits that float32 carries."""
+    return float(f"{value:.6g}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

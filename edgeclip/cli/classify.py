@@ -1,0 +1,164 @@
+"""``edgeclip classify``: pictures in, labels out, each result as soon as it is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ._options import (
+    LabelChoice,
+    ModelChoice,
+    Notes,
+    label_options,
+    model_options,
+    prepare_stdout,
+    quiet_broken_pipe,
+    read_paths,
+    shown,
+)
+from ._results import FORMS, Summary, Writer, timing_table
+
+if TYPE_CHECKING:
+    from edgeclip.classify import ZeroShotClassifier
+
+__all__ = ["classify"]
+
+# Off: reduced-scale decoding is quicker, but its pixels are not quite the same.
+_FAST_DECODE = False
+
+
+@click.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@model_options
+@label_options
+@click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="Labels a picture.")
+@click.option(
+    "--min-confidence",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Leave out labels that score less.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures a tower call."
+)
+@click.option(
+    "--fast-decode/--exact",
+    default=_FAST_DECODE,
+    show_default=True,
+    help="Decode large JPEGs at reduced scale: faster, scores move a little.",
+)
+@click.option("--json", "form", flag_value="json", help="Print one JSON document.")
+@click.option("--jsonl", "form", flag_value="jsonl", help="Print one JSON object a picture.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV, one row a label.")
+@click.option("--timing", is_flag=True, help="Show where the time went.")
+@click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be read.")
+@click.option(
+    "--paths-from", metavar="FILE", help="Read more paths from a file, one a line; - is standard input."
+)
+@click.pass_context
+def classify(
+    ctx: click.Context,
+    *,
+    paths: tuple[Path, ...],
+    bundle: str,
+    variant: str,
+    backend: str,
+    device: str,
+    threads: int | None,
+    labels: str | None,
+    label_file: Path | None,
+    templates: str | None,
+    language: str | None,
+    top_k: int,
+    min_confidence: float,
+    batch_size: int,
+    fast_decode: bool,
+    form: str | None,
+    timing: bool,
+    strict: bool,
+    paths_from: str | None,
+) -> None:
+    """Classify pictures, and folders of them, against labels of your choice.
+
+    Without labels the bundle's own are offered. Results come as they are ready, in the order of the pictures.
+    A picture that cannot be read is reported, the others go on, and the exit code is 1.
+
+    Example: edgeclip classify photos/ --labels "cat,dog,car" --timing
+    """
+    if not paths and paths_from is None:
+        raise click.UsageError("name a picture or a folder, or give --paths-from.")
+    offered = LabelChoice(labels, label_file, templates, language)
+    offered.check()
+    model = ModelChoice(bundle, variant, backend, device, threads)
+    began_ns = time.perf_counter_ns()
+    from edgeclip.classify import ZeroShotClassifier
+    from edgeclip.runtime.latency import NO_CLOCK, StageClock
+
+    prepare_stdout()
+    clock = StageClock() if timing or form in ("json", "jsonl") else None
+    if clock is not None:
+        clock.record("import", began_ns, time.perf_counter_ns())
+    notes = Notes()
+    with ZeroShotClassifier.open(
+        model.bundle,
+        variant=model.variant,
+        options=model.options(),
+        fast_decode=fast_decode,
+        clock=NO_CLOCK if clock is None else clock,
+    ) as classifier:
+        offered.apply(classifier, notes)
+        writer = FORMS[form](click.get_text_stream("stdout"), classifier, clock)
+        run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
+        try:
+            summary = run.over(read_paths(paths, paths_from))
+        except BrokenPipeError:
+            quiet_broken_pipe()  # the reader has what it wanted
+            return
+        if timing and form in ("jsonl", "csv") and clock is not None:
+            notes.say("timing\n" + timing_table(clock, summary))
+    if summary.failed:
+        ctx.exit(1)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass over the pictures."""
+
+    classifier: ZeroShotClassifier
+    writer: Writer
+    notes: Notes
+    top_k: int
+    min_confidence: float
+    batch_size: int
+    strict: bool
+
+    def over(self, pictures: Iterable[Path]) -> Summary:
+        """Classify the pictures and write what comes of each.
+
+        Raises:
+            EdgeClipError: with ``strict``, the first picture that cannot be read.
+        """
+        summary = Summary()
+        outcomes = self.classifier.classify_stream(pictures, top_k=self.top_k, batch_size=self.batch_size)
+        for outcome in outcomes:
+            summary.pictures += 1
+            self.notes.done()
+            if outcome.error is not None:
+                if self.strict:
+                    raise outcome.error
+                summary.failed += 1
+                self.notes.say(f"error: {' '.join(str(outcome.error).split())}")
+            kept = tuple(each for each in outcome.predictions if each.score >= self.min_confidence)
+            self.writer.picture(outcome, kept)
+            self.notes.progress(f"{summary.pictures:,} pictures, last {shown(outcome.source)[-40:]}")
+        self.notes.done()
+        self.writer.end(summary)
+        if not summary.pictures:
+            self.notes.say("no pictures found")
+        return summary
