@@ -409,12 +409,13 @@ class BundleWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def add(self, name: str, content: bytes | os.PathLike[str]) -> str:
+    def add(self, name: str, content: bytes | os.PathLike[str], *, exact: bool = False) -> str:
         """Store a file and return its name in the bundle, which carries 8 digits of its hash.
 
         Args:
             name: relative posix path, as ``onnx-int8/image.onnx``.
             content: its bytes, or the path of a file to copy.
+            exact: keep the name as it is, for a copy from another bundle whose files may name one another.
 
         Raises:
             BundleError: a name that cannot be used, an unreadable source, a full disk or read-only directory.
@@ -434,7 +435,7 @@ class BundleWriter:
                 raise OSError(errno.EPERM, "its folder is a link")
             temporary, size_bytes, sha256 = write_temporary(folder, content)
             try:
-                stored = stored_name(name, sha256)
+                stored = name if exact else stored_name(name, sha256)
                 self._check_collision(stored, sha256)
                 target = self.path.joinpath(*stored.split("/"))
                 if not target.exists():
@@ -454,7 +455,18 @@ class BundleWriter:
                 writer can be used further.
         """
         self._open_or_raise()
-        data = self._encoded()
+        return self._commit(self._encoded())
+
+    def commit_copy(self, manifest: bytes) -> Bundle:
+        """Commit a manifest byte by byte, so that the copy of a bundle has the digest of the original.
+
+        Raises:
+            BundleError: as :meth:`commit`, and where what was added is not what the manifest lists.
+        """
+        self._open_or_raise()
+        return self._commit(manifest)
+
+    def _commit(self, data: bytes) -> Bundle:
         _, manifest = parse_manifest(data, self.where)
         self._check_present(manifest)
         with self._translated("cannot be written"):
@@ -565,17 +577,16 @@ class BundleWriter:
 
     def _check_present(self, manifest: Manifest) -> None:
         for name, entry in manifest.files.items():
-            try:
-                size_bytes = self.path.joinpath(*name.split("/")).stat().st_size
-            except OSError as error:
+            known = self._added.get(name) or self._previous.get("files", {}).get(name)
+            if known is None:
+                raise BundleError(f"{self.where}: the manifest names {name!r}, which was not added.")
+            if known != {"sha256": entry.sha256, "size_bytes": entry.size_bytes}:
                 raise BundleError(
-                    f"{self.where}: the manifest names {name!r}, which was not added: {_reason(error)}."
-                ) from error
-            if size_bytes != entry.size_bytes:
-                raise BundleError(
-                    f"{self.where}: the file {name!r} has {size_bytes} bytes, the manifest says "
-                    f"{entry.size_bytes}."
+                    f"{self.where}: the file {name!r} was added with {known['size_bytes']} bytes and sha256 "
+                    f"{known['sha256'][:16]}…, the manifest says {entry.size_bytes} and {entry.sha256[:16]}…."
                 )
+            if name not in self._added and not self.path.joinpath(*name.split("/")).is_file():
+                raise BundleError(f"{self.where}: the file {name!r} is missing: add it again.")
 
     def _sweep(self, keep: set[str]) -> None:
         """Remove what earlier writes left behind: temporary files, and files that carry their own hash."""

@@ -592,9 +592,37 @@ def test_a_manifest_that_names_what_was_not_added_is_refused(tmp_path: Path) -> 
         writer.manifest["files"] = {"golden.bin": {"sha256": "0" * 64, "size_bytes": 3}}
         with pytest.raises(BundleError, match=r"names 'golden\.bin', which was not added"):
             writer.commit()
-        (tmp_path / "b" / "golden.bin").write_bytes(b"four")
-        with pytest.raises(BundleError, match=r"'golden\.bin' has 4 bytes, the manifest says 3"):
-            writer.commit()
+
+
+def test_an_older_file_that_vanished_is_noticed_before_the_commit(tiny_bundle: Path) -> None:
+    name = Bundle.open(tiny_bundle).manifest.golden
+    assert name is not None
+    (tiny_bundle / name).unlink()
+    with BundleWriter(tiny_bundle) as writer, pytest.raises(BundleError, match="is missing: add it again"):
+        writer.commit()
+
+
+def test_a_copy_has_the_bytes_and_the_digest_of_the_original(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = tiny_bundle / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"  ", b" "))  # not as we would write it
+    original = Bundle.open(tiny_bundle)
+    with BundleWriter(tmp_path / "copy") as writer:
+        for name in original.manifest.files:
+            assert writer.add(name, original.file(name), exact=True) == name
+        copy = writer.commit_copy(manifest.read_bytes())
+    assert copy.digest == original.digest
+    assert files_of(tmp_path / "copy") == files_of(tiny_bundle)
+
+
+def test_a_copy_must_hold_what_its_manifest_lists(tiny_bundle: Path, tmp_path: Path) -> None:
+    original = Bundle.open(tiny_bundle)
+    golden = original.manifest.golden or ""
+    with BundleWriter(tmp_path / "copy") as writer:
+        for name in original.manifest.files:
+            writer.add(name, b"other" if name == golden else original.file(name), exact=True)
+        with pytest.raises(BundleError, match=r"the file 'golden.* was added with 5 bytes and sha256"):
+            writer.commit_copy((tiny_bundle / "manifest.json").read_bytes())
+    assert not (tmp_path / "copy").exists()
 
 
 def test_an_ended_writer_says_so(tmp_path: Path) -> None:
