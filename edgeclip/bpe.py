@@ -45,6 +45,7 @@ _ID_OF_BYTE = bytes(
 )
 _BYTE_OF_CHARACTER = {character: byte for byte, character in _SPELLING}
 _BYTE_PIECES = [character for _, character in _SPELLING] + [character + "</w>" for _, character in _SPELLING]
+_BYTE_COUNT = len(_BYTE_PIECES)
 
 
 class Merges:
@@ -73,13 +74,13 @@ class Merges:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, a space where a word ends; what is no UTF-8 becomes U+FFFD."""
         pieces = self.pieces()
-        spelled = "".join(pieces[identifier] for identifier in ids)
+        spelled = "".join([pieces[identifier] for identifier in ids])
         encoded = bytes(_BYTE_OF_CHARACTER[character] for character in spelled)
         return encoded.decode("utf-8", "replace").replace("</w>", " ")
 
     def pieces(self) -> list[str]:
         """Return the printable spelling of every id. Made anew from the file: for people and tests."""
-        return _pieces(self.content[len(_HEADER) :].decode())
+        return [piece.decode() for piece in _pieces(self.content[len(_HEADER) :])]
 
 
 def _spell(word: str) -> list[int]:
@@ -190,46 +191,42 @@ def _gunzip(packed: bytes) -> bytes:
     return content
 
 
-def _pieces(text: str) -> list[str]:
-    return _BYTE_PIECES + text.replace(" ", "").split("\n")[:-1]
-
-
 def _read_merges(content: bytes) -> tuple[dict[int, int], int]:
     """Parse a decompressed merge file into the table of `_merge` and the number of pieces.
 
-    No Python loop runs over the lines, so CLIP's 48,894 take some 30 ms.
+    No Python loop runs over the lines and no text is decoded, so CLIP's 48,894 take some 30 ms.
     """
     if not content.startswith(_HEADER):
         raise BundleError(f"merges.txt.gz: it begins with {content[:40]!r}, expected {_HEADER!r}.")
     body = content[len(_HEADER) :]
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BundleError(f"merges.txt.gz: is not UTF-8 ({error}); copy it again.") from error
-    sides = _sides(body, text)
-    pieces = _pieces(text)
+    sides = _sides(body)
+    pieces = _pieces(body)
     size = len(pieces)
     ids = dict(zip(pieces, range(size), strict=True))
     if len(ids) != size:
         twice, _ = Counter(pieces).most_common(1)[0]
         raise BundleError(
-            f"merges.txt.gz: the piece {twice!r} is made twice; each merge must make a new one."
+            f"merges.txt.gz: the piece {_shown(twice)} is made twice; each merge must make a new one."
         )
     try:
         pairs = np.fromiter(map(ids.__getitem__, sides), np.int64, len(sides)).reshape(-1, 2)
     except KeyError as error:
-        side = str(error.args[0])
+        side = error.args[0]
         line = sides.index(side) // 2 + 2
-        raise BundleError(f"merges.txt.gz: line {line} joins {side!r}, which no line makes.") from error
-    joined = np.arange(len(_BYTE_PIECES), size)
-    late = np.flatnonzero(pairs.max(axis=1, initial=0) >= joined)
+        raise BundleError(f"merges.txt.gz: line {line} joins {_shown(side)}, which no line makes.") from error
+    late = np.flatnonzero(pairs.max(axis=1, initial=0) >= np.arange(_BYTE_COUNT, size))
     if len(late):
         raise BundleError(f"merges.txt.gz: line {int(late[0]) + 2} joins a piece that no earlier line makes.")
     keys = pairs[:, 0] * size + pairs[:, 1]
-    return dict(zip(keys.tolist(), joined.tolist(), strict=True)), size
+    return dict(zip(keys.tolist(), range(_BYTE_COUNT, size), strict=True)), size
 
 
-def _sides(body: bytes, text: str) -> list[str]:
+def _pieces(body: bytes) -> list[bytes]:
+    """Return the printable spelling of every id, in UTF-8."""
+    return [piece.encode() for piece in _BYTE_PIECES] + body.replace(b" ", b"").split(b"\n")[:-1]
+
+
+def _sides(body: bytes) -> list[bytes]:
     """Return both sides of every merge, one after the other; each line must be ``first second``."""
     raw = np.frombuffer(body, np.uint8)
     separators = raw[raw <= ord(" ")]
@@ -237,19 +234,22 @@ def _sides(body: bytes, text: str) -> list[str]:
         raise BundleError(
             f"merges.txt.gz: holds {len(separators) // 2} merges, expected at most {MAX_MERGES}."
         )
-    sides = text.split()
+    sides = body.split()
     in_turn = len(separators) % 2 == 0 and bool(
         np.all(separators[0::2] == ord(" ")) and np.all(separators[1::2] == ord("\n"))
     )
-    # As many sides as separators and nothing lost: no side is empty, and no other space parts them.
-    complete = len(sides) == len(separators) and len("".join(sides)) + len(separators) == len(text)
-    if in_turn and complete and (not body or body.endswith(b"\n")):
+    # As many sides as separators: no side is empty.
+    if in_turn and len(sides) == len(separators) and (not body or body.endswith(b"\n")):
         return sides
-    for number, line in enumerate(text.split("\n")[:-1], start=2):
-        parts = line.split(" ")
-        if len(parts) != 2 or parts != line.split():
-            raise BundleError(f"merges.txt.gz: line {number} is {line[:40]!r}, expected 'first second'.")
+    for number, line in enumerate(body.split(b"\n")[:-1], start=2):
+        parts = line.split(b" ")
+        if len(parts) != 2 or not all(parts) or min(line) < ord(" "):
+            raise BundleError(f"merges.txt.gz: line {number} is {_shown(line)}, expected 'first second'.")
     raise BundleError("merges.txt.gz: its last line is cut off; copy it again.")
+
+
+def _shown(spelled: bytes) -> str:
+    return repr(spelled[:40].decode("utf-8", "replace"))
 
 
 # --- learning ----------------------------------------------------------------------------------------------
