@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import io
 import lzma
@@ -25,7 +26,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from edgeclip.errors import InputError
 
-__all__ = ["Limits", "read_members", "safe_name"]
+__all__ = ["Limits", "iter_members", "read_members", "safe_name"]
 
 _AR_MAGIC, _AR_HEADER_BYTES = b"!<arch>\n", 60
 # By the tarball's suffix. Python reads zst from 3.14 on only; Debian's own packages are xz.
@@ -123,6 +124,24 @@ def read_members(
                         yield f"{name}/{inner_name}", data
 
 
+def iter_members(archive: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """Yield name, size and a way to read every regular file, in order: for contents, names are not checked.
+
+    Read a member before asking for the next one. A truncated archive is an error after its last whole member.
+
+    Raises:
+        InputError: not an archive of a kind named at :func:`read_members`, truncated or damaged.
+    """
+
+    def checked(read: Callable[[], bytes]) -> bytes:
+        with _translated(archive):
+            return read()
+
+    with _translated(archive):
+        for name, size, read in _entries(archive):
+            yield name, size, functools.partial(checked, read)
+
+
 @contextlib.contextmanager
 def _translated(archive: Path) -> Iterator[None]:
     try:
@@ -138,6 +157,7 @@ def _translated(archive: Path) -> Iterator[None]:
         EOFError,
         OSError,  # zipfile seeks to wherever a damaged directory points
         ValueError,
+        LookupError,
         OverflowError,
         RuntimeError,
         _DamagedError,
@@ -188,7 +208,7 @@ def _entries(archive: Path) -> Iterator[_Entry]:
 def _zip_entries(file: zipfile.ZipFile) -> Iterator[_Entry]:
     for info in file.infolist():
         kind = (info.external_attr >> 16) & 0o170000
-        if info.is_dir() or kind not in (0, 0o100000):  # links and devices are nobody's data
+        if info.filename.endswith("/") or kind not in (0, 0o100000):  # links and devices are nobody's data
             continue
         if info.flag_bits & 1:
             raise _DamagedError(f"member {info.filename!r} is encrypted")

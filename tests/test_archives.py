@@ -299,3 +299,11 @@ def test_an_encrypted_zip_member_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="member 'a' is encrypted"):
         list(read_members(archive, ["*"]))
+
+
+def test_a_zip_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "p.zip", {"@": b"1"})
+    archive.write_bytes(archive.read_bytes().replace(b"@", b"\0"))
+
+    with pytest.raises(InputError, match="a member named ''"):
+        list(read_members(archive, ["*"]))
