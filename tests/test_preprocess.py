@@ -175,7 +175,11 @@ def test_16_bit_grey_key_becomes_white() -> None:
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
 def test_16_bit_grey_is_scaled_not_clipped(file_format: str) -> None:
     levels = np.linspace(0, 65535, 61 * 47).reshape(47, 61).astype(np.uint16)
-    result = pixels(encoded(Image.fromarray(levels), file_format))
+    if file_format == "PPM":  # older Pillow reads it and does not write it
+        content = b"P5 61 47 65535\n" + levels.astype(">u2").tobytes()
+    else:
+        content = encoded(Image.fromarray(levels), file_format)
+    result = pixels(content)
     assert np.abs(result[..., 0] - levels / 257).max() <= 0.51  # rounding
     assert len(np.unique(result)) == 256
 

@@ -92,7 +92,7 @@ def seeds() -> dict[str, tuple[bytes, ...]]:
         ),
         "PPM": (
             save(rgb, "PPM"),
-            save(grey16, "PPM"),
+            b"P5 83 61 65535\n" + np.asarray(grey16).astype(">u2").tobytes(),
             save(floats, "PPM"),
             b"P3 2 2 255\n" + b"1 2 3 40 50 60 7 8 9 250 0 1\n",
             b"P1 3 2\n1 0 1\n0 1 0\n",
