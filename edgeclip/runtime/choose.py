@@ -162,10 +162,10 @@ def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | Non
             )
     if requires.engine is not None and backend in _ENGINE_OF_FORMAT[entry.format]:
         installed = versions()
-        found = next((installed[name] for name in _DISTRIBUTIONS[backend] if name in installed), None)
-        fits = None if found is None else version_fits(found, requires.engine)
+        have = next((installed[name] for name in _DISTRIBUTIONS[backend] if name in installed), None)
+        fits = None if have is None else version_fits(have, requires.engine)
         if fits is False:
-            return f"it needs {backend} {requires.engine}, this host has {found}"
+            return f"it needs {backend} {requires.engine}, this host has {have}"
     if requires.compute_capability is not None and not host.gpus:
         return f"it needs a GPU of capability {requires.compute_capability}, and no driver is loaded"
     if parse_device(options.device)[0] == "cuda" and backend == "openvino":
@@ -174,7 +174,7 @@ def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | Non
 
 
 def version_fits(version: str, spec: str) -> bool | None:
-    """Return whether a version meets a specification such as ``">=1.20,<2"``; ``None`` where not understood."""
+    """Return whether a version meets a specification (``">=1.20,<2"``); ``None`` where not understood."""
     have = _numbers(version)
     for clause in spec.split(","):
         match = re.fullmatch(r"\s*(>=|<=|==|!=|>|<)\s*(\d+(?:\.\d+)*)\s*", clause)

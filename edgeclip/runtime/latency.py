@@ -149,6 +149,26 @@ class StageClock:
         names = sorted(groups, key=lambda name: order.index(name) if name in order else len(order))
         return {name: _stage_time(groups[name]) for name in names}
 
+    def samples(self) -> dict[str, LatencySamples]:
+        """Return the runs of every stage as samples, ready for percentiles and reports.
+
+        Runs whose batch is smaller than the stage's largest, the last of a list, are left out.
+        """
+        groups: dict[str, list[Span]] = {}
+        for span in self.spans:
+            groups.setdefault(span.stage, []).append(span)
+        found = {}
+        for stage, spans in groups.items():
+            batch = max(span.batch for span in spans)
+            full = [span for span in spans if span.batch == batch]
+            found[stage] = LatencySamples(
+                samples_ms=np.array([span.wall_ms for span in full]),
+                first_ms=spans[0].wall_ms,
+                batch=batch,
+                duration_s=(spans[-1].end_ns - spans[0].start_ns) / 1e9,
+            )
+        return found
+
     def clear(self) -> None:
         """Forget every span."""
         self._spans.clear()

@@ -152,7 +152,7 @@ class RuntimeOptions:
             self._check_affinity(self.affinity)
         if self.providers is not None and not self.providers:
             raise ConfigError("providers: got none, expected at least one name, or None to follow device.")
-        if self.cache_dir is not None and not isinstance(self.cache_dir, Path):
+        if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", Path(self.cache_dir))
         object.__setattr__(self, "allow", frozenset(self.allow))
         unknown = sorted(self.allow - _ALLOWABLE)

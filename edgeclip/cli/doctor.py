@@ -1,0 +1,75 @@
+"""``edgeclip doctor``: what this machine is, what works on it, and what to do about the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgeclip.errors import BackendError
+
+if TYPE_CHECKING:
+    from edgeclip.runtime.diagnose import Diagnosis
+
+__all__ = ["doctor"]
+
+
+@click.command(epilog="Example: edgeclip doctor --json > doctor.json")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Check this bundle in place of the embedded one."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def doctor(bundle: Path | None, as_json: bool) -> None:
+    """Say what this machine is, which backends work and why the others do not.
+
+    Ends with 1 only if the base backend is broken.
+    """
+    from edgeclip.runtime.diagnose import diagnose
+
+    found = diagnose(bundle or "default")
+    click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else _text(found))
+    if found.broken:
+        first = found.broken[0]
+        raise BackendError(f"{first.name}: {first.detail.rstrip('.')}: {first.suggestion}.")
+
+
+def _text(found: Diagnosis) -> str:
+    host = found.host.to_dict()
+    isa = " ".join(host["isa"]) if isinstance(host["isa"], list) else host["isa"]
+    cores = f"{found.host.cores} of {found.host.logical_cpus} cores usable"
+    quota = "" if found.host.cpu_quota is None else f", limited to {found.host.cpu_quota:g}"
+    lines = [
+        f"machine    {host['cpu_model']}, {host['machine']}, {cores}{quota}",
+        f"isa        {isa}",
+        f"memory     {_gib(found.host.memory_bytes)}{_limit(found.host.memory_limit_bytes)}",
+        f"gpus       {', '.join(found.host.gpus) or 'none'}",
+        f"system     {host['distribution']}, {host['system']} {host['release']}, {host['libc']}"
+        + (", in a container" if found.host.container else ""),
+        f"python     {found.host.python}, "
+        + ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        f"host       {host['fingerprint']}",
+        "",
+    ]
+    if found.host.board:
+        lines.insert(1, f"board      {found.host.board}")
+    width = max(len(state.name) for state in found.backends)
+    lines += [
+        f"{'works ' if state.works else 'absent'}  {state.name:<{width}}  {state.detail}"
+        for state in found.backends
+    ]
+    lines.append("")
+    for check in found.checks:
+        lines.append(f"{check.state:<7}  {check.name}: {check.detail}")
+        if check.suggestion:
+            lines.append(f"         -> {check.suggestion}")
+    return "\n".join(lines)
+
+
+def _gib(size_bytes: int | None) -> str:
+    return "unavailable" if size_bytes is None else f"{size_bytes / (1 << 30):.1f} GiB"
+
+
+def _limit(size_bytes: int | None) -> str:
+    return "" if size_bytes is None else f", limited to {_gib(size_bytes)}"

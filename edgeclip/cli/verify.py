@@ -1,0 +1,77 @@
+"""``edgeclip verify``: does this bundle give the right numbers on this machine?"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgeclip.export.verify import VerifyReport
+
+__all__ = ["verify"]
+
+
+@click.command(epilog="Example: edgeclip verify my-bundle --variant onnx-int8 --require-verified")
+@click.argument("bundle", default="default", metavar="[BUNDLE]")
+@click.option("--variant", default="all", show_default=True, help="Name of one variant, or all.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads a call may use; all usable cores without."
+)
+@click.option("--require-verified", is_flag=True, help="Fail where a variant cannot be run on this host.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def verify(bundle: str, variant: str, threads: int | None, require_verified: bool, as_json: bool) -> None:
+    """Check every file of BUNDLE and the numbers of its variants on this host.
+
+    BUNDLE is a directory; without, the bundle that comes with edgeclip. Ends with 4 where numbers are beyond
+    their limits, with 1 where files are damaged.
+    """
+    from edgeclip.bundle import Bundle
+    from edgeclip.export.verify import verify_bundle
+    from edgeclip.runtime.session import RuntimeOptions
+
+    options = RuntimeOptions(threads=threads)
+    report = verify_bundle(Bundle.open(bundle), variant=variant, options=options)
+    click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else _table(report))
+    report.raise_for(require_verified=require_verified)
+
+
+def _table(report: VerifyReport) -> str:
+    sound = report.files - len(report.damaged)
+    lines = [f"{report.bundle}: {sound} of {report.files} files are as the manifest says"]
+    rows: list[tuple[str, ...]] = [
+        ("variant", "tower", "n", "max abs", "cosine min", "cosine mean", "top-1", "top-5", "")
+    ]
+    for verdict in report.variants:
+        towers = {} if verdict.golden is None else verdict.golden.towers
+        for name, tower in towers.items():
+            numbers = tower.numbers
+            rows.append(
+                (
+                    verdict.name,
+                    name,
+                    str(numbers.n),
+                    f"{numbers.max_abs:.1e}",
+                    f"{numbers.cosine_min:.6f}",
+                    f"{numbers.cosine_mean:.6f}",
+                    _share(numbers.top1_agreement),
+                    _share(numbers.top5_agreement),
+                    "passed" if tower.passed else "FAILED",
+                )
+            )
+        if not towers:
+            rows.append((verdict.name, *["-"] * 7, verdict.status))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:8], widths[2:8], strict=True)]
+        lines.append("  ".join([*left, *right, row[8]]).rstrip())
+    lines += [
+        f"{verdict.name}: {verdict.status}: {verdict.reason}" for verdict in report.variants if verdict.reason
+    ]
+    return "\n".join([*lines, *report.damaged])
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
