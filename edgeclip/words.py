@@ -41,6 +41,7 @@ _MAGIC = b"ECWORDS\0"
 _VERSION = 1
 _HEADER = struct.Struct("<8sII")
 _SHOWN = 5  # labels or words quoted in one warning
+_JUDGED = 1_000  # characters of a label that are looked at
 
 _ASCII_WORD = re.compile("[a-z]+")
 
@@ -295,6 +296,7 @@ def label_warnings(labels: Sequence[str], languages: Sequence[str], tokenizer: K
         Sentences to show; empty when nothing is wrong.
     """
     warnings = []
+    labels = [label[:_JUDGED] for label in labels]
     allowed = _scripts_for(languages)
     foreign = [label for label in labels if allowed is not None and scripts_of(label) - allowed]
     if foreign:

@@ -78,6 +78,18 @@ def test_many_labels_are_counted_and_few_are_quoted(bilingual: Tokenizer) -> Non
     assert len(warning) < 500
 
 
+def test_whatever_the_labels_hold_each_warning_is_one_short_line(bilingual: Tokenizer) -> None:
+    rng = random.Random(5)
+    odd = ["", "\n", "\ud800", "猫\x00", "a\u0301" * 3, "e" + "\u0301\u0323" * 500_000, "ж" * 10_000]
+    for _ in range(200):
+        labels = rng.sample(odd, 3) + [
+            "".join(chr(rng.randrange(0x11_0000)) for _ in range(9)) for _ in range(9)
+        ]
+        for warning in label_warnings(labels, ("en", "zh"), bilingual):
+            assert len(warning) < 800
+            assert warning.isprintable()
+
+
 def test_unknown_languages_are_not_judged(without_list: Tokenizer) -> None:
     assert label_warnings(["кошка"], ("tlh",), without_list) == []
     assert label_warnings(["кошка"], (), without_list) == []
