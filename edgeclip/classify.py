@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["Embedded", "Outcome", "Prediction", "ZeroShotClassifier"]
 
 DEFAULT_TEMPLATES = "one"
+_END: Any = object()
 _CALL_BATCH = (
     8  # pictures a tower call when a list is classified: more costs memory and gains nothing on a CPU
 )
@@ -362,6 +363,7 @@ class ZeroShotClassifier:
         channels: Channels = "rgb",
         batch_size: int = 1,
         workers: int | None = None,
+        ready: Callable[[], bool] | None = None,
     ) -> Iterator[Outcome]:
         """Yield an outcome for each picture, in order, decoding ahead while the tower runs.
 
@@ -369,17 +371,19 @@ class ZeroShotClassifier:
         when the stream starts stay for its length.
 
         Args:
-            images: pictures; drawn as they are needed, by the thread that consumes the stream, up to
+            images: pictures; drawn by the thread that consumes the stream, up to
                 ``batch_size + 2 · workers`` ahead.
             top_k: labels a picture.
             channels: order of the colours in arrays.
             batch_size: pictures a tower call; the last one may be smaller.
             workers: decoding threads; ``None`` is one for each usable core. Decoders and tower then share the
                 cores, and whichever is the bottleneck gets what the other leaves.
+            ready: whether the next picture is there already. Where it is not, results at hand come first, in
+                smaller batches if need be: for pipes and cameras, whose next picture may be long in coming.
         """
         active, top_k = self._labels_in_force(), _checked_top_k(top_k)
         timed = self._clock is not NO_CLOCK
-        for group in self._stream(images, channels, batch_size, workers, self._preprocess):
+        for group in self._stream(images, channels, batch_size, workers, ready, self._preprocess):
             began = perf_counter_ns()
             good = [item for item in group if item.embedding is not None]
             rows: Iterator[list[Prediction]] = iter(())
@@ -407,10 +411,11 @@ class ZeroShotClassifier:
         channels: Channels = "rgb",
         batch_size: int = 1,
         workers: int | None = None,
+        ready: Callable[[], bool] | None = None,
     ) -> Iterator[Embedded]:
         """Yield the embedding of each picture, in order, as :meth:`classify_stream` does; always exact."""
         self._check_usable()
-        for group in self._stream(images, channels, batch_size, workers, self._exact):
+        for group in self._stream(images, channels, batch_size, workers, ready, self._exact):
             yield from group
 
     def close(self) -> None:
@@ -502,6 +507,7 @@ class ZeroShotClassifier:
         channels: Channels,
         batch_size: int,
         workers: int | None,
+        ready: Callable[[], bool] | None,
         preprocess: Preprocess,
     ) -> Iterator[list[Embedded]]:
         """Yield groups of ``batch_size`` pictures, embedded, in order.
@@ -517,7 +523,10 @@ class ZeroShotClassifier:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="edgeclip-decode")
         try:
             while True:
-                for image in islice(source, batch_size + 2 * workers - len(pending)):
+                while len(pending) < batch_size + 2 * workers and (ready is None or not pending or ready()):
+                    image = next(source, _END)
+                    if image is _END:
+                        break
                     pending.append((image, pool.submit(self._decode, image, channels, preprocess)))
                 if not pending:
                     return

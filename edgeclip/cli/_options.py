@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from edgeclip.classify import ZeroShotClassifier
+    from edgeclip.data import Sample
     from edgeclip.labels import BankProgress, LabelBank, LabelSet, Templates
     from edgeclip.runtime.session import RuntimeOptions
 
@@ -23,36 +26,17 @@ __all__ = [
     "LabelChoice",
     "ModelChoice",
     "Notes",
+    "Pictures",
     "label_options",
     "model_options",
     "prepare_stdout",
     "quiet_broken_pipe",
-    "read_paths",
     "shown",
 ]
 
 SCHEMA = 1
 BACKENDS = ("auto", "ort", "openvino", "tensorrt", "tensorrt_rtx", "eager")
 _BANK_SUFFIXES = (".safetensors", ".npy")
-_PICTURE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -246,35 +230,66 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def read_paths(paths: Iterable[Path], paths_from: str | None) -> Iterator[Path]:
-    """Yield the pictures meant by paths and a list of paths; folders give all pictures below them."""
-    listed = () if paths_from is None else _listed(paths_from)
-    for path in chain(paths, listed):
-        if path.is_dir():
-            yield from _below(path)
-        else:
-            yield path  # what is no picture, or not there, is said when it is opened
+class Pictures:
+    """The pictures a command was given, as sources for a stream of the classifier; iterate it once.
 
+    Args:
+        paths: pictures, folders, tables and shards.
+        paths_from: a file with more paths, ``-`` for standard input. It is read by a thread of its own, so
+            that results come while its writer is still looking.
+        notes: where folders that cannot be listed are named.
+    """
 
-def _below(folder: Path) -> Iterator[Path]:
-    for directory, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            if Path(name).suffix.lower() in _PICTURE_SUFFIXES:
-                yield Path(directory, name)
+    def __init__(self, paths: Iterable[Path], paths_from: str | None, notes: Notes) -> None:
+        self._paths = paths
+        self._paths_from = paths_from
+        self._notes = notes
+        self._keys: deque[str] = deque()
+        self._queue: SimpleQueue[Sample | BaseException | None] = SimpleQueue()
+        if paths_from is not None:
+            threading.Thread(target=self._feed, name="edgeclip-paths", daemon=True).start()
 
+    def __iter__(self) -> Iterator[Path | bytes]:
+        """Yield sources; :meth:`next_key` follows in the same order."""
+        for sample in self._samples() if self._paths_from is None else iter(self._queue.get, None):
+            if isinstance(sample, BaseException):
+                raise sample
+            self._keys.append(sample.key)
+            yield sample.source
 
-def _listed(paths_from: str) -> Iterator[Path]:
-    from edgeclip.errors import InputError
+    def ready(self) -> bool:
+        """Return whether the next picture is known already."""
+        return self._paths_from is None or not self._queue.empty()
 
-    try:
-        with click.open_file(paths_from, "rb") as file:
-            for line in file:
-                name = os.fsdecode(line.rstrip(b"\r\n"))
-                if name:
-                    yield Path(name)
-    except OSError as error:
-        raise InputError(f"--paths-from {paths_from!r} cannot be read: {error.strerror}.") from error
+    def next_key(self) -> str:
+        """Return the key of the next picture whose result is at hand."""
+        return shown(self._keys.popleft())
+
+    def _samples(self) -> Iterator[Sample]:
+        from edgeclip.data import read_path_list, read_samples
+
+        yield from read_samples(self._paths, missing="yield", skipped=self._skipped)
+        if self._paths_from == "-":
+            # By descriptor, unbuffered: a thread waiting inside sys.stdin aborts the interpreter at its exit.
+            with open(0, "rb", buffering=0, closefd=False) as stream:
+                yield from self._listed(read_path_list(stream), read_samples)
+        elif self._paths_from is not None:
+            yield from self._listed(read_path_list(self._paths_from), read_samples)
+
+    def _listed(self, paths: Iterable[Path], read: Callable[..., Iterator[Sample]]) -> Iterator[Sample]:
+        for path in paths:
+            yield from read([path], missing="yield", skipped=self._skipped)
+
+    def _skipped(self, folder: Path, reason: str) -> None:
+        self._notes.say(f"warning: folder {shown(folder)!r} cannot be listed ({reason}) and is left out")
+
+    def _feed(self) -> None:
+        try:
+            for sample in self._samples():
+                self._queue.put(sample)
+        except BaseException as error:  # raised again where the pictures are used
+            self._queue.put(error)
+        self._queue.put(None)
 
 
 def shown(path: object) -> str:

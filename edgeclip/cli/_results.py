@@ -5,18 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import click
 
-from ._options import SCHEMA, shown
+from ._options import SCHEMA
 
 if TYPE_CHECKING:
     from edgeclip.classify import Outcome, Prediction, ZeroShotClassifier
     from edgeclip.runtime.latency import StageClock
 
-__all__ = ["FORMS", "Summary", "Writer", "timing_table"]
+__all__ = ["Summary", "Writer", "open_writer", "timing_table"]
 
 
 class Summary:
@@ -36,7 +36,7 @@ class Summary:
 class Writer(Protocol):
     """Writes outcomes as they come, and what ends them."""
 
-    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+    def picture(self, key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
         """Write one picture; ``kept`` are the predictions above the least confidence."""
         ...
 
@@ -48,15 +48,15 @@ class Writer(Protocol):
 class Lines:
     """For people: a line a picture and its labels below, or all in one line for a single label."""
 
-    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
+    def __init__(self, stream: TextIO, clock: StageClock | None) -> None:
         self._stream = stream
         self._clock = clock
 
-    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+    def picture(self, key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
         """Write one picture."""
         if outcome.error is not None:
             return  # said on stderr
-        name = click.style(shown(outcome.source), bold=True)
+        name = click.style(key, bold=True)
         if not kept:
             self._write(f"{name}\n  (no label scored high enough)")
         else:
@@ -79,13 +79,13 @@ def _label(prediction: Prediction, *, first: bool) -> str:
 class JsonLines:
     """One JSON object a picture."""
 
-    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier) -> None:
         self._stream = stream
         self._score_kind = classifier.score_kind
 
-    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+    def picture(self, key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
         """Write one object."""
-        document = {"schema": SCHEMA, "score_kind": self._score_kind, **picture_object(outcome, kept)}
+        document = {"schema": SCHEMA, "score_kind": self._score_kind, **picture_object(key, outcome, kept)}
         self._stream.write(json.dumps(document, ensure_ascii=False) + "\n")
         self._stream.flush()
 
@@ -102,9 +102,9 @@ class JsonDocument:
         self._clock = clock
         self._results: list[dict[str, Any]] = []
 
-    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+    def picture(self, key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
         """Keep one object."""
-        self._results.append(picture_object(outcome, kept))
+        self._results.append(picture_object(key, outcome, kept))
 
     def end(self, summary: Summary) -> None:
         """Write the document."""
@@ -132,18 +132,17 @@ class JsonDocument:
 class Csv:
     """CSV with a header; one row a label, or a row with an error."""
 
-    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._csv = csv.writer(stream, lineterminator="\n")
         self._csv.writerow(["path", "rank", "label", "score", "similarity", "error"])
 
-    def picture(self, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
+    def picture(self, key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
         """Write the rows of one picture."""
-        path = shown(outcome.source)
         if outcome.error is not None:
-            self._csv.writerow([path, "", "", "", "", _one_line(outcome.error)])
+            self._csv.writerow([key, "", "", "", "", _one_line(outcome.error)])
         for number, each in enumerate(kept, start=1):
-            row = [path, number, each.label, f"{each.score:.6g}", f"{each.similarity:.6g}", ""]
+            row = [key, number, each.label, f"{each.score:.6g}", f"{each.similarity:.6g}", ""]
             self._csv.writerow(row)
         self._stream.flush()
 
@@ -151,21 +150,23 @@ class Csv:
         """Nothing follows."""
 
 
-FORMS: dict[str | None, Callable[[TextIO, ZeroShotClassifier, StageClock | None], Writer]] = {
-    None: Lines,
-    "json": JsonDocument,
-    "jsonl": JsonLines,
-    "csv": Csv,
-}
+def open_writer(
+    form: str | None, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None
+) -> Writer:
+    """Return the writer of a form: ``json``, ``jsonl``, ``csv``, or ``None`` for people."""
+    if form == "jsonl":
+        return JsonLines(stream, classifier)
+    if form == "csv":
+        return Csv(stream)
+    return JsonDocument(stream, classifier, clock) if form == "json" else Lines(stream, clock)
 
 
-def picture_object(outcome: Outcome, kept: tuple[Prediction, ...]) -> dict[str, Any]:
+def picture_object(key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> dict[str, Any]:
     """Return the JSON object of one picture."""
-    path = shown(outcome.source)
     if outcome.error is not None:
-        return {"path": path, "error": _one_line(outcome.error)}
+        return {"path": key, "error": _one_line(outcome.error)}
     document: dict[str, Any] = {
-        "path": path,
+        "path": key,
         "predictions": [
             {
                 "label": each.label,

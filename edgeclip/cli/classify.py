@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +13,13 @@ from ._options import (
     LabelChoice,
     ModelChoice,
     Notes,
+    Pictures,
     label_options,
     model_options,
     prepare_stdout,
     quiet_broken_pipe,
-    read_paths,
-    shown,
 )
-from ._results import FORMS, Summary, Writer, timing_table
+from ._results import Summary, Writer, open_writer, timing_table
 
 if TYPE_CHECKING:
     from edgeclip.classify import ZeroShotClassifier
@@ -113,10 +111,10 @@ def classify(
         clock=NO_CLOCK if clock is None else clock,
     ) as classifier:
         offered.apply(classifier, notes)
-        writer = FORMS[form](click.get_text_stream("stdout"), classifier, clock)
+        writer = open_writer(form, click.get_text_stream("stdout"), classifier, clock)
         run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
         try:
-            summary = run.over(read_paths(paths, paths_from))
+            summary = run.over(Pictures(paths, paths_from, notes))
         except BrokenPipeError:
             quiet_broken_pipe()  # the reader has what it wanted
             return
@@ -138,15 +136,18 @@ class _Run:
     batch_size: int
     strict: bool
 
-    def over(self, pictures: Iterable[Path]) -> Summary:
+    def over(self, pictures: Pictures) -> Summary:
         """Classify the pictures and write what comes of each.
 
         Raises:
             EdgeClipError: with ``strict``, the first picture that cannot be read.
         """
         summary = Summary()
-        outcomes = self.classifier.classify_stream(pictures, top_k=self.top_k, batch_size=self.batch_size)
+        outcomes = self.classifier.classify_stream(
+            pictures, top_k=self.top_k, batch_size=self.batch_size, ready=pictures.ready
+        )
         for outcome in outcomes:
+            key = pictures.next_key()
             summary.pictures += 1
             self.notes.done()
             if outcome.error is not None:
@@ -155,8 +156,8 @@ class _Run:
                 summary.failed += 1
                 self.notes.say(f"error: {' '.join(str(outcome.error).split())}")
             kept = tuple(each for each in outcome.predictions if each.score >= self.min_confidence)
-            self.writer.picture(outcome, kept)
-            self.notes.progress(f"{summary.pictures:,} pictures, last {shown(outcome.source)[-40:]}")
+            self.writer.picture(key, outcome, kept)
+            self.notes.progress(f"{summary.pictures:,} pictures, last {key[-40:]}")
         self.notes.done()
         self.writer.end(summary)
         if not summary.pictures:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import SCHEMA, ModelChoice, Notes, model_options, prepare_stdout, read_paths, shown
+from ._options import SCHEMA, ModelChoice, Notes, Pictures, model_options, prepare_stdout, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +73,7 @@ def embed(
     prepare_stdout()
     notes = Notes()
     with ZeroShotClassifier.open(model.bundle, variant=model.variant, options=model.options()) as classifier:
-        keys, rows, failed = _embed(classifier, read_paths(paths, paths_from), notes, batch_size, strict)
+        keys, rows, failed = _embed(classifier, Pictures(paths, paths_from, notes), notes, batch_size, strict)
         space, width = (
             classifier.bundle.manifest.model.embedding_space,
             classifier.bundle.manifest.model.embed_dim,
@@ -87,19 +86,20 @@ def embed(
 
 
 def _embed(
-    classifier: ZeroShotClassifier, pictures: Iterable[Path], notes: Notes, batch_size: int, strict: bool
+    classifier: ZeroShotClassifier, pictures: Pictures, notes: Notes, batch_size: int, strict: bool
 ) -> tuple[list[str], list[NDArray[Any]], int]:
     keys: list[str] = []
     rows: list[NDArray[Any]] = []
     failed = 0
-    for each in classifier.embed_stream(pictures, batch_size=batch_size):
+    for each in classifier.embed_stream(pictures, batch_size=batch_size, ready=pictures.ready):
+        key = pictures.next_key()
         if each.embedding is None:
             if strict and each.error is not None:
                 raise each.error
             failed += 1
             notes.say(f"error: {' '.join(str(each.error).split())}")
             continue
-        keys.append(shown(each.source))
+        keys.append(key)
         rows.append(each.embedding)
         notes.progress(f"{len(keys):,} pictures")
     notes.done()
