@@ -48,6 +48,7 @@ from edgeclip.manifest import (
     VariantEntry,
     embedding_space,
     encode_manifest,
+    named_strings,
     one_line,
     parse_manifest,
     some,
@@ -165,7 +166,8 @@ class Bundle:
     Attributes:
         path: the directory, absolute.
         manifest: the typed manifest.
-        raw: the manifest as read, with the fields this version does not know. Not to be modified.
+        manifest_bytes: content of ``manifest.json``.
+        raw: the manifest as parsed, with the fields this version does not know. Not to be modified.
         digest: sha256 of ``manifest.json``.
         where: how messages name this bundle.
     """
@@ -173,6 +175,7 @@ class Bundle:
     def __init__(self, path: Path, data: bytes) -> None:
         self.path = path
         self.where = f"bundle {str(path)!r}"
+        self.manifest_bytes = data
         self.raw, self.manifest = parse_manifest(data, self.where)
         self.digest = hashlib.sha256(data).hexdigest()
         self._root = os.path.realpath(path)
@@ -572,7 +575,7 @@ class BundleWriter:
         given = self.manifest.get("files")
         if isinstance(given, dict):
             known.update(given)
-        named = set(_strings({key: value for key, value in self.manifest.items() if key != "files"}))
+        named = set(named_strings({key: value for key, value in self.manifest.items() if key != "files"}))
         return {**{name: entry for name, entry in known.items() if name in named}, **self._added}
 
     def _check_present(self, manifest: Manifest) -> None:
@@ -613,14 +616,3 @@ def _is_ours(path: Path) -> bool:
         path, "r"
     ) as stream:  # somebody else's file may look like ours by its name, not by its content
         return hash_stream(stream)[1].startswith(tag.group(1))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
@@ -39,6 +39,7 @@ __all__ = [
     "embedding_space",
     "encode_manifest",
     "manifest_schema",
+    "named_strings",
     "one_line",
     "parse_manifest",
     "some",
@@ -454,6 +455,18 @@ def _check_references(manifest: Manifest, refuse: _Refuse) -> None:
     listed("golden", manifest.golden)
     for name in manifest.model.notices:
         listed("model.notices", name)
+
+
+def named_strings(value: Any) -> Iterator[str]:
+    """Yield every string value in a document: what is among them may be the name of a file."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from named_strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from named_strings(item)
 
 
 def manifest_schema() -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""``edgeclip cache``: show or clear what edgeclip keeps on this host."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from ._options import SCHEMA, prepare_stdout, shown
+
+if TYPE_CHECKING:
+    from edgeclip.cache import CacheInfo
+
+__all__ = ["cache"]
+
+
+@click.group()
+def cache() -> None:
+    """Show or clear what edgeclip keeps on this host: engines, label vectors, profiles.
+
+    Everything in it can be made again; EDGECLIP_CACHE_DIR says where it is.
+    """
+
+
+@cache.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def info(as_json: bool) -> None:
+    """Show where the cache is and what it holds for each bundle.
+
+    Example: edgeclip cache info
+    """
+    from edgeclip.cache import cache_info
+
+    prepare_stdout()
+    found = cache_info()
+    if as_json:
+        click.echo(json.dumps(_document(found), ensure_ascii=False, indent=2))
+        return
+    click.echo(f"{shown(found.root)}: {_size(found.size_bytes)}")
+    for entry in found.entries:
+        changed = time.strftime("%Y-%m-%d", time.localtime(entry.used_s)) if entry.used_s else "never"
+        hosts = f"{len(entry.hosts)} host{'' if len(entry.hosts) == 1 else 's'}"
+        click.echo(
+            f"  bundle {entry.bundle}  {_size(entry.size_bytes):>10}  {entry.files} files, {hosts}, {changed}"
+        )
+
+
+@cache.command()
+@click.option("--bundle", metavar="DIGEST", help="Only what belongs to this bundle (first digits suffice).")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def clear(bundle: str | None, yes: bool, as_json: bool) -> None:
+    """Remove what the cache holds; the next run makes anew what it needs.
+
+    Example: edgeclip cache clear --yes
+    """
+    from edgeclip.cache import cache_info, clear_cache
+
+    prepare_stdout()
+    found = cache_info()
+    if not yes and found.entries:
+        what = "everything" if bundle is None else f"what belongs to bundle {bundle}"
+        click.confirm(f"Remove {what} in {shown(found.root)}?", abort=True, err=True)
+    removed = clear_cache(bundle=bundle)
+    if as_json:
+        click.echo(json.dumps(_document(removed), ensure_ascii=False, indent=2))
+    else:
+        click.echo(f"removed {_size(removed.size_bytes)} of {len(removed.entries)} bundles")
+
+
+def _document(info: CacheInfo) -> dict[str, object]:
+    entries = [
+        {
+            "bundle": entry.bundle,
+            "hosts": list(entry.hosts),
+            "files": entry.files,
+            "size_bytes": entry.size_bytes,
+            "changed_s": entry.used_s,
+        }
+        for entry in info.entries
+    ]
+    return {"schema": SCHEMA, "root": str(info.root), "size_bytes": info.size_bytes, "bundles": entries}
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 100_000 else f"{size_bytes / 1e3:,.1f} kB"
