@@ -315,7 +315,7 @@ def test_what_is_no_picture_file_names_it(tmp_path: Path) -> None:
     folder.mkdir()
     assert_one_line_error(empty, "is empty")
     assert_one_line_error(text, "begins with b'no pictu'")
-    assert_one_line_error(folder, "is a directory")
+    assert_one_line_error(folder, f"{str(folder)!r}: is a directory, expected a picture file. Name the files")
     assert_one_line_error(tmp_path / "missing.jpg", "no such file")
     assert_one_line_error(text / "below.jpg", "cannot be opened")
     assert_one_line_error("null\0byte.jpg", "cannot be opened (embedded null byte)")
@@ -327,8 +327,8 @@ def test_what_is_no_picture_file_names_it(tmp_path: Path) -> None:
 def test_pipes_and_devices_do_not_hang(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.jpg"
     os.mkfifo(pipe)
-    assert_one_line_error(pipe, "is a pipe or device")
-    assert_one_line_error("/dev/zero", "is a pipe or device")
+    assert_one_line_error(pipe, f"{str(pipe)!r}: is a pipe or device, expected a picture file")
+    assert_one_line_error("/dev/zero", "'/dev/zero': is a pipe or device")
 
 
 def test_formats_that_need_other_programs_are_not_opened() -> None:
