@@ -26,7 +26,8 @@ class FakeSession(OpenSession):
     are unit rows without meaning: two inputs that differ are about orthogonal.
 
     Args:
-        tower: ``"image"`` takes ``image`` uint8 ``(B, H, W, 3)``, ``"text"`` takes ``tokens`` int32 ``(B, L)``.
+        tower: ``"image"`` takes ``image`` uint8 ``(B, H, W, 3)``, ``"text"`` takes ``tokens`` int32
+            ``(B, L)``.
         image_size_px: ``(H, W)``.
         context_length: L.
         embed_dim: E.

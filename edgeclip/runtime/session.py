@@ -20,12 +20,18 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast, runtime_checkable
 
-from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError, InputError
+from edgeclip.errors import (
+    BackendError,
+    BackendUnavailableError,
+    BundleError,
+    ConfigError,
+    InputError,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from edgeclip.bundle import TowerFiles
+    from edgeclip.bundle import TensorEntry, TowerFiles
 
 __all__ = [
     "BACKENDS",
@@ -471,11 +477,16 @@ def open_session(tower: TowerFiles | Path | str, *, options: RuntimeOptions = DE
     Raises:
         BackendUnavailableError: the backend, provider or device asked for is not here.
         BackendError: the engine cannot load the file.
+        BundleError: the tower is not what the manifest says.
     """
     model = _model_files(tower)
     name, reason = resolve_backend(model.format, options)
     module = cast(Any, importlib.import_module(BACKENDS[name].module))
-    return OpenSession(module.load(model, options, reason=reason), name=model.name)
+    engine: Engine = module.load(model, options, reason=reason)
+    if not isinstance(tower, (str, os.PathLike)):
+        _check_interface("inputs", tower.inputs, engine.inputs, model)
+        _check_interface("outputs", tower.outputs, engine.outputs, model)
+    return OpenSession(engine, name=model.name)
 
 
 def resolve_backend(model_format: str, options: RuntimeOptions) -> tuple[str, str]:
@@ -538,6 +549,24 @@ def _model_files(tower: TowerFiles | Path | str) -> ModelFiles:
         session_config=dict(tower.session_config),
         digest=tower.digest,
     )
+
+
+def _check_interface(
+    kind: str, said: tuple[TensorEntry, ...], found: Mapping[str, TensorSpec], model: ModelFiles
+) -> None:
+    """Raise unless the tower is what the manifest says it is; names of free sizes may differ."""
+    expected = {entry.name: (entry.dtype, _fixed(entry.shape)) for entry in said}
+    if expected != {spec.name: (spec.dtype, _fixed(spec.shape)) for spec in found.values()}:
+        has = ", ".join(f"{spec.name} {spec}" for spec in found.values())
+        says = ", ".join(f"{entry.name} {entry.dtype} {_shape_text(entry.shape)}" for entry in said)
+        raise BundleError(
+            f"{model.name}: {model.model.name!r} has the {kind} {has}, the manifest says {says}. "
+            "Export the bundle again."
+        )
+
+
+def _fixed(shape: tuple[int | str, ...]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in shape)
 
 
 def _has_module(name: str) -> bool:
