@@ -144,7 +144,7 @@ def decode_image(
             return _from_pil(source, name, max_pixels)
         with ExitStack() as stack:
             if isinstance(source, (str, os.PathLike)):
-                stream: IO[bytes] = stack.enter_context(_open_regular_file(Path(source)))
+                stream: IO[bytes] = stack.enter_context(_open_regular_file(Path(source), name))
             elif isinstance(source, (bytes, bytearray, memoryview)):
                 stream = BytesIO(source)
             else:
@@ -187,24 +187,22 @@ def name_of_source(source: object) -> str:
     return f"{type(source).__name__} object"
 
 
-def _open_regular_file(path: Path) -> IO[bytes]:
+def _open_regular_file(path: Path, name: str) -> IO[bytes]:
     """Open a file for reading; a pipe, device or directory is an error, because reading it may never end."""
     try:
         mode = path.stat().st_mode
         # Only a regular file is opened: opening a pipe waits for its other end.
         stream = path.open("rb") if stat.S_ISREG(mode) else None
     except FileNotFoundError as error:
-        raise InputError(f"{str(path)!r}: no such file. Check the path.") from error
+        raise InputError(f"{name}: no such file. Check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{str(path)!r}: cannot be opened ({reason}). Check path and rights.") from error
+        raise InputError(f"{name}: cannot be opened ({reason}). Check path and rights.") from error
     if stream is not None:
         return stream
     if stat.S_ISDIR(mode):
-        raise InputError(f"{str(path)!r}: is a directory, expected a picture file. Name the files in it.")
-    raise InputError(
-        f"{str(path)!r}: is a pipe or device, expected a picture file. Read it and pass the bytes."
-    )
+        raise InputError(f"{name}: is a directory, expected a picture file. Name the files in it.")
+    raise InputError(f"{name}: is a pipe or device, expected a picture file. Read it and pass the bytes.")
 
 
 def _from_array(array: NDArray[Any], channels: Channels, max_pixels: int) -> Image.Image:
