@@ -251,9 +251,8 @@ class Pictures:
 
     def __iter__(self) -> Iterator[Path | bytes]:
         """Yield sources; :meth:`next_key` follows in the same order."""
-        for sample in self._samples() if self._paths_from is None else iter(self._queue.get, None):
-            if isinstance(sample, BaseException):
-                raise sample
+        samples = self._samples() if self._paths_from is None else self._queued()
+        for sample in samples:
             self._keys.append(sample.key)
             yield sample.source
 
@@ -264,6 +263,12 @@ class Pictures:
     def next_key(self) -> str:
         """Return the key of the next picture whose result is at hand."""
         return shown(self._keys.popleft())
+
+    def _queued(self) -> Iterator[Sample]:
+        while (sample := self._queue.get()) is not None:
+            if isinstance(sample, BaseException):
+                raise sample
+            yield sample
 
     def _samples(self) -> Iterator[Sample]:
         from edgeclip.data import read_path_list, read_samples

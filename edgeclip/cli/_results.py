@@ -127,6 +127,7 @@ class JsonDocument:
         if self._clock is not None:
             document["stages"] = stage_objects(self._clock)
         self._stream.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+        self._stream.flush()
 
 
 class Csv:

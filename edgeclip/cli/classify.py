@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def classify(
         clock=NO_CLOCK if clock is None else clock,
     ) as classifier:
         offered.apply(classifier, notes)
-        writer = open_writer(form, click.get_text_stream("stdout"), classifier, clock)
+        writer = open_writer(form, sys.stdout, classifier, clock)
         run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
         try:
             summary = run.over(Pictures(paths, paths_from, notes))

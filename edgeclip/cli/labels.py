@@ -29,7 +29,10 @@ _PAIRS = 5
 
 @click.group()
 def labels() -> None:
-    """Build and inspect label banks: labels as embeddings, ready to classify with."""
+    """Build and inspect label banks: labels as embeddings, ready to classify with.
+
+    Example: edgeclip labels build --labels "cat,dog" -o pets.safetensors
+    """
 
 
 @labels.command()
