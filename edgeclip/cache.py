@@ -20,7 +20,7 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgeclip.errors import ConfigError
 
@@ -35,6 +35,7 @@ _BUNDLE_FOLDER = re.compile(r"[0-9a-f]{16}")
 _HOST_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 # Any file or folder name that every system takes; no leading dot, which marks our own checksums.
 _PART = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9._@+=-]{0,199}")
+_NPY_HEADER_BYTES = 1 << 16
 _TEMPORARY_PREFIX, _SUM_SUFFIX = ".tmp-", ".sum"
 # https://bford.info/cachedir: backup programs leave directories with this file out.
 _TAG_NAME = "CACHEDIR.TAG"
@@ -175,20 +176,41 @@ class HostCache:
             return None
         try:
             expected = _sum_path(path).read_bytes()
-            whole = np.memmap(path, dtype=np.uint8, mode="r")
-            if _checksum(memoryview(whole)) != expected:  # type: ignore[arg-type]
+            mapped = np.memmap(path, dtype=np.uint8, mode="r")
+            if _checksum(memoryview(cast("bytes", mapped))) != expected:
                 raise ValueError("its checksum does not match")
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = _array_in(mapped)
         except (OSError, ValueError, EOFError, MemoryError) as error:
             _log.debug("not cached: %s: %s", path, error)
             return None
-        if not isinstance(array, np.ndarray) or (dtype is not None and array.dtype != dtype):
-            return None
-        return array
+        return array if dtype is None or array.dtype == dtype else None
 
     def _path(self, name: str) -> Path | None:
         parts = _parts(name)
         return None if self.directory is None else self.directory.joinpath(*parts)
+
+
+def _array_in(mapped: NDArray[np.uint8]) -> NDArray[Any]:
+    """Return the array of an .npy file as a view of its map.
+
+    ``np.load`` opens the file again, and would meet another one where a process has replaced it meanwhile.
+    """
+    import io
+
+    import numpy as np
+    from numpy.lib import format as npy
+
+    stream = io.BytesIO(mapped[:_NPY_HEADER_BYTES].tobytes())
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    order: Any = "F" if is_fortran else "C"
+    try:
+        return np.ndarray(shape, dtype, mapped, stream.tell(), order=order)
+    except TypeError as error:
+        raise ValueError("it is too short for its shape") from error
 
 
 def _parts(name: str) -> list[str]:
@@ -301,12 +323,20 @@ def _refuse_odd_root(root: Path) -> None:
 def _bundle_folders(root: Path) -> list[Path]:
     """Return the folders of our own layout: 16 digits, holding nothing but host folders."""
     try:
-        candidates = [entry for entry in os.scandir(root) if _BUNDLE_FOLDER.fullmatch(entry.name)]
-        folders = [Path(entry.path) for entry in candidates if entry.is_dir(follow_symlinks=False)]
-        return sorted(folder for folder in folders if all(_is_host(entry) for entry in os.scandir(folder)))
+        with os.scandir(root) as found:
+            names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
     except OSError as error:
         _log.debug("cannot list the host cache %s: %s", root, error)
         return []
+    return [root / name for name in sorted(names) if _BUNDLE_FOLDER.fullmatch(name) and _is_ours(root / name)]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as hosts:
+            return all(_is_host(entry) for entry in hosts)
+    except OSError:
+        return False
 
 
 def _is_host(entry: os.DirEntry[str]) -> bool:

@@ -34,6 +34,8 @@ def bundle() -> None:
     """Inspect, slim, compare and pack bundles.
 
     A bundle is a directory with a manifest.json, or 'default' for the one that comes with edgeclip.
+
+    Example: edgeclip bundle inspect default
     """
 
 

@@ -21,6 +21,8 @@ def cache() -> None:
     """Show or clear what edgeclip keeps on this host: engines, label vectors, profiles.
 
     Everything in it can be made again; EDGECLIP_CACHE_DIR says where it is.
+
+    Example: edgeclip cache info
     """
 
 
