@@ -62,6 +62,12 @@ def test_lossy_formats_equal_pillow(file_format: str) -> None:
     np.testing.assert_array_equal(pixels(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
+def test_a_multi_picture_jpeg_is_its_first_picture() -> None:
+    first, second = (Image.fromarray(photo(seed=seed)) for seed in (1, 2))
+    content = encoded(first, "MPO", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(pixels(content), pixels(encoded(first, "JPEG")))
+
+
 def test_the_name_of_a_file_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(encoded(Image.fromarray(photo()), "PNG"))

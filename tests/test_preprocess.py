@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,6 +129,12 @@ def test_fast_decode_leaves_at_least_twice_the_target(orientation: int) -> None:
 def test_files_that_are_no_jpeg_are_exact_in_fast_mode() -> None:
     content = encoded(Image.fromarray(photo(800, 600)), "PNG")
     np.testing.assert_array_equal(Preprocess(SPEC, fast_decode=True)(content), Preprocess(SPEC)(content))
+
+
+def test_pillow_is_imported_when_a_picture_comes() -> None:
+    code = "import sys, edgeclip.preprocess; print('PIL' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 def test_public_names_exist() -> None:
