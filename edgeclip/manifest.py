@@ -225,7 +225,7 @@ class ModelEntry(Struct, frozen=True, kw_only=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """Everything a bundle says about itself. Fields this version does not know stay in ``Bundle.raw``."""
+    """Everything a bundle says about itself. Readers ignore fields they do not know; writers keep them."""
 
     schema: SchemaVersion
     min_reader: SchemaVersion = SchemaVersion(major=1, minor=0)
@@ -474,15 +474,18 @@ def manifest_schema() -> dict[str, Any]:
 
     What types cannot say is not in it: that a name is listed in ``files``, that a default names a variant.
     """
-    schema = msgspec.json.schema(Manifest)
-    described = {
+    document = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"edgeclip bundle manifest {SCHEMA.major}.x",
-        **schema,
+        "title": f"Manifest of an edgeclip bundle, schema {SCHEMA.major}.x",
+        **msgspec.json.schema(Manifest),
     }
-    text = json.dumps(described).replace(_END.replace("\\", "\\\\"), "$")
-    document: dict[str, Any] = json.loads(text)
-    document["$defs"]["Manifest"]["properties"]["schema"] = {
+    definitions = document["$defs"]
+    for definition in definitions.values():
+        if "description" in definition:
+            definition["description"] = " ".join(definition["description"].split())
+    definitions["Manifest"]["properties"]["schema"] = {
         "allOf": [{"$ref": "#/$defs/SchemaVersion"}, {"properties": {"major": {"const": SCHEMA.major}}}]
     }
-    return document
+    plain = json.dumps(document).replace(json.dumps(_END)[1:-1], "$")
+    schema: dict[str, Any] = json.loads(plain)
+    return schema
