@@ -160,12 +160,12 @@ class LatencyReport(Struct, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        said: dict[str, Any] = msgspec.to_builtins(self)
+        said: dict[str, Any] = json.loads(self.to_json())
         return said
 
     def to_json(self) -> str:
         """Return the report as one JSON document."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_dict(cls, raw: Any) -> LatencyReport:
@@ -231,7 +231,9 @@ class LatencyReport(Struct, frozen=True, kw_only=True):
 
 def latency_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a report."""
-    schema: dict[str, Any] = msgspec.json.schema(LatencyReport)
+    schema: dict[str, Any] = json.loads(msgspec.json.encode(msgspec.json.schema(LatencyReport)))
+    phases = schema["$defs"]["LatencyReport"]["properties"]["cold_start_ms"]
+    phases["propertyNames"] = {"enum": list(COLD_START_PHASES)}  # msgspec checks it and does not say it
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": SCHEMA_ID,

@@ -1,0 +1,245 @@
+"""Which variant a host runs, what is passed over and why, and int8 that must prove itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from wrong_bundle import put_wrong_model
+
+from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.cache import HostCache
+from edgeclip.errors import BackendError, BackendUnavailableError, BundleError
+from edgeclip.runtime import RuntimeOptions, choose_variant, open_tower, parity
+from edgeclip.runtime.choose import PROFILE_NAME, version_fits
+from edgeclip.runtime.host import Host
+
+VNNI = replace(Host.here(), isa=frozenset({"avx2", "fma", "avx_vnni"}))
+AVX2 = replace(Host.here(), isa=frozenset({"avx2", "fma"}))
+SILENT = replace(Host.here(), isa=None)
+
+
+def changed(path: Path, variant: str, **fields: Any) -> Bundle:
+    with BundleWriter(path) as writer:
+        writer.manifest["variants"][variant].update(fields)
+        return writer.commit()
+
+
+def test_the_first_default_variant_is_taken(tiny_bundle_session: Path) -> None:
+    choice = choose_variant(Bundle.open(tiny_bundle_session))
+    assert choice.variant.name == "onnx-int8"
+    assert choice.reason == "first of the bundle's default variants"
+    assert choice.skipped == ()
+
+
+def test_a_named_variant_is_taken(tiny_bundle_session: Path) -> None:
+    choice = choose_variant(Bundle.open(tiny_bundle_session), variant="onnx-fp32")
+    assert choice.variant.name == "onnx-fp32"
+    assert choice.reason == "variant onnx-fp32 was asked for"
+
+
+def test_an_unknown_name_lists_those_there_are(tiny_bundle_session: Path) -> None:
+    with pytest.raises(BundleError, match=r"no variant 'onnx-int4'; it has \['onnx-fp32', 'onnx-int8'\]"):
+        choose_variant(Bundle.open(tiny_bundle_session), variant="onnx-int4")
+
+
+def test_an_instruction_set_this_host_lacks_is_passed_over_with_the_reason(tiny_bundle: Path) -> None:
+    bundle = changed(tiny_bundle, "onnx-int8", requires={"isa_any": ["avx_vnni", "avx512_vnni"]})
+    assert choose_variant(bundle, host=VNNI).variant.name == "onnx-int8"
+    choice = choose_variant(bundle, host=AVX2)
+    assert choice.variant.name == "onnx-fp32"
+    assert choice.reason == "first of the bundle's default variants that runs here"
+    assert choice.skipped == (
+        ("onnx-int8", "it needs one of avx_vnni, avx512_vnni, this host has avx2, fma"),
+    )
+    ((_, reason),) = choose_variant(bundle, host=SILENT).skipped
+    assert reason.endswith("this host does not tell what it has")
+
+
+def test_a_named_variant_that_cannot_run_is_an_error_unless_allowed(tiny_bundle: Path) -> None:
+    bundle = changed(tiny_bundle, "onnx-int8", requires={"isa_any": ["avx_vnni"]})
+    with pytest.raises(
+        BackendUnavailableError, match=r"'onnx-int8' cannot be run here: it needs one of avx_vnni"
+    ):
+        choose_variant(bundle, variant="onnx-int8", host=AVX2)
+    options = RuntimeOptions(allow=frozenset({"unsafe-isa"}))
+    assert choose_variant(bundle, variant="onnx-int8", host=AVX2, options=options).variant.name == "onnx-int8"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"requires": {"engine": ">=99"}}, "it needs ort >=99, this host has "),
+        ({"format": "coreml"}, "this edgeclip does not know the format 'coreml'"),
+        ({"format": "openvino"}, "no backend for 'openvino' files is here"),
+        ({"requires": {"compute_capability": "8.7"}}, "it needs a GPU of capability 8.7"),
+        ({"parity": {}}, "the numbers of its image tower are not verified"),
+        (
+            {
+                "parity": {
+                    "image": {"status": "unverified", "proxy": "onnx-fp32"},
+                    "text": {"status": "passed"},
+                }
+            },
+            "the numbers of its image tower are not verified",
+        ),
+    ],
+)
+def test_what_else_passes_a_variant_over(tiny_bundle: Path, fields: dict[str, Any], reason: str) -> None:
+    bundle = changed(tiny_bundle, "onnx-int8", **fields)
+    choice = choose_variant(bundle, host=replace(Host.here(), gpus=()))
+    assert choice.variant.name == "onnx-fp32"
+    ((name, why),) = choice.skipped
+    assert name == "onnx-int8"
+    assert why.startswith(reason)
+
+
+def test_unverified_numbers_can_be_allowed(tiny_bundle: Path) -> None:
+    bundle = changed(tiny_bundle, "onnx-int8", parity={})
+    options = RuntimeOptions(allow=frozenset({"unverified"}))
+    assert choose_variant(bundle, options=options).variant.name == "onnx-int8"
+    assert choose_variant(bundle, variant="onnx-int8").variant.name == "onnx-int8"
+
+
+def test_when_nothing_fits_every_reason_is_given(tiny_bundle: Path) -> None:
+    changed(tiny_bundle, "onnx-int8", requires={"isa_any": ["amx_int8"]})
+    bundle = changed(tiny_bundle, "onnx-fp32", requires={"engine": ">=99"})
+    with pytest.raises(BackendUnavailableError, match=r"onnx-int8: .* amx_int8.*onnx-fp32: it needs ort"):
+        choose_variant(bundle, host=AVX2)
+
+
+def test_choosing_loads_no_engine(tiny_bundle_session: Path) -> None:
+    code = (
+        "import sys; from edgeclip.bundle import Bundle; from edgeclip.runtime import choose_variant; "
+        "choose_variant(Bundle.open(sys.argv[1])); "
+        "print('onnxruntime' in sys.modules, 'numpy' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle_session)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+# --- the tuned profile
+
+
+def put_profile(bundle: Bundle, data: bytes) -> None:
+    assert HostCache.open(bundle.digest, Host.here().fingerprint()).put(PROFILE_NAME, data)
+
+
+def test_a_tuned_profile_goes_first(tiny_bundle_session: Path) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    put_profile(bundle, b'{"schema": 1, "variant": "onnx-fp32", "threads": 2}')
+    choice = choose_variant(bundle)
+    assert (choice.variant.name, choice.reason) == ("onnx-fp32", "the tuned profile of this device names it")
+    assert choose_variant(bundle, variant="onnx-int8").variant.name == "onnx-int8"
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"schema": 2, "variant": "onnx-fp32"}',
+        b'{"schema": 1, "variant": "gone"}',
+        b'{"schema": 1, "variant": 3}',
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_ignored(tiny_bundle_session: Path, profile: bytes) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    put_profile(bundle, profile)
+    assert choose_variant(bundle).variant.name == "onnx-int8"
+
+
+def test_a_profile_for_a_variant_that_cannot_run_is_ignored(tiny_bundle: Path) -> None:
+    bundle = changed(tiny_bundle, "onnx-fp32", requires={"engine": ">=99"})
+    put_profile(bundle, b'{"schema": 1, "variant": "onnx-fp32"}')
+    assert choose_variant(bundle).variant.name == "onnx-int8"
+
+
+# --- int8 proves itself
+
+
+def stamps(bundle: Bundle) -> list[str]:
+    directory = HostCache.open(bundle.digest, Host.here().fingerprint()).directory
+    assert directory is not None
+    return sorted(path.name for path in directory.glob("golden-*"))
+
+
+def test_int8_is_checked_once_and_stamped(tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    with open_tower(bundle, choose_variant(bundle), "image") as session:
+        assert session.chosen.precision == "int8"
+    assert stamps(bundle) == ["golden-onnx-int8-ort-cpu.json"]
+    numbers = json.loads(
+        (HostCache.open(bundle.digest, Host.here().fingerprint())).get(stamps(bundle)[0]) or b""
+    )
+    assert numbers["n"] == 8
+
+    def not_again(*args: object, **settings: object) -> None:
+        raise AssertionError("the golden pictures were run again")
+
+    monkeypatch.setattr(parity, "check_tower", not_again)
+    open_tower(bundle, choose_variant(bundle), "image").close()
+
+
+@pytest.mark.parametrize(("variant", "tower"), [("onnx-fp32", "image"), ("onnx-int8", "text")])
+def test_what_is_not_an_int8_image_tower_needs_no_proof(
+    tiny_bundle_session: Path, variant: str, tower: str
+) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    open_tower(bundle, bundle.variant(variant), tower).close()
+    assert stamps(bundle) == []
+
+
+def test_int8_that_answers_wrongly_here_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = put_wrong_model(tiny_bundle, tmp_path)
+    expected = (
+        r"'onnx-int8': its answers on this host are wrong over 8 golden pictures: cosine_mean is .*"
+        r"Open it with variant='onnx-fp32'"
+    )
+    with pytest.raises(BackendError, match=expected):
+        open_tower(bundle, choose_variant(bundle), "image")
+    assert stamps(bundle) == []
+
+
+def test_without_a_cache_the_proof_is_repeated_and_nothing_fails(
+    tiny_bundle_session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("EDGECLIP_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    bundle = Bundle.open(tiny_bundle_session)
+    for _ in range(2):
+        with open_tower(bundle, choose_variant(bundle), "image") as session:
+            session.run({"image": np.zeros((1, 32, 32, 3), np.uint8)})
+
+
+def test_a_bundle_without_golden_file_still_opens(tiny_bundle: Path) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        writer.manifest["golden"] = None
+        bundle = writer.commit()
+    open_tower(bundle, choose_variant(bundle), "image").close()
+
+
+@pytest.mark.parametrize(
+    ("version", "spec", "fits"),
+    [
+        ("1.20.1", ">=1.20", True),
+        ("1.9", ">=1.20", False),
+        ("1.31.1", ">=1.20,<2", True),
+        ("2.0", ">=1.20,<2", False),
+        ("1.20", "==1.20.0", True),
+        ("1.20.1", "!=1.20.1", False),
+        ("1.21.0.dev5", ">1.20", True),
+        ("1.2", "~=1.0", None),
+        ("unknown", ">=1", None),
+    ],
+)
+def test_version_specifications(version: str, spec: str, fits: bool | None) -> None:
+    assert version_fits(version, spec) is fits
