@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import subprocess
 import sys
 import time
@@ -269,27 +268,28 @@ def test_a_killed_run_continues(tmp_path: Path, tiny_bundle_session: Path, encod
     assert len(encoder.texts) <= 2000 - 2 * 64
 
 
-def _build_in_process(bundle: Path, root: Path, names: list[str], queue: Any) -> None:
-    encoder = Counting(bundle)
-    bank = build_bank(LabelSet.of(names), ONE, encoder, store=_store(root, encoder))
-    queue.put(bank.embeddings.tobytes())
+_BUILD = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[4:]
+from test_labels import Counting, LabelSet, ONE, _store, build_bank
+encoder = Counting(Path(sys.argv[1]))
+names = [f"label {number}" for number in range(int(sys.argv[3]))]
+bank = build_bank(LabelSet.of(names), ONE, encoder, store=_store(Path(sys.argv[2]), encoder))
+print(__import__("hashlib").sha256(bank.embeddings.tobytes()).hexdigest())
+"""
 
 
 @pytest.mark.slow
 def test_processes_may_build_at_once(tmp_path: Path, tiny_bundle_session: Path, encoder: Counting) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    names = [f"label {number}" for number in range(300)]
-    processes = [
-        context.Process(target=_build_in_process, args=(tiny_bundle_session, tmp_path, names, queue))
-        for _ in range(4)
-    ]
-    for process in processes:
-        process.start()
-    results = {queue.get() for _ in processes}
-    for process in processes:
-        process.join()
+    here = Path(__file__).parent
+    paths = [str(here), str(here / "tools")]
+    command = [sys.executable, "-c", _BUILD, str(tiny_bundle_session), str(tmp_path), "300", *paths]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    results = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
     assert len(results) == 1
+    names = [f"label {number}" for number in range(300)]
     build_bank(LabelSet.of(names), ONE, encoder, store=_store(tmp_path, encoder))
     assert not encoder.texts
 
