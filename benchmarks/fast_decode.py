@@ -107,7 +107,7 @@ class Forms:
         self.draft_sizes_px = {m: (int(height * m), int(width * m)) for m in MARGINS}
         self.names = ["exact", "control", *(f"margin {m:g}" for m in MARGINS)]
 
-    def reduced(self, content: bytes, margin: float) -> Image.Image:
+    def reduced(self, content: bytes, margin: int) -> Image.Image:
         """Decode so that both sides stay at least ``margin`` times the target."""
         return decode_image(content, draft_size_px=self.draft_sizes_px[margin])
 
@@ -243,8 +243,8 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
                         "subsampling": crop.subsampling,
                         "reduction": reductions,
                         "label": [names[top] for top in similarities.argmax(1)],
-                        "label_margin": [round(float(x), 6) for x in best[:, -1] - best[:, -2]],
-                        "cosine": [round(float(x), 7) for x in embeddings @ embeddings[0]],
+                        "label_margin": [round(float(x), 5) for x in best[:, -1] - best[:, -2]],
+                        "cosine": [round(float(x), 6) for x in embeddings @ embeddings[0]],
                     }
                 )
         print(file=sys.stderr)
@@ -307,6 +307,26 @@ def summary(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
     }
 
 
+def to_json(report: dict[str, Any]) -> str:
+    """Return the report with one line a crop; labels and photographs as numbers into lists."""
+    names = sorted({label for row in report["crops"] for label in row["label"]})
+    sources = list(dict.fromkeys(row["photo"] for row in report["crops"]))
+    columns = ("photo", "size_px", "quality", "subsampling", "reduction", "label", "label_margin", "cosine")
+    rows = [
+        [
+            sources.index(row["photo"]),
+            *(row[column] for column in columns[1:5]),
+            [names.index(label) for label in row["label"]],
+            *(row[column] for column in columns[6:]),
+        ]
+        for row in report["crops"]
+    ]
+    table = {"photos": sources, "labels": names, "columns": columns, "rows": "@"}
+    text = json.dumps(report | {"crops": table}, indent=1)
+    lines = ",\n   ".join(json.dumps(row, separators=(",", ":")) for row in rows)
+    return text.replace('"@"', f"[\n   {lines}\n  ]") + "\n"
+
+
 def show(report: dict[str, Any]) -> None:
     print(f"{report['variant']} on {report['host'].get('cpu_model')}, {len(report['crops'])} crops")
     for title in ("all", "reduced_only", "by_package"):
@@ -346,7 +366,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = study(arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    arguments.output.write_text(to_json(report), encoding="utf-8")
     show(report)
 
 
