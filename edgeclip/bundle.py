@@ -127,10 +127,13 @@ class Variant:
             BundleError: the variant has no such tower, or a file is missing or damaged.
         """
         entry = self._entry(name)
+        files = tuple(self.bundle.file(file) for file in entry.files)
+        if entry.model.endswith(".onnx"):
+            self._check_external_data(entry)
         return TowerFiles(
             tower=name,
             model=self.bundle.file(entry.model),
-            files=tuple(self.bundle.file(file) for file in entry.files),
+            files=files,
             variant=self.name,
             format=self.entry.format,
             precision=self.entry.precision,
@@ -147,6 +150,26 @@ class Variant:
         hashes = {file: self.bundle.manifest.files[file].sha256 for file in entry.files}
         ordered = [hashes.pop(entry.model), *sorted(hashes.values())]
         return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
+
+    def _check_external_data(self, entry: TowerEntry) -> None:
+        """Refuse a graph that would make the engine read what is not among the tower's checked files."""
+        if (entry.model, *entry.files) in self.bundle._graphs_checked:
+            return
+        from edgeclip.onnx_files import external_locations
+
+        where = f"{self.bundle.where}: the graph {entry.model!r}"
+        try:
+            locations = external_locations(self.bundle.file(entry.model))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{where} cannot be read: {_reason(error)}: export it again.") from error
+        folder = entry.model.rpartition("/")[0]
+        for location in sorted(locations):
+            if f"{folder}/{location}".lstrip("/") not in entry.files:
+                raise BundleError(
+                    f"{where} reads the file {location[:200]!r}, which is not among the tower's files "
+                    f"{some(entry.files)}: export it again."
+                )
+        self.bundle._graphs_checked.add((entry.model, *entry.files))
 
     def _entry(self, name: str) -> TowerEntry:
         entry = self.entry.towers.get(name)
@@ -180,6 +203,7 @@ class Bundle:
         self.digest = hashlib.sha256(data).hexdigest()
         self._root = os.path.realpath(path)
         self._checked: dict[str, Path] = {}
+        self._graphs_checked: set[tuple[str, ...]] = set()
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 

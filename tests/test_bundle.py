@@ -33,6 +33,10 @@ DATA = Path(__file__).parent / "data"
 posix_only = pytest.mark.skipif(os.name != "posix", reason="links and permissions as on POSIX")
 
 
+# The least protobuf message there is: one field that onnx.proto calls ir_version.
+ANOTHER_GRAPH = b"\x08\x09"
+
+
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest of a bundle by hand."""
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
@@ -40,7 +44,7 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
 
-def minimal(writer: BundleWriter, content: bytes = b"graph") -> None:
+def minimal(writer: BundleWriter, content: bytes = b"\x08\x08") -> None:
     """Fill a writer with the least a bundle needs."""
     file = writer.add("onnx-fp32/image.onnx", content)
     image = {"name": "image", "dtype": "uint8", "shape": ["B", 8, 8, 3]}
@@ -518,14 +522,14 @@ def test_adding_a_variant_keeps_the_rest(tiny_bundle: Path) -> None:
     before = Bundle.open(tiny_bundle)
     with BundleWriter(tiny_bundle) as writer:
         entry = json.loads(json.dumps(writer.manifest["variants"]["onnx-int8"]))
-        file = writer.add("onnx-int8@arm64-dotprod/image.onnx", b"another graph")
+        file = writer.add("onnx-int8@arm64-dotprod/image.onnx", ANOTHER_GRAPH)
         entry["towers"]["image"].update(model=file, files=[file])
         entry["target"] = "arm64-dotprod"
         writer.manifest["variants"]["onnx-int8@arm64-dotprod"] = entry
         after = writer.commit()
 
     after.check_files()
-    assert after.variant("onnx-int8@arm64-dotprod").tower("image").model.read_bytes() == b"another graph"
+    assert after.variant("onnx-int8@arm64-dotprod").tower("image").model.read_bytes() == ANOTHER_GRAPH
     assert before.manifest.files.items() <= after.manifest.files.items()
 
 
