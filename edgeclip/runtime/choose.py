@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from edgeclip.cache import HostCache
@@ -125,13 +125,17 @@ def open_tower(
     """Open a tower of the chosen variant; an int8 image tower proves itself first.
 
     The first time an int8 variant is opened on a kind of host, eight golden pictures are run, and the host
-    cache is stamped. From then on this costs one small read.
+    cache is stamped. From then on this costs one small read. The host cache also keeps what the engine made
+    of an image tower, unless ``options.cache_dir`` names another place.
 
     Raises:
         BundleError: files are missing or damaged.
         BackendError: the engine cannot load it, or its answers on this host are wrong.
     """
     variant = choice.variant if isinstance(choice, VariantChoice) else choice
+    if options.cache_dir is None and tower == "image":
+        # A text tower is opened for new labels alone, and is mostly a table: nothing to optimise.
+        options = replace(options, cache_dir=_cache(bundle).directory)
     session = open_session(variant.tower(tower), options=options)
     try:
         if variant.entry.precision == "int8" and tower == "image":
@@ -213,7 +217,7 @@ def _unverified(variant: Variant, options: RuntimeOptions) -> str | None:
 
 
 def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> Variant | None:
-    data = HostCache.open(bundle.digest, host.fingerprint()).get(PROFILE_NAME)
+    data = _cache(bundle, host).get(PROFILE_NAME)
     if data is None:
         return None
     try:
@@ -229,12 +233,16 @@ def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> Variant | Non
     return variant if unmet(variant, options=options, host=host) is None else None
 
 
+def _cache(bundle: Bundle, host: Host | None = None) -> HostCache:
+    return HostCache.open(bundle.digest, (host or Host.here()).fingerprint())
+
+
 def _prove(bundle: Bundle, variant: Variant, session: OpenSession) -> None:
     """Check eight golden pictures unless this kind of host has passed before."""
     if bundle.manifest.golden is None:
         return  # nothing to check against; `edgeclip verify` says so
     placement = session.chosen
-    cache = HostCache.open(bundle.digest, Host.here().fingerprint())
+    cache = _cache(bundle)
     stamp = f"golden-{variant.name}-{placement.backend}-{placement.device.replace(':', '')}.json"
     if cache.get(stamp) is not None:
         return

@@ -6,14 +6,21 @@ own thread pool; no process-wide setting is touched except ONNX Runtime's own te
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from edgeclip.cache import HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
-from edgeclip.runtime.host import usable_cores
+from edgeclip.runtime.host import Host, usable_cores
 from edgeclip.runtime.session import ModelFiles, Placement, RuntimeOptions, TensorSpec, parse_device
 
 if TYPE_CHECKING:
@@ -34,6 +41,8 @@ _DTYPES: Final = {
     "tensor(double)": "float64",
     "tensor(bool)": "bool",
 }
+_MAX_CACHED_BYTES: Final = 256 << 20
+_log = logging.getLogger(__name__)
 _QUIET: Final = 4  # fatal only: what goes wrong arrives as an exception, nothing is printed
 
 
@@ -54,13 +63,15 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> OrtEngin
     available = ort.get_available_providers()
     _require(providers, available, model, "offers")
     threads, why_threads = _threads(options)
+    settings = _session_options(ort, model, options, providers, threads)
+
+    def make(source: str) -> Any:
+        chosen = [(name, _provider_options(name, options)) for name in providers]
+        return ort.InferenceSession(source, settings, providers=chosen)
+
     try:
-        session = ort.InferenceSession(
-            str(model.model),
-            _session_options(ort, model, options, providers, threads),
-            providers=[(name, _provider_options(name, options)) for name in providers],
-            disabled_optimizers=None,
-        )
+        cache = _GraphCache.of(ort, model, options, providers)
+        session, from_cache = (make(str(model.model)), False) if cache is None else cache.open(settings, make)
     except Exception as error:  # every class of onnxruntime derives from Exception alone
         raise _load_error(error, model, ort.__version__) from error
     # ONNX Runtime falls back to the CPU by itself when a provider does not start.
@@ -76,7 +87,7 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> OrtEngin
             device=device,
             threads=threads,
             precision=model.precision,
-            reason=f"{reason}; {why_threads}",
+            reason=f"{reason}; {why_threads}" + ("; optimised graph from the cache" if from_cache else ""),
         ),
     )
 
@@ -105,6 +116,69 @@ class OrtEngine:
     def close(self) -> None:
         """Drop the session; the memory goes when the last call in flight has ended."""
         del self._session
+
+
+@dataclass(frozen=True)
+class _GraphCache:
+    """The optimised graph of one tower on this host, kept beside the bundle's other cached parts.
+
+    Optimising an int8 tower is two thirds of the time of opening it. The stored graph is for this machine's
+    kernels, so its name depends on host, engine version and settings. Damage is seen by its checksum.
+    """
+
+    ort: Any
+    model: Path
+    entries: HostCache
+    name: str
+
+    @classmethod
+    def of(
+        cls, ort: Any, model: ModelFiles, options: RuntimeOptions, providers: tuple[str, ...]
+    ) -> _GraphCache | None:
+        """Return the cache for a tower, ``None`` where there is none or it is not worth it."""
+        directory = options.cache_dir
+        if directory is None or model.digest is None or providers != (CPU,) or options.low_memory:
+            return None
+        if model.model.stat().st_size > _MAX_CACHED_BYTES or not directory.is_dir():
+            return None
+        said = [
+            model.digest,
+            ort.__version__,
+            Host.here().fingerprint(),
+            *sorted(model.session_config.items()),
+        ]
+        key = hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+        entries = HostCache(directory, writable=os.access(directory, os.W_OK | os.X_OK))
+        return cls(ort, model.model, entries, f"graph-{key}.ort")
+
+    def open(self, settings: Any, make: Callable[[str], Any]) -> tuple[Any, bool]:
+        """Return a session and whether its graph came from here; keep the graph where it did not."""
+        if self.entries.get(self.name) is not None:
+            settings.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            try:
+                return make(str(self.entries.path(self.name))), True
+            except Exception:  # made again below
+                _log.debug("the cached graph %s does not load", self.name, exc_info=True)
+                settings.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        return self._make_and_keep(settings, make), False
+
+    def _make_and_keep(self, settings: Any, make: Callable[[str], Any]) -> Any:
+        if not self.entries.writable:
+            return make(str(self.model))
+        temporary = self.entries.path(f"new-{secrets.token_hex(8)}.ort")
+        settings.optimized_model_filepath = str(temporary)
+        settings.add_session_config_entry("session.save_model_format", "ORT")
+        try:
+            session = make(str(self.model))
+            self.entries.put(self.name, temporary.read_bytes())
+            return session
+        except Exception:  # a full disk among others; a file that does not load fails again, with its reason
+            _log.debug("the optimised graph of %s cannot be kept", self.model, exc_info=True)
+            settings.optimized_model_filepath = ""
+            return make(str(self.model))
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def import_onnxruntime() -> Any:

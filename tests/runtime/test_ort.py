@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.bundle import Bundle, TowerFiles
+from edgeclip.cache import HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime import RuntimeOptions, open_session
 from edgeclip.runtime.host import usable_cores
@@ -248,3 +249,84 @@ def graph(
     outputs = [helper.make_tensor_value_info("y", dtype, None)]
     made = helper.make_graph(nodes, "g", inputs, outputs, initializer or [])
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+# --- the optimised graph in the cache
+
+
+def graphs(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.name.startswith(("graph-", "new-")))
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> RuntimeOptions:
+    return RuntimeOptions(threads=1, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["onnx-fp32", "onnx-int8"])
+def test_a_graph_from_the_cache_answers_to_the_last_bit(
+    tiny_bundle_session: Path, tmp_path: Path, cached: RuntimeOptions, variant: str
+) -> None:
+    tower = Bundle.open(tiny_bundle_session).variant(variant).tower("image")
+    answers, reasons = [], []
+    for options in (RuntimeOptions(threads=1), cached, cached):
+        with open_session(tower, options=options) as session:
+            answers.append(session.run(FEEDS)["image_embedding"])
+            reasons.append(session.chosen.reason.endswith("optimised graph from the cache"))
+    assert reasons == [False, False, True]
+    np.testing.assert_array_equal(answers[1], answers[0])
+    np.testing.assert_array_equal(answers[2], answers[0])
+    assert len(graphs(tmp_path)) == 1
+
+
+def test_every_tower_and_setting_has_its_own_graph(
+    tower: TowerFiles, int8_tower: TowerFiles, tmp_path: Path, cached: RuntimeOptions
+) -> None:
+    exact = replace(int8_tower, session_config={"session.x64quantprecision": "1"})
+    for one in (tower, int8_tower, exact):
+        open_session(one, options=cached).close()
+    assert len(graphs(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other content"])
+def test_a_damaged_graph_is_made_again(
+    tower: TowerFiles, tmp_path: Path, cached: RuntimeOptions, damage: str
+) -> None:
+    open_session(tower, options=cached).close()
+    (path,) = graphs(tmp_path)
+    whole = path.read_bytes()
+    if damage == "other content":
+        HostCache(tmp_path, writable=True).put(path.name, b"not a graph, with a good checksum")
+    else:
+        path.write_bytes(whole[:-100] if damage == "cut" else whole[:500] + b"\xff" + whole[501:])
+    for from_cache in (False, True):
+        with open_session(tower, options=cached) as session:
+            session.run(FEEDS)
+            assert ("from the cache" in session.chosen.reason) is from_cache
+    assert graphs(tmp_path) == [path]
+
+
+def test_a_cache_that_does_not_exist_or_refuses_costs_nothing_but_time(
+    tower: TowerFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_session(tower, options=RuntimeOptions(cache_dir=tmp_path / "none")).close()
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr("edgeclip.runtime.ort.secrets.token_hex", lambda size: "no-such-folder/x" * 40)
+    with open_session(tower, options=RuntimeOptions(cache_dir=tmp_path)) as session:
+        session.run(FEEDS)
+
+
+def test_a_bare_file_and_low_memory_keep_no_graph(
+    tower: TowerFiles, tmp_path: Path, cached: RuntimeOptions
+) -> None:
+    open_session(tower.model, options=cached).close()
+    open_session(tower, options=replace(cached, low_memory=True)).close()
+    assert graphs(tmp_path) == []
+
+
+def test_a_file_that_does_not_load_fails_with_its_reason_and_leaves_nothing(
+    tower: TowerFiles, tmp_path: Path, cached: RuntimeOptions
+) -> None:
+    with pytest.raises(BackendError, match="no ONNX file, or damaged"):
+        open_session(damaged(tower, tmp_path, b"\xff" * 100), options=cached)
+    assert graphs(tmp_path) == []
