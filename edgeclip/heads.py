@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .bundle import Bundle
 
-__all__ = ["Head", "Ranking", "TemperatureHead", "rank", "temperature_head"]
+__all__ = ["Head", "Ranking", "TemperatureHead", "cosines", "rank", "temperature_head"]
 
 MAX_SCALE = 100.0
 """Largest multiplier of cosines, as CLIP clips it (Radford et al. 2021, §2.5)."""
@@ -75,6 +75,17 @@ class TemperatureHead:
         return logits
 
 
+def cosines(embeddings: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``(B, N)`` dot products of ``(B, E)`` and ``(N, E)``, on the calling thread alone.
+
+    One dot product a pair, not one matrix product: BLAS would share that out to threads of its own, which wait
+    for each other busily. Beside other work they lose their cores, and tens of microseconds become milliseconds
+    (``benchmarks/results/head_threads.json``). Nor do rows then depend on how many pictures share the call.
+    """
+    products: NDArray[np.float32] = np.matmul(bank[None, :, None, :], embeddings[:, None, :, None])
+    return products[..., 0, 0]
+
+
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """The best labels of a batch, best first.
@@ -101,10 +112,10 @@ def rank(
         head: what scores the similarities.
         top_k: at least 1.
 
-    Equal similarities keep the order of the bank among the labels returned. Costs one matrix product and a
+    Equal similarities keep the order of the bank among the labels returned. Costs N dot products and a
     few passes over ``(B, N)`` (``benchmarks/label_count.py``).
     """
-    similarity = embeddings @ bank.T  # (B, N)
+    similarity = cosines(embeddings, bank)  # (B, N)
     score = head(similarity)
     count = bank.shape[0]
     k = min(top_k, count)

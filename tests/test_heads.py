@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.errors import BundleError
-from edgeclip.heads import TemperatureHead, rank, temperature_head
+from edgeclip.heads import TemperatureHead, cosines, rank, temperature_head
 from edgeclip.tensors import write_tensors
 
 
@@ -47,10 +47,20 @@ def test_ranking_equals_a_full_sort(pictures: int, labels: int, top_k: int, seed
     rng = np.random.default_rng(seed)
     embeddings, bank = _unit(rng, pictures, 8), _unit(rng, labels, 8)
     ranking = rank(embeddings, bank, TemperatureHead(20.0), top_k=top_k)
-    similarity = embeddings @ bank.T
+    similarity = cosines(embeddings, bank)
     expected = np.argsort(-similarity, axis=1, kind="stable")[:, :top_k]
     assert ranking.rows.tolist() == expected.tolist()
     assert ranking.similarity.tolist() == np.take_along_axis(similarity, expected, axis=1).tolist()
+
+
+def test_cosines_equal_a_matrix_product_whatever_the_batch() -> None:
+    rng = np.random.default_rng(0)
+    embeddings, bank = _unit(rng, 5, 512), _unit(rng, 300, 512)
+    together = cosines(embeddings, bank)
+    np.testing.assert_allclose(together, embeddings.astype(np.float64) @ bank.T.astype(np.float64), atol=3e-7)
+    assert all(
+        cosines(row[None], bank)[0].tolist() == whole.tolist() for row, whole in zip(embeddings, together)
+    )
 
 
 def test_equal_similarities_keep_the_order_of_the_bank() -> None:
