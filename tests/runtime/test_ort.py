@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -330,3 +331,16 @@ def test_a_file_that_does_not_load_fails_with_its_reason_and_leaves_nothing(
     with pytest.raises(BackendError, match="no ONNX file, or damaged"):
         open_session(damaged(tower, tmp_path, b"\xff" * 100), options=cached)
     assert graphs(tmp_path) == []
+
+
+def test_onnxruntime_is_imported_in_one_place(repo: Path) -> None:
+    """Elsewhere it would be imported with its telemetry on."""
+    folders = [repo / name for name in ("edgeclip", "calibration", "export")]
+    sources = [path for folder in folders for path in folder.rglob("*.py")]
+    assert len(sources) > 20
+    importing = [
+        path.relative_to(repo).as_posix()
+        for path in sources
+        if re.search(r"^\s*(import|from) onnxruntime\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert importing == ["edgeclip/runtime/ort.py"]
