@@ -13,6 +13,8 @@ sys.path.insert(0, str(TESTS / "tools"))
 
 # Engines and BLAS libraries must not fight over two cores while tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Tests that use onnxruntime without our backend must not let it report to its makers either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Nothing in the tests may ask a hub for weights.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
