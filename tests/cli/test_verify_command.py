@@ -114,7 +114,7 @@ def test_a_model_that_does_not_load_fails_the_gate(
 ) -> None:
     with BundleWriter(tiny_bundle) as writer:
         entry = writer.manifest["variants"]["onnx-int8"]["towers"]["image"]
-        stored = writer.add("onnx-int8/image.onnx", b"not a model")
+        stored = writer.add("onnx-int8/image.onnx", b"\x08\x09")  # protobuf, but no graph
         entry.update(model=stored, files=[stored])
         writer.commit()
     assert verify(tiny_bundle) == 4
