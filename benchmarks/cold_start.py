@@ -2,8 +2,8 @@
 
 Each process imports edgeclip, opens the bundle, sets ten labels of its own (cached by a process before),
 reads one 12-megapixel JPEG as it comes from a camera, and ends the clock when it holds the label. ``before
-import`` is what the interpreter needs before our first line runs. `edgeclip classify` adds the command line to
-it: measured from outside, until the process has ended.
+import`` is what the interpreter needs before our first line runs. `edgeclip classify` adds the command line
+to it: measured from outside, until the process has ended.
 
 Bar: at most 0.8 s from the start of the process to the first label, 2 cores.
 

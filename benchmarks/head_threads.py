@@ -1,8 +1,8 @@
 """Why the head takes N dot products on one thread and not one matrix product: the latter beside other work.
 
-Cosines of one embedding with 1,000 labels, E = 512, BLAS left as numpy brings it: once on this machine as it is,
-once beside as many busy processes as it has cores. BLAS shares a matrix product out to threads of its own, which
-wait for each other busily; beside other work each wait can last until the system schedules the other one.
+Cosines of one embedding with 1,000 labels, E = 512, BLAS left as numpy brings it: once on this machine as it
+is, once beside as many busy processes as it has cores. BLAS shares a matrix product out to threads of its
+own, which wait for each other busily; beside other work a wait can last until the system schedules the other.
 
     python benchmarks/head_threads.py
 """

@@ -78,9 +78,10 @@ class TemperatureHead:
 def cosines(embeddings: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return ``(B, N)`` dot products of ``(B, E)`` and ``(N, E)``, on the calling thread alone.
 
-    One dot product a pair, not one matrix product: BLAS would share that out to threads of its own, which wait
-    for each other busily. Beside other work they lose their cores, and tens of microseconds become milliseconds
-    (``benchmarks/results/head_threads.json``). Nor do rows then depend on how many pictures share the call.
+    One dot product a pair, not one matrix product: BLAS would share that out to threads of its own, which
+    wait for each other busily. Beside other work they lose their cores, and tens of microseconds become
+    milliseconds (``benchmarks/results/head_threads.json``). Nor do rows then depend on how many pictures
+    share the call.
     """
     products: NDArray[np.float32] = np.matmul(bank[None, :, None, :], embeddings[:, None, :, None])
     return products[..., 0, 0]
@@ -124,12 +125,10 @@ def rank(
         rows.sort(axis=1)  # the order of the bank, which the stable sort below keeps among equals
     else:
         rows = np.broadcast_to(np.arange(count), similarity.shape)
-    best = np.take_along_axis(similarity, rows, axis=1)
-    order = np.argsort(-best, axis=1, kind="stable")
-    rows = np.take_along_axis(rows, order, axis=1)
-    return Ranking(
-        rows, np.take_along_axis(score, rows, axis=1), np.take_along_axis(similarity, rows, axis=1)
-    )
+    picture = np.arange(len(embeddings))[:, None]
+    order = np.argsort(-similarity[picture, rows], axis=1, kind="stable")
+    rows = rows[picture, order]
+    return Ranking(rows, score[picture, rows], similarity[picture, rows])
 
 
 def temperature_head(bundle: Bundle, bank: str | None) -> TemperatureHead:

@@ -59,7 +59,8 @@ def test_cosines_equal_a_matrix_product_whatever_the_batch() -> None:
     together = cosines(embeddings, bank)
     np.testing.assert_allclose(together, embeddings.astype(np.float64) @ bank.T.astype(np.float64), atol=3e-7)
     assert all(
-        cosines(row[None], bank)[0].tolist() == whole.tolist() for row, whole in zip(embeddings, together)
+        cosines(row[None], bank)[0].tolist() == whole.tolist()
+        for row, whole in zip(embeddings, together, strict=True)
     )
 
 
