@@ -443,7 +443,7 @@ class _Receipt(msgspec.Struct, frozen=True):
 def _put_in_place(content: Path, target: Path, package: PackageEntry) -> None:
     """Rename the finished directory; whoever was first wins, what is damaged makes room."""
     if target.exists() and not _is_complete(target, package):
-        shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)  # another process may be at it
     try:
         content.replace(target)
     except OSError:

@@ -396,10 +396,9 @@ def test_a_truncated_shard_gives_its_whole_samples_and_an_error(tmp_path: Path) 
 
 def test_an_enormous_member_is_refused_unread(tmp_path: Path) -> None:
     shard = tmp_path / "s.tar"
-    with tarfile.open(shard, "w") as archive:
-        info = tarfile.TarInfo("1.png")
-        info.size = 1 << 40
-        archive.addfile(info)  # the header alone
+    info = tarfile.TarInfo("1.png")
+    info.size = 1 << 40
+    shard.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))  # the header alone
 
     with pytest.raises(
         InputError, match=r"member '1\.png' has 1099511627776 bytes, expected at most 268435456"

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,21 @@ def test_photos_are_chosen_by_use_and_size(tmp_path: Path, sources: Path, wheel:
     ]
     large = photos(tmp_path, min_megapixels=2, corpus=corpus)
     assert [photo.path.read_bytes() for photo in large] == [USED["tiny/pic.png"]]
+
+
+@pytest.mark.parametrize("damaged_before", [False, True])
+def test_many_at_once_all_succeed(tmp_path: Path, sources: Path, wheel: Path, damaged_before: bool) -> None:
+    corpus, out = corpus_of(entry(wheel)), tmp_path / "out"
+    if damaged_before:
+        (out / "ec-tiny-data-1.0/tiny").mkdir(parents=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(fetch, "tiny", directory=out, sources=sources, corpus=corpus) for _ in range(16)]
+        reports = [call.result() for call in calls]
+
+    assert all(report.ok for report in reports)
+    assert [path.name for path in out.iterdir()] == ["ec-tiny-data-1.0"]
+    assert materials("tiny", out, corpus=corpus)
 
 
 def test_stale_leftovers_go_and_fresh_ones_stay(tmp_path: Path, sources: Path, wheel: Path) -> None:
