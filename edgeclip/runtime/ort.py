@@ -229,6 +229,13 @@ def _require(asked: tuple[str, ...], present: list[str], model: ModelFiles, verb
 
 def _threads(options: RuntimeOptions) -> tuple[int, str]:
     if options.affinity is not None:
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        foreign = sorted(set(options.affinity) - set(usable))
+        if foreign:  # ONNX Runtime would leave the thread where it is, without a word
+            raise ConfigError(
+                f"affinity: CPU {foreign[0]} is not usable by this process, expected some of "
+                f"{sorted(usable)}."
+            )
         return len(options.affinity), f"{len(options.affinity)} thread(s) on CPUs {options.affinity}"
     if options.threads is not None:
         return options.threads, f"{options.threads} thread(s) asked for"

@@ -104,6 +104,24 @@ def test_one_thread_for_each_cpu_of_the_affinity(tower: TowerFiles) -> None:
         assert "on CPUs (0,)" in session.chosen.reason
 
 
+def test_a_cpu_this_process_may_not_use_is_an_error(tower: TowerFiles) -> None:
+    with pytest.raises(
+        ConfigError, match=r"affinity: CPU 4095 is not usable by this process, expected some of \[0"
+    ):
+        open_session(tower, options=RuntimeOptions(affinity=(0, 4095)))
+
+
+def test_nodes_that_would_fall_back_to_the_cpu_are_an_error(tower: TowerFiles) -> None:
+    """Azure's provider is in every wheel and runs none of our nodes."""
+    if "AzureExecutionProvider" not in import_onnxruntime().get_available_providers():
+        pytest.skip("this onnxruntime has the CPU provider alone")
+    options = RuntimeOptions(providers=("AzureExecutionProvider",))
+    with pytest.raises(
+        BackendUnavailableError, match=r"wholly on the provider asked for .*Add 'CPUExecutionProvider'"
+    ):
+        open_session(tower, options=options)
+
+
 def test_session_keys_of_the_bundle_reach_the_engine(int8_tower: TowerFiles) -> None:
     exact = replace(int8_tower, session_config={"session.x64quantprecision": "1"})
     with open_session(exact) as session:
