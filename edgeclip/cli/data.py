@@ -20,6 +20,8 @@ def data() -> None:
 
     Nothing here is needed to classify pictures: it serves benchmarks, calibration and the building of the
     default model.
+
+    Example: edgeclip data fetch photos
     """
 
 
