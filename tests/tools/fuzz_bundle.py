@@ -1,25 +1,33 @@
 """Open mutated bundles and use every part of them: a result, or a typed error of one line, and nothing
 outside is read.
 
-``fuzz_bundle.py BUNDLE manifest|files COUNT SEED`` mutates a bundle COUNT times in place. Beside the bundle
-lies a file that must never be opened, and links to it lie in the bundle; an audit hook sees every file that
-is opened. Prints one JSON line; exits with a traceback at the first wrong behaviour.
+``fuzz_bundle.py BUNDLE manifest|files|archive COUNT SEED`` mutates a bundle COUNT times in place, or archives
+of it. Beside the bundle lies a file that must never be opened, and links to it lie in the bundle; an audit
+hook sees every file that is opened. Prints one JSON line; exits with a traceback at the first wrong
+behaviour.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import os
 import random
+import shutil
 import sys
 import sysconfig
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from edgeclip.bundle import Bundle
+from edgeclip.bundle_tools import describe_bundle, diff_bundles, pack_bundle, unpack_bundle
+from edgeclip.cli.bundle import _show
 from edgeclip.errors import EdgeClipError
 from edgeclip.heads import temperature_head
 from edgeclip.labels import LabelBank
@@ -70,6 +78,9 @@ def use(directory: Path) -> str:
     bundle: Bundle | None = attempt(lambda: Bundle.open(directory))
     if bundle is not None:
         manifest = bundle.manifest
+        with contextlib.redirect_stdout(io.StringIO()):
+            attempt(lambda: _show(bundle, describe_bundle(bundle), checked=False))
+        attempt(lambda: diff_bundles(bundle, bundle))
         for name in manifest.files:
             attempt(lambda name=name: bundle.read(name))
             attempt(lambda name=name: bundle.file(name))
@@ -239,13 +250,77 @@ def mutate_content(content: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def main() -> None:
-    directory, mode, count, rng = (
-        Path(sys.argv[1]),
-        sys.argv[2],
-        int(sys.argv[3]),
-        random.Random(int(sys.argv[4])),
+def hostile_archive(path: Path, members: dict[str, bytes], rng: random.Random, canary: Path) -> None:
+    """Write an archive that holds a bundle and, beside it or in place of a part, what should not be there."""
+    name, attack = (
+        rng.choice(sorted(members)),
+        rng.choice([each for each in attacks(canary) if "\0" not in each]),
     )
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, content in members.items():
+                info = zipfile.ZipInfo(attack if member == name and rng.random() < 0.7 else member)
+                if member == name and rng.random() < 0.5:
+                    info.external_attr, content = 0o120777 << 16, str(canary).encode()  # a link
+                archive.writestr(info, content)
+        return
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for member, content in members.items():
+            entry = tarfile.TarInfo(attack if member == name and rng.random() < 0.7 else member)
+            entry.size = len(content)
+            if member == name and rng.random() < 0.7:
+                entry.type = rng.choice([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+                entry.linkname, entry.size, content = rng.choice([str(canary), attack, name]), 0, b""
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def fuzz_archives(directory: Path, count: int, rng: random.Random) -> dict[str, Any]:
+    """Unpack mutated archives: the bundle or nothing comes out, and nothing appears anywhere else."""
+    bundle, place = Bundle.open(directory), directory.parent
+    canary = place / "canary"
+    canary.write_bytes(b"must not be changed")
+    good = {}
+    for suffix in (".tar", ".zip"):
+        pack_bundle(bundle, place / f"good{suffix}")
+        good[suffix] = (place / f"good{suffix}").read_bytes()
+    members = {
+        "manifest.json": bundle.manifest_bytes,
+        **{name: bundle.read(name) for name in bundle.manifest.files},
+    }
+    seen, slowest_s = {"opened": 0, "partly": 0, "refused": 0}, 0.0
+    for _ in range(count):
+        suffix = rng.choice([".tar", ".zip", ".tar.gz"])
+        archive, target = place / f"x{suffix}", place / "target"
+        if rng.random() < 0.5 or suffix == ".tar.gz":
+            hostile_archive(archive, members, rng, canary)
+        else:
+            archive.write_bytes(mutate_content(good[suffix], rng))
+        before, start = sorted(place.rglob("*")), time.perf_counter()
+        try:
+            unpacked = unpack_bundle(archive, target)
+        except EdgeClipError as error:
+            message = str(error)
+            assert "\n" not in message, message
+            seen["refused"] += 1
+        else:
+            unpacked.check_files()
+            assert unpacked.digest == bundle.digest or unpacked.raw != bundle.raw
+            seen["opened"] += 1
+            assert not any(path.is_symlink() for path in target.rglob("*"))
+            shutil.rmtree(target)
+        slowest_s = max(slowest_s, time.perf_counter() - start)
+        assert sorted(place.rglob("*")) == before, archive
+        assert canary.read_bytes() == b"must not be changed"
+        archive.unlink()
+    return {**seen, "slowest_s": round(slowest_s, 3)}
+
+
+def main() -> None:
+    directory, mode, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    rng = random.Random(int(sys.argv[4]))
+    if mode == "archive":
+        print(json.dumps(fuzz_archives(directory, count, rng)))
+        return
     canary = directory.parent / "canary"
     canary.write_bytes(b"must not be read")
     (directory / "link.bin").symlink_to(canary)
