@@ -18,10 +18,8 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize(
     ("mode", "count", "least_refused"),
-    [
-        ("manifest", 1000, 700),
-        ("files", 400, 300),
-    ],  # files: tokenizer, bank, head and golden, hashes kept right
+    # files: tokenizer, bank, head and golden, with their hashes kept right; archive: packed bundles
+    [("manifest", 1000, 700), ("files", 400, 300), ("archive", 120, 60)],
 )
 def test_a_mutated_bundle_is_used_or_refused(
     tmp_path: Path, mode: str, count: int, least_refused: int
