@@ -59,7 +59,7 @@ def test_the_committed_schema_is_the_one_the_code_has(schema: dict[str, Any]) ->
 
 
 def ordered(value: Any) -> Any:
-    """Return a schema with the alternatives of ``anyOf`` sorted: versions of msgspec differ in their order."""
+    """Return a schema with every ``anyOf`` sorted: versions of msgspec differ in the order."""
     if isinstance(value, dict):
         done = {key: ordered(item) for key, item in value.items()}
         if "anyOf" in done:
