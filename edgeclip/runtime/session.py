@@ -326,6 +326,8 @@ class OpenSession:
     """
 
     def __init__(self, engine: Engine, *, name: str) -> None:
+        import numpy as np
+
         self._engine: Engine | None = engine
         self._name = name
         self._inputs = engine.inputs
@@ -334,8 +336,10 @@ class OpenSession:
         self._lock = None if engine.concurrent_runs else threading.Lock()
         self._process = os.getpid()
         _LIVE.add(self)
-        # (name, dtype, shape) of every input, ready to be compared
-        self._expected = tuple((spec.name, spec.dtype, spec.shape) for spec in self._inputs.values())
+        # (name, dtype, shape) of every input, ready to be compared: `dtype.name` is Python code, `==` is not.
+        self._expected = tuple(
+            (spec.name, np.dtype(spec.dtype), spec.shape) for spec in self._inputs.values()
+        )
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -426,10 +430,10 @@ class OpenSession:
                     f"{name}: got {type(array).__name__}, expected a numpy array of {dtype} "
                     f"{_shape_text(shape)}."
                 )
-            if array.dtype.name != dtype or not array.dtype.isnative:
+            if array.dtype != dtype:  # another byte order is another dtype
                 raise InputError(
                     f"{name}: got dtype {array.dtype!s}, expected {dtype}. "
-                    f"Convert with `array.astype({dtype!r})`."
+                    f"Convert with `array.astype({dtype.name!r})`."
                 )
             got_shape = array.shape
             if len(got_shape) != len(shape):
