@@ -1,0 +1,335 @@
+"""Checkpoints: a directory with ``config.json``, ``model.safetensors`` and the tokenizer's files.
+
+``config.json`` (schema 1)::
+
+    {"schema": 1, "architecture": "clip-posterior-bag", "model": {…CLIPConfig…}, "scale": 14.3, "dtype": "float16",
+     "tokenizer": {"digest": "…", "files": {"tokenizer.json": "<sha256>", …}}, "licence": "…", "parents": […],
+     "external_weights": [{"prefix", "package", "version", "file", "sha256", "keys"}]}
+
+``model.safetensors`` holds the unfolded weights under our names. Weights we did not train need not be copied: an
+entry of ``external_weights`` says which file of which published package gives every key under ``prefix``, how that
+file calls them (``keys``) and its sha256. Loading is strict: every missing and every unexpected key is named.
+Nothing is unpickled but tensors (``torch.load(weights_only=True)``), and only after the hash agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from edgeclip.errors import ConfigError, InputError
+from edgeclip.models.clip import CLIP, MAX_SCALE, build_clip
+from edgeclip.models.config import CLIPConfig, config_from_dict, config_to_dict
+from edgeclip.models.efficientnet_lite import rename_lite_pytorch_keys, rename_timm_keys
+
+__all__ = [
+    "CheckpointInfo",
+    "ExternalWeights",
+    "load_checkpoint",
+    "load_external_weights",
+    "read_checkpoint_info",
+    "save_checkpoint",
+]
+
+SCHEMA = 1
+ARCHITECTURE = "clip-posterior-bag"
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_RENAMES: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
+    "lite-pytorch": rename_lite_pytorch_keys,
+    "timm": rename_timm_keys,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalWeights:
+    """Weights that stay in the published package they come from.
+
+    Attributes:
+        prefix: our keys that come from there, ``"image_tower.backbone."``.
+        package: name of the package.
+        version: its version.
+        file: path inside the package.
+        sha256: of that file.
+        keys: how it calls its keys: ``"lite-pytorch"`` or ``"timm"``.
+        licence: SPDX identifier.
+    """
+
+    prefix: str
+    package: str
+    version: str
+    file: str
+    sha256: str
+    keys: str
+    licence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What ``config.json`` says.
+
+    Attributes:
+        config: both towers and the preprocessing.
+        scale: multiplier of cosines.
+        dtype: how the weights are stored.
+        tokenizer_digest: ``Tokenizer.digest``.
+        tokenizer_files: sha256 of each of its files.
+        licence: SPDX expression.
+        parents: what the weights descend from.
+        external_weights: weights that are not in the directory.
+    """
+
+    config: CLIPConfig
+    scale: float
+    dtype: Literal["float32", "float16"] = "float32"
+    tokenizer_digest: str = ""
+    tokenizer_files: Mapping[str, str]
+    licence: str = "Apache-2.0"
+    parents: tuple[Mapping[str, Any], ...] = ()
+    external_weights: tuple[ExternalWeights, ...] = ()
+
+
+def save_checkpoint(
+    model: CLIP,
+    directory: str | os.PathLike[str],
+    info: CheckpointInfo,
+    *,
+    tokenizer_files: Mapping[str, bytes],
+) -> None:
+    """Write a checkpoint; ``config.json`` last, so that a directory that has one is complete.
+
+    Args:
+        model: whose weights are stored, unfolded.
+        directory: made if missing.
+        info: what ``config.json`` will say; its ``scale`` and ``tokenizer_files`` are taken from the other arguments.
+        tokenizer_files: content by file name (``Tokenizer.files``).
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    directory = Path(directory)
+    outside = tuple(entry.prefix for entry in info.external_weights)
+    state = {
+        key: value.detach().to(_DTYPES[info.dtype]).contiguous()
+        if value.is_floating_point()
+        else value.contiguous()
+        for key, value in model.state_dict().items()
+        if not key.startswith(outside)
+    }
+    said = {
+        "schema": SCHEMA,
+        "architecture": ARCHITECTURE,
+        "model": config_to_dict(info.config),
+        "scale": model.logit_scale.exp().item(),
+        "dtype": info.dtype,
+        "tokenizer": {
+            "digest": info.tokenizer_digest,
+            "files": {
+                name: hashlib.sha256(content).hexdigest() for name, content in sorted(tokenizer_files.items())
+            },
+        },
+        "licence": info.licence,
+        "parents": [dict(parent) for parent in info.parents],
+        "external_weights": [asdict(entry) for entry in info.external_weights],
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in tokenizer_files.items():
+            (directory / name).write_bytes(content)
+        save_file(state, directory / _WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+        (directory / _CONFIG).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"checkpoint {str(directory)!r} cannot be written: {error}.") from error
+
+
+def read_checkpoint_info(directory: str | os.PathLike[str]) -> CheckpointInfo:
+    """Return what ``config.json`` says, and check that the tokenizer's files are the ones it names.
+
+    Raises:
+        InputError: a file is missing or differs.
+        ConfigError: a key is missing, unknown or of the wrong type, or the schema is not known.
+    """
+    directory = Path(directory)
+    path = directory / _CONFIG
+    where = f"checkpoint {str(directory)!r}: {_CONFIG}"
+    try:
+        content = path.read_bytes()[: _MAX_CONFIG_BYTES + 1]
+    except OSError as error:
+        raise InputError(
+            f"checkpoint {str(directory)!r}: {_CONFIG} cannot be read ({error.strerror}); expected a directory with "
+            f"{_CONFIG} and {_WEIGHTS}."
+        ) from error
+    try:
+        said = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid JSON: {error}.") from error
+    info = _parse_info(said, where)
+    for name, sha256 in info.tokenizer_files.items():
+        file = directory / name
+        if Path(name).name != name or not file.is_file() or _sha256(file) != sha256:
+            raise InputError(
+                f"checkpoint {str(directory)!r}: the tokenizer file {name!r} is missing or not the one {_CONFIG} "
+                f"names (sha256 {sha256[:16]}…)."
+            )
+    return info
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str], *, external: Mapping[str, str | os.PathLike[str]] | None = None
+) -> CLIP:
+    """Return the model of a checkpoint in float32, in eval mode.
+
+    Args:
+        directory: the checkpoint.
+        external: for each package of ``external_weights``, the directory it is unpacked in
+            (``edgeclip.fetch.materials("default-model")`` returns such a mapping) or the weights file itself.
+
+    Raises:
+        InputError: a file is missing, damaged or another one than named, or keys or shapes disagree; every missing
+            and unexpected key is listed.
+        ConfigError: ``config.json`` cannot be used.
+    """
+    directory = Path(directory)
+    info = read_checkpoint_info(directory)
+    model = build_clip(info.config, scale=info.scale)
+    path = directory / _WEIGHTS
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"checkpoint {str(directory)!r}: {_WEIGHTS} cannot be read: {error}.") from error
+    for entry in info.external_weights:
+        found = (external or {}).get(entry.package)
+        if found is None:
+            raise InputError(
+                f"checkpoint {str(directory)!r}: the weights {entry.prefix + '*'!r} come from the package "
+                f"{entry.package!r} {entry.version}; run `edgeclip data fetch default-model` and pass its directory "
+                "as `external`."
+            )
+        state.update(load_external_weights(entry, found))
+    _load_state(model, state, where=f"checkpoint {str(directory)!r}")
+    return model.eval()
+
+
+def load_external_weights(entry: ExternalWeights, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return weights of a published package under our names, prefix included.
+
+    Args:
+        entry: which file, and its hash.
+        path: the directory the package is unpacked in, or the file.
+
+    Raises:
+        InputError: the file is missing or not the one named.
+        ConfigError: ``keys`` names no known way to rename.
+    """
+    if entry.keys not in _RENAMES:
+        raise ConfigError(
+            f"external weights: unknown keys {entry.keys!r}, expected one of {sorted(_RENAMES)}."
+        )
+    file = Path(path)
+    if file.is_dir():
+        file = file / entry.file
+    if not file.is_file():
+        raise InputError(
+            f"external weights: {str(file)!r} is missing; expected {entry.file!r} of {entry.package!r} {entry.version}."
+        )
+    found = _sha256(file)
+    if found != entry.sha256:
+        raise InputError(
+            f"external weights: {str(file)!r} has sha256 {found[:16]}…, expected {entry.sha256[:16]}…; fetch "
+            f"{entry.package!r} {entry.version} again."
+        )
+    if file.suffix == ".safetensors":
+        state = load_file(file)
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    return {entry.prefix + key: value for key, value in _RENAMES[entry.keys](state).items()}
+
+
+def _load_state(model: CLIP, state: dict[str, Tensor], *, where: str) -> None:
+    """Load ``state`` strictly; every difference is named."""
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    shapes = [
+        f"{key!r} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(set(expected) & set(state))
+        if state[key].shape != expected[key].shape
+    ]
+    if missing or unexpected or shapes:
+        raise InputError(
+            f"{where}: the weights do not fit the config: missing keys {missing}, unexpected keys {unexpected}, "
+            f"shapes that differ [{', '.join(shapes)}]."
+        )
+    broken = [
+        key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if broken:
+        raise InputError(f"{where}: weights that are not finite: {sorted(broken)}; the file is damaged.")
+    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
+
+
+_KEYS = (
+    "schema",
+    "architecture",
+    "model",
+    "scale",
+    "dtype",
+    "tokenizer",
+    "licence",
+    "parents",
+    "external_weights",
+)
+
+
+def _parse_info(said: Any, where: str) -> CheckpointInfo:
+    if not isinstance(said, dict) or said.get("schema") != SCHEMA:
+        schema = said.get("schema") if isinstance(said, dict) else type(said).__name__
+        raise ConfigError(
+            f"{where}: got schema {schema!r}, expected {SCHEMA}; install an edgeclip that reads it."
+        )
+    missing, unknown = sorted(set(_KEYS) - set(said)), sorted(set(said) - set(_KEYS))
+    if missing or unknown:
+        raise ConfigError(f"{where}: unknown keys {unknown}, missing keys {missing}; expected {list(_KEYS)}.")
+    if said["architecture"] != ARCHITECTURE:
+        raise ConfigError(
+            f"{where}: unknown architecture {said['architecture']!r}, expected {ARCHITECTURE!r}."
+        )
+    scale, dtype = said["scale"], said["dtype"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= MAX_SCALE * 1.001:
+        raise ConfigError(
+            f"{where}: 'scale' is {scale!r}, expected a number above 0 and at most {MAX_SCALE:g}."
+        )
+    if dtype not in _DTYPES:
+        raise ConfigError(f"{where}: 'dtype' is {dtype!r}, expected one of {sorted(_DTYPES)}.")
+    config = config_from_dict(CLIPConfig, said["model"], where=f"{where}: 'model'")
+    try:
+        return CheckpointInfo(
+            config=config,
+            scale=float(scale),
+            dtype=dtype,
+            tokenizer_digest=str(said["tokenizer"]["digest"]),
+            tokenizer_files={str(name): str(sha256) for name, sha256 in said["tokenizer"]["files"].items()},
+            licence=str(said["licence"]),
+            parents=tuple(dict(parent) for parent in said["parents"]),
+            external_weights=tuple(ExternalWeights(**entry) for entry in said["external_weights"]),
+        )
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: 'tokenizer', 'parents' or 'external_weights' cannot be used: {error}."
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

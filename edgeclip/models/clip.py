@@ -1,0 +1,136 @@
+"""CLIP: two towers into one space (Radford et al. 2021), and the image tower of the default model.
+
+:class:`PosteriorImageTower` is a frozen classifier whose posterior is projected: ``p = softmax(logits)``, then for each
+part of the embedding ``sqrt(w_i) · normalise(p · table_i)`` with the weights ``w_i`` summing to 1. The embedding is
+thus of unit length by construction. One part can carry the posterior itself (random orthonormal columns), another the
+meaning of the classes (ConSE, Norouzi et al. 2014, eq. 2, over the whole posterior and not its top 10).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgeclip.errors import ConfigError
+from edgeclip.models.config import CLIPConfig, PosteriorImageConfig
+from edgeclip.models.efficientnet_lite import LITE0, LITE1, LITE2, EfficientNetLite
+from edgeclip.models.text import BagTextTower
+
+__all__ = ["CLIP", "MAX_SCALE", "PosteriorImageTower", "build_clip"]
+
+MAX_SCALE = 100.0
+_BACKBONES = {config.name: config for config in (LITE0, LITE1, LITE2)}
+
+
+class PosteriorImageTower(nn.Module):
+    """Classifier, posterior, projection.
+
+    Args:
+        backbone: gives class logits ``(B, classes)``.
+        config: parts of the embedding.
+    """
+
+    def __init__(self, backbone: EfficientNetLite, config: PosteriorImageConfig) -> None:
+        super().__init__()
+        if len(config.part_dims) != len(config.part_weights) or abs(sum(config.part_weights) - 1) > 1e-6:
+            raise ConfigError(
+                f"image tower: part_dims {config.part_dims} and part_weights {config.part_weights} must be of one "
+                "length, and the weights must sum to 1."
+            )
+        self.config = config
+        self.backbone = backbone
+        self.class_table = nn.Parameter(torch.zeros(config.classes, sum(config.part_dims)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed ``(B, 3, H, W)`` pixels, scaled and normalized, as unit rows ``(B, E)``."""
+        return self.project(self.backbone(image))
+
+    def project(self, logits: Tensor) -> Tensor:
+        """Embed class logits ``(B, classes)``."""
+        both = logits.softmax(dim=-1) @ self.class_table  # (B, E)
+        parts = both.split(list(self.config.part_dims), dim=-1)
+        return torch.cat(
+            [
+                F.normalize(part, dim=-1) * math.sqrt(weight)
+                for part, weight in zip(parts, self.config.part_weights, strict=True)
+            ],
+            dim=-1,
+        )
+
+
+class CLIP(nn.Module):
+    """An image tower, a text tower, and the scale of their cosines.
+
+    Args:
+        image_tower: ``(B, 3, H, W)`` to ``(B, E)``.
+        text_tower: ``(B, L)`` token ids to ``(B, E)``.
+        scale: initial multiplier of cosines; ``logit_scale`` is its logarithm.
+    """
+
+    def __init__(self, *, image_tower: nn.Module, text_tower: nn.Module, scale: float = 1 / 0.07) -> None:
+        super().__init__()
+        self.image_tower = image_tower
+        self.text_tower = text_tower
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    def encode_image(self, image: Tensor, *, normalize: bool = False) -> Tensor:
+        """Embed a batch of preprocessed images.
+
+        Args:
+            image: ``(B, 3, H, W)`` float RGB, as the ``Preprocess`` of this model returns it.
+            normalize: scale each row to unit L2 norm (off, as elsewhere in the field).
+
+        Returns:
+            ``(B, E)`` embedding in the dtype of the parameters.
+        """
+        embedding: Tensor = self.image_tower(image)  # (B, E)
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def encode_text(self, tokens: Tensor, *, normalize: bool = False) -> Tensor:
+        """Embed a batch of token ids.
+
+        Args:
+            tokens: ``(B, L)`` integers from this model's tokenizer.
+            normalize: scale each row to unit L2 norm (off, as elsewhere in the field).
+
+        Returns:
+            ``(B, E)`` embedding in the dtype of the parameters.
+        """
+        embedding: Tensor = self.text_tower(tokens)  # (B, E)
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return unit image embeddings, unit text embeddings and the scale (at most 100)."""
+        scale = self.logit_scale.exp().clamp(max=MAX_SCALE)
+        return self.encode_image(image, normalize=True), self.encode_text(tokens, normalize=True), scale
+
+
+def build_clip(config: CLIPConfig, *, scale: float = 1 / 0.07) -> CLIP:
+    """Assemble the model of a config, with fresh weights.
+
+    Raises:
+        ConfigError: an unknown backbone, or widths that disagree.
+    """
+    if config.image.backbone not in _BACKBONES:
+        raise ConfigError(
+            f"image tower: unknown backbone {config.image.backbone!r}, expected one of {sorted(_BACKBONES)}."
+        )
+    if sum(config.image.part_dims) != config.text.embed_dim:
+        raise ConfigError(
+            f"model {config.name!r}: the image tower's parts {config.image.part_dims} make "
+            f"{sum(config.image.part_dims)} dimensions, the text tower has {config.text.embed_dim}; they must agree."
+        )
+    backbone = EfficientNetLite(_BACKBONES[config.image.backbone])
+    if backbone.config.classes != config.image.classes:
+        raise ConfigError(
+            f"image tower: backbone {config.image.backbone!r} has {backbone.config.classes} classes, the config says "
+            f"{config.image.classes}."
+        )
+    return CLIP(
+        image_tower=PosteriorImageTower(backbone, config.image),
+        text_tower=BagTextTower(config.text),
+        scale=scale,
+    )

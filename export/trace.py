@@ -1,0 +1,304 @@
+"""Trace a checkpoint into two ONNX graphs, one a tower, with everything a device needs inside.
+
+Image graph: ``image`` uint8 ``(B, H, W, 3)`` RGB -> cast, scale, mean and std, transpose, tower, L2 norm ->
+``image_embedding`` float32 ``(B, E)``. Text graph: ``tokens`` int32 ``(B, L)`` -> ``text_embedding`` float32
+``(B, E)``, unit norm. Batch symbolic, the rest static, opset 20.
+
+The graph to export is a wrapper of its own, so that no tower ever asks whether it is being exported. Batch norms are
+folded and explicit padding goes into the convolutions before and after tracing; both are exact. What tells where and
+by whom the graph was made (stack traces, module paths, doc strings) is removed, so that the same checkpoint gives the
+same bytes from any directory. The full checker runs on every graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from edgeclip.errors import ExportError
+from edgeclip.models.clip import CLIP, PosteriorImageTower
+from edgeclip.models.config import CLIPConfig
+
+__all__ = [
+    "OPSET",
+    "ImageGraph",
+    "TextGraph",
+    "TracedTowers",
+    "check_model",
+    "fold_padding",
+    "strip_provenance",
+    "to_bytes",
+    "trace",
+    "trace_image_tower",
+    "trace_text_tower",
+]
+
+OPSET = 20
+"""One node for GELU; from 23 on an Attention node that older runtimes lack."""
+_IR_VERSION = 9
+_EXAMPLE_BATCH = 2  # 0 and 1 would be taken for constants
+
+
+class ImageGraph(nn.Module):
+    """uint8 NHWC pixels to unit embeddings.
+
+    Args:
+        tower: ``(B, 3, H, W)`` to ``(B, E)``.
+        mean: per channel, on pixels in [0, 1].
+        std: per channel, on pixels in [0, 1].
+    """
+
+    def __init__(self, tower: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.tower = tower
+        # (x/255 - mean)/std as one product and one sum over the channels, computed in float64.
+        factor = 1 / (255 * np.asarray(std, np.float64))
+        shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
+        self.register_buffer("factor", torch.tensor(factor, dtype=torch.float32))
+        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed ``(B, H, W, 3)`` uint8 pixels."""
+        x = image.to(torch.float32) * self.factor + self.shift
+        embedding = self.tower(x.permute(0, 3, 1, 2))
+        return _normalize(embedding)
+
+
+class TextGraph(nn.Module):
+    """int32 token ids to unit embeddings."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embed ``(B, L)`` token ids."""
+        return _normalize(self.tower(tokens))
+
+
+def _normalize(x: Tensor) -> Tensor:
+    # sqrt(sum + tiny) rather than max(norm, eps): fewer nodes, and the gradient-free form every engine fuses.
+    return x / (x.square().sum(dim=-1, keepdim=True) + 1e-24).sqrt()
+
+
+@dataclass(frozen=True)
+class TracedTowers:
+    """Both graphs; either may be missing where the model has no such tower."""
+
+    image: onnx.ModelProto
+    text: onnx.ModelProto
+
+    def by_name(self) -> Mapping[str, onnx.ModelProto]:
+        """Return the graphs by tower name."""
+        return {"image": self.image, "text": self.text}
+
+
+def trace(model: CLIP, config: CLIPConfig) -> TracedTowers:
+    """Trace both towers of a model, which stays as it is.
+
+    Raises:
+        ExportError: a graph cannot be traced or fails the checker.
+    """
+    return TracedTowers(
+        trace_image_tower(model.image_tower, config),
+        trace_text_tower(model.text_tower, config.text.context_length),
+    )
+
+
+def trace_image_tower(tower: nn.Module, config: CLIPConfig) -> onnx.ModelProto:
+    """Trace an image tower with the preprocessing of ``config`` inside; batch norms are folded in a copy."""
+    tower = copy.deepcopy(tower).eval()
+    if isinstance(tower, PosteriorImageTower):
+        tower.backbone.fold()
+    graph = ImageGraph(tower, mean=config.mean, std=config.std)
+    height, width = config.image_size_px
+    example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
+    return _trace(graph, example, input_name="image", output_name="image_embedding")
+
+
+def trace_text_tower(tower: nn.Module, context_length: int) -> onnx.ModelProto:
+    """Trace a text tower for rows of ``context_length`` tokens."""
+    graph = TextGraph(copy.deepcopy(tower).eval())
+    example = torch.ones(_EXAMPLE_BATCH, context_length, dtype=torch.int32)
+    return _trace(graph, example, input_name="tokens", output_name="text_embedding")
+
+
+def _trace(graph: nn.Module, example: Tensor, *, input_name: str, output_name: str) -> onnx.ModelProto:
+    graph = graph.eval().requires_grad_(False)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=[output_name],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
+                verbose=False,
+            )
+        assert program is not None
+        model = program.model_proto
+    except Exception as error:  # the exporter raises whatever its stages stumble over
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"{input_name!r} tower cannot be traced to ONNX opset {OPSET} ({type(error).__name__}: {reason})."
+        ) from error
+    fold_padding(model)
+    strip_provenance(model)
+    _name_batch(model)
+    model.ir_version = _IR_VERSION
+    check_model(model, what=f"{input_name!r} tower")
+    return model
+
+
+def check_model(model: onnx.ModelProto, *, what: str) -> None:
+    """Run the full checker: types and shapes of every node.
+
+    Raises:
+        ExportError: the graph is not valid ONNX.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        imported = {entry.domain: entry.version for entry in model.opset_import}
+        if imported.get("") != OPSET or any(imported[domain] for domain in imported if domain):
+            raise ValueError(f"opset imports {imported}, expected {{'': {OPSET}}}")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"{what}: the ONNX checker refuses the graph: {reason}.") from error
+
+
+def to_bytes(model: onnx.ModelProto) -> bytes:
+    """Return the serialized graph; equal graphs give equal bytes."""
+    return model.SerializeToString(deterministic=True)
+
+
+def fold_padding(model: onnx.ModelProto) -> int:
+    """Move constant zero padding into the convolution behind it; return how many.
+
+    ``SAME`` padding of even inputs is asymmetric, which PyTorch writes as a node of its own; a Conv's ``pads`` can
+    say it. Case: ``Pad(constant, 0)`` of the two spatial axes whose only reader is a Conv with explicit pads.
+    """
+    graph = model.graph
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            values[node.output[0]] = next(
+                attribute.t for attribute in node.attribute if attribute.name == "value"
+            )
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    folded = 0
+    for pad in [node for node in graph.node if node.op_type == "Pad"]:
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in pad.attribute}
+        reader = readers.get(pad.output[0], [])
+        if attributes.get("mode", b"constant") != b"constant" or [node.op_type for node in reader] != [
+            "Conv"
+        ]:
+            continue
+        if pad.input[1] not in values or (len(pad.input) > 3 and pad.input[3]):
+            continue
+        if len(pad.input) > 2 and pad.input[2]:
+            fill = values.get(pad.input[2])
+            if fill is None or float(numpy_helper.to_array(fill).reshape(-1)[0]) != 0:
+                continue
+        amounts = numpy_helper.to_array(values[pad.input[1]]).tolist()
+        if len(amounts) != 8 or any(amounts[axis] for axis in (0, 1, 4, 5)):
+            continue
+        conv = reader[0]
+        extra = [amounts[2], amounts[3], amounts[6], amounts[7]]
+        pads = next((attribute for attribute in conv.attribute if attribute.name == "pads"), None)
+        automatic = next((attribute for attribute in conv.attribute if attribute.name == "auto_pad"), None)
+        if automatic is not None and automatic.s not in (b"NOTSET", b"VALID"):
+            continue
+        if automatic is not None:
+            conv.attribute.remove(automatic)
+        if pads is None:
+            conv.attribute.append(helper.make_attribute("pads", extra))
+        else:
+            pads.ints[:] = [before + more for before, more in zip(pads.ints, extra, strict=True)]
+        conv.input[0] = pad.input[0]
+        graph.node.remove(pad)
+        folded += 1
+    _drop_unused(graph)
+    return folded
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove initializers, constants and shape notes nobody reads any more."""
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in used]:
+        graph.node.remove(node)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    produced = {name for node in graph.node for name in node.output}
+    for value in [value for value in graph.value_info if value.name not in produced]:
+        graph.value_info.remove(value)
+
+
+def strip_provenance(model: onnx.ModelProto) -> None:
+    """Remove stack traces, module paths, doc strings and producer notes; number the nodes by kind."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    model.producer_name, model.producer_version, model.domain = "edgeclip", "", ""
+    model.model_version = 0
+    graph = model.graph
+    del graph.metadata_props[:]
+    graph.doc_string = ""
+    graph.name = "tower"
+    graph.sparse_initializer.MergeFrom([])
+    counts: dict[str, int] = {}
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        node.name = f"{node.op_type}_{counts[node.op_type]}"
+    for tensor in graph.initializer:
+        del tensor.metadata_props[:]
+        tensor.doc_string = ""
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    # Opset imports of domains no node uses only frighten readers.
+    used = {node.domain for node in graph.node}
+    kept = [entry for entry in model.opset_import if entry.domain in used or not entry.domain]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _name_batch(model: onnx.ModelProto) -> None:
+    """Call the first axis of inputs and outputs ``batch``."""
+    for value in (*model.graph.input, *model.graph.output):
+        dim = value.type.tensor_type.shape.dim
+        if not dim or dim[0].WhichOneof("value") == "dim_value":
+            raise ExportError(
+                f"{value.name!r}: the exporter made the batch a constant; trace with a batch of 2."
+            )
+        dim[0].dim_param = "batch"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and deprecation notes to itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
