@@ -89,6 +89,33 @@ __all__ = [
 
 MAX_MANIFEST_BYTES = 8 << 20
 
+# Engine settings a bundle may ask for: those that change how numbers are computed. Others make an engine read
+# or write files, load code or take threads, and are the host's business.
+SESSION_KEYS = frozenset(
+    {
+        # ONNX Runtime: onnxruntime_session_options_config_keys.h
+        "mlas.disable_kleidiai",
+        "mlas.enable_gemm_fastmath_arm64_bfloat16",
+        "mlas.use_lut_gemm",
+        "optimization.enable_cast_chain_elimination",
+        "optimization.enable_gelu_approximation",
+        "session.disable_double_qdq_remover",
+        "session.disable_qdq_constant_folding",
+        "session.disable_quant_qdq",
+        "session.dynamic_block_base",
+        "session.enable_dq_matmulnbits_fusion",
+        "session.enable_quant_qdq_cleanup",
+        "session.qdq_matmulnbits_accuracy_level",
+        "session.qdqisint8allowed",
+        "session.set_denormal_as_zero",
+        "session.x64quantprecision",
+        # OpenVINO
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+        "EXECUTION_MODE_HINT",
+        "INFERENCE_PRECISION_HINT",
+    }
+)
+
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -127,8 +154,11 @@ class Variant:
             BundleError: the variant has no such tower, or a file is missing or damaged.
         """
         entry = self._entry(name)
+        self._check_session_config()
         files = tuple(self.bundle.file(file) for file in entry.files)
-        if entry.model.endswith(".onnx"):
+        if not entry.model.endswith(
+            ".xml"
+        ):  # OpenVINO's own form, which is opened with its weights beside it
             self._check_external_data(entry)
         return TowerFiles(
             tower=name,
@@ -151,6 +181,15 @@ class Variant:
         ordered = [hashes.pop(entry.model), *sorted(hashes.values())]
         return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
 
+    def _check_session_config(self) -> None:
+        unknown = sorted(set(self.entry.session_config) - SESSION_KEYS)
+        if unknown:
+            raise BundleError(
+                f"{self.bundle.where}: variant {self.name!r} asks for the engine setting "
+                f"{unknown[0][:100]!r}, "
+                "which a bundle may not set: export it without, or update edgeclip."
+            )
+
     def _check_external_data(self, entry: TowerEntry) -> None:
         """Refuse a graph that would make the engine read what is not among the tower's checked files."""
         if (entry.model, *entry.files) in self.bundle._graphs_checked:
@@ -164,7 +203,7 @@ class Variant:
             raise BundleError(f"{where} cannot be read: {_reason(error)}: export it again.") from error
         folder = entry.model.rpartition("/")[0]
         for location in sorted(locations):
-            if f"{folder}/{location}".lstrip("/") not in entry.files:
+            if (f"{folder}/{location}" if folder else location) not in entry.files:
                 raise BundleError(
                     f"{where} reads the file {location[:200]!r}, which is not among the tower's files "
                     f"{some(entry.files)}: export it again."

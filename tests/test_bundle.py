@@ -266,6 +266,30 @@ def test_unknown_variants_and_towers_are_listed_against(tiny_bundle: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "session.optimized_model_filepath",
+        "session.model_external_initializers_file_folder_path",
+        "session.collect_node_memory_stats_to_file",
+        "ep.context_file_path",
+        "CACHE_DIR",
+        "x\n" * 100,
+    ],
+)
+def test_a_bundle_may_not_set_what_makes_an_engine_touch_files(tiny_bundle: Path, key: str) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        for name, setting in (("onnx-int8", "session.x64quantprecision"), ("onnx-fp32", key)):
+            manifest["variants"][name]["session_config"] = {setting: "1"}
+
+    edit(tiny_bundle, change)
+    bundle = Bundle.open(tiny_bundle)
+    assert bundle.variant("onnx-int8").tower("image").session_config == {"session.x64quantprecision": "1"}
+    with pytest.raises(BundleError, match=r"asks for the engine setting .* a bundle may not set") as caught:
+        bundle.variant("onnx-fp32").tower("image")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("make", "expected"),
     [
         (lambda path: None, "does not exist, expected a directory"),

@@ -162,6 +162,21 @@ def test_external_data_that_the_tower_does_not_list_is_refused(
         bundle.variant("onnx-fp32").tower("image")
 
 
+@pytest.mark.parametrize("location", ["/image.data", "image.data"])
+def test_at_the_top_of_the_bundle_an_absolute_location_stays_one(tiny_bundle: Path, location: str) -> None:
+    model = helper.make_model(graph(tensor("w", location)))
+    with BundleWriter(tiny_bundle) as writer:
+        data = writer.add("image.data", bytes(16), exact=True)
+        file = writer.add("image.model", model.SerializeToString())  # whatever it is called
+        writer.manifest["variants"]["onnx-fp32"]["towers"]["image"].update(model=file, files=[file, data])
+        variant = writer.commit().variant("onnx-fp32")
+    if location == "image.data":
+        assert len(variant.tower("image").files) == 2
+    else:
+        with pytest.raises(BundleError, match=r"reads the file '/image\.data'"):
+            variant.tower("image")
+
+
 def test_a_graph_that_is_no_protobuf_is_an_error_of_the_bundle(tiny_bundle: Path) -> None:
     with BundleWriter(tiny_bundle) as writer:
         file = writer.add("onnx-fp32/image.onnx", b"no graph")

@@ -87,7 +87,7 @@ def _show(opened: Bundle, document: dict[str, Any], *, checked: bool) -> None:
         if tokenizer is None
         else f"digest {(tokenizer.get('digest') or 'not stated')[:16]}",
         "licence": model.licence,
-        "parents": ", ".join(map(_one_line, model.parents)) or "none stated",
+        "parents": _cut(", ".join(map(_parent, model.parents)), 300) or "none stated",
         "golden": "none" if document["golden"] is None else _size(document["golden"]["size_bytes"]),
         "size": f"{_size(document['size_bytes'])} in {document['files']} files, {state}",
         "digest": opened.digest,
@@ -105,7 +105,7 @@ def _show(opened: Bundle, document: dict[str, Any], *, checked: bool) -> None:
             escape(shown(f"head {name}: {head.kind}, bank {head.bank or 'any'}{fitted}")), soft_wrap=True
         )
     for name, value in sorted(opened.manifest.provenance.items()):
-        console.print(escape(shown(f"made with {name}: {_one_line(value)}")), soft_wrap=True)
+        console.print(escape(f"made with {shown(name)}: {_cut(shown(_one_line(value)))}"), soft_wrap=True)
 
 
 def _variant_table(opened: Bundle, document: dict[str, Any]) -> Any:
@@ -183,6 +183,15 @@ def _size(size_bytes: int) -> str:
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e6:.2f} M" if parameters >= 100_000 else f"{parameters:,}"
+
+
+def _parent(parent: str | dict[str, Any]) -> str:
+    named = parent.get("name") if isinstance(parent, dict) else parent
+    return named if isinstance(named, str) else _one_line(parent)
+
+
+def _cut(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _one_line(value: Any) -> str:
@@ -362,9 +371,8 @@ def _difference(each: Difference) -> str:
     return f"~ {field}: {_shortened(each.a)} → {_shortened(each.b)}"
 
 
-def _shortened(value: Any, limit: int = 100) -> str:
-    text = shown(json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def _shortened(value: Any) -> str:
+    return _cut(shown(json.dumps(value, ensure_ascii=False)))
 
 
 # --- pack and unpack ---------------------------------------------------------------------------------------
