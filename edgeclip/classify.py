@@ -14,10 +14,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter_ns
 from types import TracebackType
@@ -26,18 +25,17 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import numpy as np
 
 from .bundle import Bundle
-from .cache import HostCache
+from .bundle_labels import BundleLabels
+from .decode_ahead import Decoded, decode_ahead
 from .errors import BackendError, BundleError, ConfigError, EdgeClipError, InputError
 from .heads import Head, rank, temperature_head
 from .label_sets import Label, LabelSet, Templates
-from .label_store import LabelStore
-from .labels import BankProgress, LabelBank, build_bank
+from .labels import BankProgress, LabelBank
 from .preprocess import Preprocess
 from .runtime.choose import choose_variant, open_tower
-from .runtime.host import Host, usable_cores
+from .runtime.host import usable_cores
 from .runtime.latency import NO_CLOCK
 from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions
-from .text_encoder import TextEncoder, text_variant
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,8 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedded", "Outcome", "Prediction", "ZeroShotClassifier"]
 
-DEFAULT_TEMPLATES = "one"
-_END: Any = object()
 _CALL_BATCH = (
     8  # pictures a tower call when a list is classified: more costs memory and gains nothing on a CPU
 )
@@ -137,12 +133,9 @@ class ZeroShotClassifier:
         self._session = session
         self._preprocess = preprocess
         self._exact = Preprocess(preprocess.spec) if preprocess.fast_decode else preprocess
-        self._options = options
-        self._keep_text_tower = keep_text_tower
         self._clock = clock
         self._active: _Active | None = None
-        self._default: LabelBank | None = None
-        self._encoder: TextEncoder | None = None
+        self._labels = BundleLabels(bundle, choice.variant, options, keep_text_tower, clock)
         self._lock = threading.RLock()  # labels and text tower; never held while a picture is classified
         self._process = os.getpid()
         self._closed = False
@@ -215,7 +208,8 @@ class ZeroShotClassifier:
 
         Args:
             labels: names, a label set, or a finished bank.
-            templates: a built-in name, a template or a list; ``None`` takes those of the default bank.
+            templates: a built-in name, a template or a list; ``None`` takes those of the bundle's own bank,
+                of its Chinese one where every label holds a Chinese character.
             on_progress: called after each batch of texts encoded.
 
         Raises:
@@ -228,9 +222,24 @@ class ZeroShotClassifier:
             self._activate(labels, None)
             return
         checked = LabelSet.of(labels)
-        chosen = self._default_templates() if templates is None else Templates.of(templates)
+        chosen = None if templates is None else Templates.of(templates)
         with self._lock:
-            self._activate(self._bank(checked, chosen, on_progress), None)
+            self._activate(self._labels.build(checked, chosen, on_progress), None)
+
+    def set_bundle_labels(self, language: str | None = None) -> None:
+        """Offer the labels the bundle brings: its default ones, or those in a language such as ``"zh"``.
+
+        Raises:
+            ConfigError: it brings none, or none in that language; the message lists the languages it has.
+        """
+        self._check_usable()
+        name = self._labels.bank_name(language)
+        if name is None:
+            raise ConfigError(
+                f"{self.bundle.where}: has no default labels; call set_labels() or pass --labels."
+            )
+        with self._lock:
+            self._activate(self._labels.bank(name), name)
 
     @property
     def bank(self) -> LabelBank:
@@ -254,7 +263,7 @@ class ZeroShotClassifier:
     @property
     def text_tower_runs(self) -> int:
         """How often the text tower has run for this classifier; 0 when every label was cached."""
-        return 0 if self._encoder is None else self._encoder.runs
+        return self._labels.text_tower_runs
 
     def label_warnings(self) -> list[str]:
         """Return sentences on labels that the model probably does not know, and on labels that were cut."""
@@ -305,8 +314,8 @@ class ZeroShotClassifier:
         """
         active, top_k = self._labels_in_force(), _checked_top_k(top_k)
         if _is_one(images):
-            batch = self._pixels(images, channels, self._preprocess)[None]
-            return self._predict(self._embed(batch), active, top_k)[0]
+            pixels = self._pixels(images, channels, self._preprocess)
+            return self._predict(self._embed(pixels[None]), active, top_k)[0]
         results: list[list[Prediction]] = []
         for batch in self._batches(images, channels, self._preprocess):
             results += self._predict(self._embed(batch), active, top_k)
@@ -341,12 +350,7 @@ class ZeroShotClassifier:
         one = isinstance(texts, str)
         several = [cast("str", texts)] if one else list(texts)
         with self._lock:
-            encoder = self._text_encoder()
-            try:
-                embeddings, cut = encoder.encode(several, clock=self._clock)
-            finally:
-                if not self._keep_text_tower:
-                    encoder.close()
+            embeddings, cut = self._labels.encode(several)
         if cut.any() and not truncate:
             row = int(np.argmax(cut))
             raise InputError(
@@ -422,8 +426,7 @@ class ZeroShotClassifier:
         """Close the towers. Calling it again does nothing; calls that are running finish."""
         self._closed = True
         self._session.close()
-        if self._encoder is not None:
-            self._encoder.close()
+        self._labels.close()
 
     def __enter__(self) -> ZeroShotClassifier:
         return self
@@ -470,8 +473,6 @@ class ZeroShotClassifier:
 
     def _embed(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return ``(B, E)`` float32 unit embeddings of tower inputs ``(B, H, W, 3)``."""
-        if os.getpid() != self._process:
-            self._check_usable()
         feed: NDArray[Any] = self._preprocess.normalize(batch) if self._on_host else batch
         if self._fresh:
             self._fresh = False
@@ -510,54 +511,32 @@ class ZeroShotClassifier:
         ready: Callable[[], bool] | None,
         preprocess: Preprocess,
     ) -> Iterator[list[Embedded]]:
-        """Yield groups of ``batch_size`` pictures, embedded, in order.
+        """Yield groups of at most ``batch_size`` pictures, embedded, in order."""
+        groups = decode_ahead(
+            images,
+            preprocess,
+            channels=channels,
+            batch_size=batch_size,
+            workers=usable_cores() if workers is None else workers,
+            ready=ready,
+            clock=self._clock,
+        )
+        with closing(groups):
+            for group in groups:
+                yield self._embed_group(group)
 
-        Threads decode (Pillow lets the GIL go), the consuming thread runs the tower. No core is idle
-        as long as pictures wait on either side, so the time is the total work divided by the cores.
-        """
-        if batch_size < 1 or (workers is not None and workers < 1):
-            raise ConfigError(f"batch_size is {batch_size} and workers {workers}, expected at least 1.")
-        workers = usable_cores() if workers is None else workers
-        source = iter(images)
-        pending: deque[tuple[Any, Future[_Decoded]]] = deque()
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="edgeclip-decode")
-        try:
-            while True:
-                while len(pending) < batch_size + 2 * workers and (ready is None or not pending or ready()):
-                    image = next(source, _END)
-                    if image is _END:
-                        break
-                    pending.append((image, pool.submit(self._decode, image, channels, preprocess)))
-                if not pending:
-                    return
-                group = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
-                yield self._embed_group([(image, future.result()) for image, future in group])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _decode(self, source: Any, channels: Channels, preprocess: Preprocess) -> _Decoded:
-        began = perf_counter_ns()
-        try:
-            with self._clock.span("decode"):
-                image = preprocess.decode(source, channels=channels)
-            decoded = perf_counter_ns()
-            with self._clock.span("resize"):
-                pixels = preprocess.resize(image)
-        except EdgeClipError as error:
-            return _Decoded(None, error, {})
-        ended = perf_counter_ns()
-        return _Decoded(pixels, None, {"decode": (decoded - began) / 1e6, "resize": (ended - decoded) / 1e6})
-
-    def _embed_group(self, group: list[tuple[Any, _Decoded]]) -> list[Embedded]:
-        good = [decoded.pixels for _, decoded in group if decoded.pixels is not None]
+    def _embed_group(self, group: list[Decoded]) -> list[Embedded]:
+        good = [decoded.pixels for decoded in group if decoded.pixels is not None]
         began = perf_counter_ns()
         rows = iter(self._embed(np.stack(good)) if good else ())
         tower_ms = (perf_counter_ns() - began) / 1e6 / max(len(good), 1)
         return [
-            Embedded(source, None, decoded.error, None, len(good))
+            Embedded(decoded.source, None, decoded.error, None, len(good))
             if decoded.pixels is None
-            else Embedded(source, next(rows), None, {**decoded.timing_ms, "image_tower": tower_ms}, len(good))
-            for source, decoded in group
+            else Embedded(
+                decoded.source, next(rows), None, {**decoded.timing_ms, "image_tower": tower_ms}, len(good)
+            )
+            for decoded in group
         ]
 
     # -- inside: labels ----------------------------------------------------------------------------------
@@ -578,13 +557,7 @@ class ZeroShotClassifier:
             return active
         with self._lock:
             if self._active is None:
-                name = self.bundle.manifest.default_bank
-                bank = self._default_bank()
-                if bank is None:
-                    raise ConfigError(
-                        f"{self.bundle.where}: has no default labels; call set_labels() or pass --labels."
-                    )
-                self._activate(bank, name)
+                self.set_bundle_labels()
             return cast("_Active", self._active)
 
     def _activate(self, bank: LabelBank, name: str | None) -> None:
@@ -600,98 +573,6 @@ class ZeroShotClassifier:
                 f"{model.embed_dim}. Build the bank with this bundle."
             )
         self._active = _Active(bank, bank.names, temperature_head(self.bundle, name))
-
-    def _bank(
-        self, labels: LabelSet, templates: Templates, on_progress: Callable[[BankProgress], None] | None
-    ) -> LabelBank:
-        encoder = self._text_encoder_or_none()
-        if encoder is None:
-            return self._bank_without_text_tower(labels, templates)
-        try:
-            cache = HostCache.open(self.bundle.digest, Host.here().fingerprint())
-            return build_bank(
-                labels,
-                templates,
-                encoder,
-                store=LabelStore(cache, encoder.digest),
-                known=self._default_bank,
-                on_progress=on_progress,
-                clock=self._clock,
-            )
-        finally:
-            if not self._keep_text_tower:
-                encoder.close()
-
-    def _bank_without_text_tower(self, labels: LabelSet, templates: Templates) -> LabelBank:
-        """Return rows of the default bank; a slimmed bundle can offer nothing else."""
-        bank = self._default_bank()
-        rows = {} if bank is None else {label.name: row for row, label in enumerate(bank.labels.labels)}
-        missing = [label.name for label in labels.labels if label.name not in rows]
-        if bank is None or missing or templates.digest != bank.templates.digest:
-            what = (
-                f"label {missing[0]!r} is not in its bank"
-                if missing
-                else "these templates are not its bank's"
-            )
-            raise BundleError(
-                f"{self.bundle.where}: has no text tower, and {what}. Use a bundle with a text "
-                "tower, or build the bank there with `edgeclip labels build`."
-            )
-        chosen = [rows[label.name] for label in labels.labels]
-        return replace(bank, labels=labels, embeddings=bank.embeddings[chosen], truncated=())
-
-    def _text_encoder_or_none(self) -> TextEncoder | None:
-        if self._encoder is None:
-            variant = text_variant(self.bundle, self.choice.variant)
-            if variant is not None:
-                self._encoder = TextEncoder(self.bundle, variant, options=self._options)
-        return self._encoder
-
-    def _text_encoder(self) -> TextEncoder:
-        encoder = self._text_encoder_or_none()
-        if encoder is None:
-            raise BundleError(f"{self.bundle.where}: has no text tower, so it cannot encode texts.")
-        return encoder
-
-    def _default_templates(self) -> Templates:
-        manifest = self.bundle.manifest
-        entry = manifest.label_banks.get(manifest.default_bank or "")
-        if entry is None:
-            return Templates.of(DEFAULT_TEMPLATES)
-        if entry.templates == "custom":  # spelled out in the bank file alone
-            bank = self._default_bank()
-            if bank is not None:
-                return bank.templates
-        return Templates.of(entry.templates)
-
-    def _default_bank(self) -> LabelBank | None:
-        """Return the bundle's default bank, read at the first call."""
-        with self._lock:
-            name = self.bundle.manifest.default_bank
-            if self._default is None and name is not None:
-                entry = self.bundle.manifest.label_banks[name]
-                try:
-                    bank = LabelBank.from_bytes(
-                        self.bundle.read(entry.file), source=f"{self.bundle.where}: label bank {name!r}"
-                    )
-                except InputError as error:
-                    raise BundleError(str(error)) from error
-                encoder = self._text_encoder_or_none()
-                if encoder is not None and not bank.tower and entry.variant is not None:
-                    made_with = self.bundle.variant(entry.variant)
-                    same = made_with.tower_digest("text") == encoder.variant.tower_digest("text")
-                    bank = replace(bank, tower=encoder.digest) if same else bank
-                self._default = bank
-            return self._default
-
-
-@dataclass(frozen=True, eq=False)
-class _Decoded:
-    """One decoded picture on its way to the tower."""
-
-    pixels: NDArray[np.uint8] | None
-    error: EdgeClipError | None
-    timing_ms: dict[str, float]
 
 
 class _Knows:

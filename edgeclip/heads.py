@@ -7,6 +7,7 @@ ranking is shared. Heads know no labels and no pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Head", "Ranking", "TemperatureHead", "cosines", "rank", "temperature_head"]
 
+_SORT_ALL = 128  # labels up to which sorting all is quicker than looking for the best first
 MAX_SCALE = 100.0
 """Largest multiplier of cosines, as CLIP clips it (Radford et al. 2021, §2.5)."""
 
@@ -120,15 +122,23 @@ def rank(
     score = head(similarity)
     count = bank.shape[0]
     k = min(top_k, count)
-    if k < count:
-        rows = np.argpartition(similarity, count - k, axis=1)[:, count - k :]
-        rows.sort(axis=1)  # the order of the bank, which the stable sort below keeps among equals
+    # Methods throughout, not numpy's functions: after a tower has emptied the processor's caches, every layer
+    # of Python between here and the kernels is fetched from memory again.
+    if count <= _SORT_ALL:
+        rows = (-similarity).argsort(axis=1, kind="stable")[:, :k]
     else:
-        rows = np.broadcast_to(np.arange(count), similarity.shape)
-    picture = np.arange(len(embeddings))[:, None]
-    order = np.argsort(-similarity[picture, rows], axis=1, kind="stable")
-    rows = rows[picture, order]
+        rows = similarity.argpartition(count - k, axis=1)[:, count - k :]
+        rows.sort(axis=1)  # the order of the bank, which the stable sort below keeps among equals
+    picture = _column(len(embeddings))
+    if count > _SORT_ALL:
+        rows = rows[picture, (-similarity[picture, rows]).argsort(axis=1, kind="stable")]
     return Ranking(rows, score[picture, rows], similarity[picture, rows])
+
+
+@lru_cache(maxsize=64)
+def _column(length: int) -> NDArray[np.intp]:
+    """Return 0, 1, … as a column that picks the pictures beside an array of rows."""
+    return np.arange(length)[:, None]
 
 
 def temperature_head(bundle: Bundle, bank: str | None) -> TemperatureHead:

@@ -230,8 +230,7 @@ def test_a_warm_start_imports_no_tokenizer(tiny_bundle_session: Path) -> None:
 def test_the_text_tower_is_closed_unless_kept(tiny_bundle_session: Path, keep: bool) -> None:
     with ZeroShotClassifier.open(tiny_bundle_session, options=ONE_THREAD, keep_text_tower=keep) as classifier:
         classifier.set_labels(["dark red"])
-        assert classifier._encoder is not None
-        assert classifier._encoder.is_open is keep
+        assert classifier._labels.text_tower_is_open is keep
 
 
 def test_templates_default_to_those_of_the_bundle(tiny_bundle: Path) -> None:
@@ -252,6 +251,34 @@ def test_templates_default_to_those_of_the_bundle(tiny_bundle: Path) -> None:
 
 def _bank_file(bundle: Path) -> str:
     return Bundle.open(bundle).manifest.label_banks["colours"].file
+
+
+def test_chinese_labels_take_the_chinese_bank(tiny_bundle: Path) -> None:
+    aliases = {"红色": "red", "蓝色": "blue"}
+    with BundleWriter(tiny_bundle) as writer:
+        bank = LabelBank.from_bytes(Bundle.open(tiny_bundle).read(_bank_file(tiny_bundle)))
+        rows = bank.embeddings[[bank.names.index(name) for name in aliases.values()]]
+        chinese = LabelBank(LabelSet.of(list(aliases)), rows, Templates.of("zh"), bank.space)
+        writer.manifest["label_banks"]["zh"] = {
+            "file": writer.add("banks/zh.safetensors", chinese.to_bytes()),
+            "labels": 2,
+            "templates": "zh",
+            "variant": "onnx-fp32",
+            "language": "zh",
+        }
+        writer.commit()
+    with ZeroShotClassifier.open(tiny_bundle, options=ONE_THREAD) as classifier:
+        assert classifier.bank.names == NAMES
+        classifier.set_bundle_labels("zh")
+        assert classifier.classify(colour_picture("red"))[0].label == "红色"
+        classifier.set_labels(["蓝色", "红色"])
+        assert classifier.bank.templates.name == "zh"
+        assert classifier.classify(colour_picture("red"))[0].label == "红色"
+        assert classifier.text_tower_runs == 0
+        classifier.set_labels(["红色", "red"])
+        assert classifier.bank.templates.name == "one"
+        with pytest.raises(ConfigError, match="no labels in language 'fr'; it has en, zh"):
+            classifier.set_bundle_labels("fr")
 
 
 def test_a_finished_bank_can_be_set(classifier: ZeroShotClassifier, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ SEEDS: dict[str, bytes] = {
 }
 _TOKENS = [
     b"\x00", b"\xff", b"\xed\xa0\x80", b"\\ud800", b'"', b"[", b"]", b"{", b"}", b"{}", b":", b",", b"|",
-    b"\n", b"null", b"true", b"-1", b"1e999", b"NaN", b"9" * 5000, b"[" * 3000, b"{" + b'"a":' * 50, b"F64", b"BF16",
+    b"\n",
+    b"null", b"true", b"-1", b"1e999", b"NaN", b"9" * 5000, b"[" * 3000, b"{" + b'"a":' * 50, b"F64", b"BF16",
     b"data_offsets", b"__metadata__", b"crc32", b"shape", b"labels", b"\xe2\x80\xae", b"\x93NUMPY",
     b"(10**9,)",
 ]  # fmt: skip

@@ -131,8 +131,8 @@ class LabelChoice:
             raise click.UsageError("--labels and --label-file cannot be given together.")
         if required and not given:
             raise click.UsageError("give --labels or --label-file.")
-        if not given and (self.templates or self.language):
-            raise click.UsageError("--templates and --language need --labels or --label-file.")
+        if not given and self.templates:
+            raise click.UsageError("--templates needs --labels or --label-file.")
         if self.is_bank and (self.templates or self.language):
             raise click.UsageError("a label bank brings its own templates and language.")
 
@@ -172,6 +172,7 @@ class LabelChoice:
         """Set the labels of a classifier and say what there is to say about them."""
         labels = self.read()
         if labels is None:
+            classifier.set_bundle_labels(self.language)
             count = len(classifier.bank)
             notes.say(
                 f"no labels given, so the bundle's own {count:,} are used; "

@@ -184,7 +184,8 @@ def test_unknown_labels_are_warned_about_once(classify, photos: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["--labels", "a", "--label-file", "b"], 2, "cannot be given together"),
-        (["--templates", "one"], 2, "need --labels"),
+        (["--templates", "one"], 2, "needs --labels"),
+        (["--language", "fr"], 1, "brings no labels in language 'fr'; it has en"),
         (["--label-file", "bank.npy", "--templates", "one"], 2, "brings its own templates"),
         (["--labels", "a,a"], 1, "--labels, entry 2: label 'a' is repeated"),
         (["--labels", ""], 1, "entry 1: empty label"),
