@@ -11,7 +11,8 @@ BASE := $(VENV)/.edgeclip-base
 DEV := $(VENV)/.edgeclip-dev
 LINT := build/lint
 
-DEMO_LABELS := cat,dog,car,bicycle
+# The first name of each photograph (edgeclip/assets/photos/photos.toml), and some that are in none of them.
+DEMO_LABELS := baseball,bison,castle,cat,chicken,coffee,crab,dog,frying pan,jaguar,koala,lemur,panda,parrot,red panda,sheep,bicycle,car,guitar,teapot
 
 .PHONY: help demo install dev fmt check layers test test-fast test-lowest bench-smoke clean
 help:
@@ -40,7 +41,7 @@ install: $(BASE)
 dev: $(DEV)
 
 demo: $(BASE)
-	$(BIN)/edgeclip classify edgeclip/assets/photos --labels "$(DEMO_LABELS)" --top-k 3 --timing
+	$(BIN)/edgeclip classify edgeclip/assets/photos --labels "$(DEMO_LABELS)" --top-k 2 --timing
 
 # make fmt  format the code and repair what ruff can repair
 fmt: $(DEV)
