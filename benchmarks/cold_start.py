@@ -101,8 +101,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        os.environ["EDGECLIP_CACHE_DIR"] = str(Path(temporary) / "cache")
         photo = options.photo or camera_photo(Path(temporary) / "photo.jpg")
+        os.environ["EDGECLIP_CACHE_DIR"] = str(Path(temporary) / "cache")
         with Image.open(photo) as opened:
             size = list(opened.size)
         run_once(options.bundle, options.variant, photo)  # encodes the labels; compiles bytecode

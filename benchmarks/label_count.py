@@ -31,7 +31,7 @@ def active(labels: int, width: int) -> _Active:
     rows = np.random.default_rng(labels).standard_normal((labels, width)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     bank = LabelBank(LabelSet.of(f"label {row}" for row in range(labels)), rows, Templates.of("one"))
-    return _Active(bank, bank.names, TemperatureHead(50.0))
+    return _Active(bank, bank.names, bank.embeddings, TemperatureHead(50.0))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter_ns
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, cast, overload
 
 import numpy as np
 
@@ -103,6 +103,7 @@ class _Active:
 
     bank: LabelBank
     names: tuple[str, ...]
+    embeddings: NDArray[np.float32]
     head: Head
 
 
@@ -313,6 +314,8 @@ class ZeroShotClassifier:
             BackendError: the tower failed, the classifier is closed, or the process was forked.
         """
         active, top_k = self._labels_in_force(), _checked_top_k(top_k)
+        if self._is_ready(images, channels) and len(images) <= _CALL_BATCH:
+            return self._predict(self._embed(images), active, top_k)
         if _is_one(images):
             pixels = self._pixels(images, channels, self._preprocess)
             return self._predict(self._embed(pixels[None]), active, top_k)[0]
@@ -454,12 +457,21 @@ class ZeroShotClassifier:
         with clock.span("resize"):
             return preprocess.resize(image)
 
+    def _is_ready(self, images: Any, channels: Channels) -> TypeGuard[NDArray[np.uint8]]:
+        """Return whether this is a batch of pictures of the tower's own size, which no resizing changes."""
+        return (
+            type(images) is np.ndarray
+            and images.shape[1:] == self._size
+            and images.dtype == np.uint8
+            and channels == "rgb"
+            and len(images) > 0
+        )
+
     def _batches(
         self, images: Any, channels: Channels, preprocess: Preprocess
     ) -> Iterator[NDArray[np.uint8]]:
         """Yield tower inputs ``(b, H, W, 3)`` of at most ``_CALL_BATCH`` pictures."""
-        ready = isinstance(images, np.ndarray) and images.shape[1:] == self._size and images.dtype == np.uint8
-        if ready and channels == "rgb":
+        if self._is_ready(images, channels):
             for start in range(0, len(images), _CALL_BATCH):
                 yield images[start : start + _CALL_BATCH]
             return
@@ -477,11 +489,8 @@ class ZeroShotClassifier:
         if self._fresh:
             self._fresh = False
             with self._clock.span("first_run", batch=len(batch)):
-                return self._run(feed)
-        return self._run(feed)
-
-    def _run(self, feed: NDArray[Any]) -> NDArray[np.float32]:
-        with self._clock.span("image_tower", batch=len(feed)):
+                return self._embed(batch)
+        with self._clock.span("image_tower", batch=len(batch)):
             embeddings: NDArray[np.float32] = self._session.run({self._input: feed})[self._output]
         return embeddings
 
@@ -489,17 +498,14 @@ class ZeroShotClassifier:
         self, embeddings: NDArray[np.float32], active: _Active, top_k: int
     ) -> list[list[Prediction]]:
         with self._clock.span("head", batch=len(embeddings)):
-            ranking = rank(embeddings, active.bank.embeddings, active.head, top_k=top_k)
-            if ranking.score[0, 0] != ranking.score[0, 0]:
+            ranking = rank(embeddings, active.embeddings, active.head, top_k=top_k)
+            if any(best[0][0] != best[0][0] for best in ranking):  # not a number
                 raise BackendError(
                     f"{self.bundle.where}: the image tower gave no numbers; run `edgeclip verify`."
                 )
             names = active.names
             return [
-                [Prediction(names[row], score, cosine) for row, score, cosine in zip(*columns, strict=True)]
-                for columns in zip(
-                    ranking.rows.tolist(), ranking.score.tolist(), ranking.similarity.tolist(), strict=True
-                )
+                [Prediction(names[row], score, cosine) for cosine, row, score in best] for best in ranking
             ]
 
     def _stream(
@@ -572,7 +578,7 @@ class ZeroShotClassifier:
                 f"label bank of {bank.embeddings.shape[1]} dimensions, but {self.bundle.where} has "
                 f"{model.embed_dim}. Build the bank with this bundle."
             )
-        self._active = _Active(bank, bank.names, temperature_head(self.bundle, name))
+        self._active = _Active(bank, bank.names, bank.embeddings, temperature_head(self.bundle, name))
 
 
 class _Knows:

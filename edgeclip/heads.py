@@ -1,7 +1,7 @@
 """Heads turn embeddings into answers: here the temperature head of zero-shot classification.
 
-A head maps similarities ``(B, N)`` to scores ``(B, N)`` and says what its scores are (``score_kind``);
-ranking is shared. Heads know no labels and no pictures.
+A head is given the similarities ``(B, N)`` of pictures and labels and scores some of them; it says what its
+scores are (``score_kind``). Ranking is shared. Heads know no labels and no pictures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
     from .bundle import Bundle
 
-__all__ = ["Head", "Ranking", "TemperatureHead", "cosines", "rank", "temperature_head"]
+__all__ = ["Head", "TemperatureHead", "cosines", "rank", "temperature_head"]
 
-_SORT_ALL = 128  # labels up to which sorting all is quicker than looking for the best first
 MAX_SCALE = 100.0
 """Largest multiplier of cosines, as CLIP clips it (Radford et al. 2021, §2.5)."""
 
@@ -35,8 +34,8 @@ class Head(Protocol):
         """What the scores are, as JSON output names it."""
         ...
 
-    def __call__(self, similarity: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return ``(B, N)`` scores of ``(B, N)`` similarities."""
+    def __call__(self, similarity: NDArray[np.float32], chosen: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return ``(B, k)`` scores of the ``chosen`` among all similarities ``(B, N)``."""
         ...
 
 
@@ -67,14 +66,12 @@ class TemperatureHead:
         """``"softmax"``."""
         return "softmax"
 
-    def __call__(self, similarity: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the softmax of ``scale · similarity`` over the last axis, float32."""
-        # cosines are at most 1, so exp() stays below e^200 only after the maximum is taken off
-        logits: NDArray[np.float32] = similarity - similarity.max(axis=-1, keepdims=True)
-        logits *= np.float32(self.scale)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(axis=-1, keepdims=True)
-        return logits
+    def __call__(self, similarity: NDArray[np.float32], chosen: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the softmax of ``scale · similarity`` over the last axis, for the ``chosen`` ones."""
+        # In float64 exp(100) is no overflow, so that no maximum need be found and taken off.
+        total = np.exp(np.multiply(similarity, self.scale, dtype=np.float64)).sum(axis=-1, keepdims=True)
+        scores: NDArray[np.float64] = np.exp(np.multiply(chosen, self.scale, dtype=np.float64)) / total
+        return scores
 
 
 def cosines(embeddings: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -89,25 +86,10 @@ def cosines(embeddings: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArr
     return products[..., 0, 0]
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """The best labels of a batch, best first.
-
-    Attributes:
-        rows: ``(B, k)`` rows of the bank.
-        score: ``(B, k)`` float32.
-        similarity: ``(B, k)`` float32 cosine.
-    """
-
-    rows: NDArray[np.intp]
-    score: NDArray[np.float32]
-    similarity: NDArray[np.float32]
-
-
 def rank(
     embeddings: NDArray[np.float32], bank: NDArray[np.float32], head: Head, *, top_k: int = 5
-) -> Ranking:
-    """Return the ``top_k`` labels of each picture (all of them where the bank has fewer).
+) -> list[list[tuple[float, int, float]]]:
+    """Return the ``top_k`` labels of each picture, best first (all of them where the bank has fewer).
 
     Args:
         embeddings: ``(B, E)`` float32, unit rows.
@@ -115,24 +97,28 @@ def rank(
         head: what scores the similarities.
         top_k: at least 1.
 
-    Equal similarities keep the order of the bank among the labels returned. Costs N dot products and a
-    few passes over ``(B, N)`` (``benchmarks/label_count.py``).
+    Returns:
+        For each picture ``(similarity, row of the bank, score)``. Equal similarities keep the order of the
+        bank among the labels returned.
+
+    Costs N dot products and two passes over ``(B, N)`` (``benchmarks/label_count.py``).
     """
     similarity = cosines(embeddings, bank)  # (B, N)
-    score = head(similarity)
     count = bank.shape[0]
     k = min(top_k, count)
-    # Methods throughout, not numpy's functions: after a tower has emptied the processor's caches, every layer
-    # of Python between here and the kernels is fetched from memory again.
-    if count <= _SORT_ALL:
-        rows = (-similarity).argsort(axis=1, kind="stable")[:, :k]
-    else:
-        rows = similarity.argpartition(count - k, axis=1)[:, count - k :]
-        rows.sort(axis=1)  # the order of the bank, which the stable sort below keeps among equals
-    picture = _column(len(embeddings))
-    if count > _SORT_ALL:
-        rows = rows[picture, (-similarity[picture, rows]).argsort(axis=1, kind="stable")]
-    return Ranking(rows, score[picture, rows], similarity[picture, rows])
+    # As few of numpy's functions as possible: a tower has just emptied the processor's caches, and the code
+    # of each is fetched from memory again. A handful of labels is sorted quicker without it.
+    best = similarity.argpartition(count - k, axis=1)[:, count - k :]  # (B, k), in no order
+    chosen = similarity[_column(len(best)), best]
+    scores = head(similarity, chosen)
+    return [
+        sorted(zip(*each, strict=True), key=_by_similarity)
+        for each in zip(chosen.tolist(), best.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _by_similarity(entry: tuple[float, int, float]) -> tuple[float, int]:
+    return -entry[0], entry[1]
 
 
 @lru_cache(maxsize=64)

@@ -23,16 +23,19 @@ def _unit(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
 def test_scores_equal_torch_softmax() -> None:
     torch = pytest.importorskip("torch")
     similarity = np.random.default_rng(0).uniform(-1, 1, (5, 40)).astype(np.float32)
-    ours = TemperatureHead(37.5)(similarity)
+    ours = TemperatureHead(37.5)(similarity, similarity)
     theirs = torch.softmax(37.5 * torch.from_numpy(similarity), dim=-1).numpy()
     # logits reach 75, whose float32 spacing of 8e-6 becomes the relative error of exp()
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-9)
 
 
-def test_the_similarities_given_are_left_alone() -> None:
-    similarity = np.ones((1, 3), np.float32)
-    TemperatureHead(10.0)(similarity)
-    assert similarity.tolist() == [[1.0, 1.0, 1.0]]
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_scores_are_finite_at_the_ends(scale: float) -> None:
+    similarity = np.array([[1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]], np.float32)
+    scores = TemperatureHead(scale)(similarity, similarity)
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-12)
+    assert scores[0, 0] == scores[0, 1] > scores[0, 2]
+    assert similarity.tolist() == [[1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]]
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 100.5, float("nan"), float("inf")])
@@ -49,8 +52,9 @@ def test_ranking_equals_a_full_sort(pictures: int, labels: int, top_k: int, seed
     ranking = rank(embeddings, bank, TemperatureHead(20.0), top_k=top_k)
     similarity = cosines(embeddings, bank)
     expected = np.argsort(-similarity, axis=1, kind="stable")[:, :top_k]
-    assert ranking.rows.tolist() == expected.tolist()
-    assert ranking.similarity.tolist() == np.take_along_axis(similarity, expected, axis=1).tolist()
+    assert [[row for _, row, _ in best] for best in ranking] == expected.tolist()
+    taken = np.take_along_axis(similarity, expected, axis=1)
+    assert [[cosine for cosine, _, _ in best] for best in ranking] == taken.tolist()
 
 
 def test_cosines_equal_a_matrix_product_whatever_the_batch() -> None:
@@ -66,13 +70,14 @@ def test_cosines_equal_a_matrix_product_whatever_the_batch() -> None:
 
 def test_equal_similarities_keep_the_order_of_the_bank() -> None:
     bank = np.tile(np.eye(1, 4, dtype=np.float32), (3, 1))
-    assert rank(bank[:1], bank, TemperatureHead(1.0), top_k=5).rows.tolist() == [[0, 1, 2]]
+    (best,) = rank(bank[:1], bank, TemperatureHead(1.0), top_k=5)
+    assert [row for _, row, _ in best] == [0, 1, 2]
 
 
 def test_scores_are_over_all_labels_not_the_ones_returned() -> None:
     bank = np.tile(np.eye(1, 4, dtype=np.float32), (10, 1))
-    ranking = rank(bank[:1], bank, TemperatureHead(5.0), top_k=2)
-    assert ranking.score.tolist() == [pytest.approx([0.1, 0.1])]
+    (best,) = rank(bank[:1], bank, TemperatureHead(5.0), top_k=2)
+    assert [score for _, _, score in best] == pytest.approx([0.1, 0.1])
 
 
 def test_a_fitted_head_counts_for_its_bank_alone(tiny_bundle: Path) -> None:
