@@ -256,7 +256,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
         report = {
             "schema": 1,
             "benchmark": "fast_decode",
-            "command": " ".join(["python benchmarks/fast_decode.py", *sys.argv[1:]]),
+            "command": f"python benchmarks/fast_decode.py --crops {arguments.crops} --seed {arguments.seed}",
             "commit": commit(),
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "host": Host.here().to_dict(),
