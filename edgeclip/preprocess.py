@@ -42,8 +42,8 @@ class Preprocess:
     Args:
         spec: size, resize, crop and interpolation from the bundle's manifest.
         fast_decode: let JPEG files at least twice as large as needed be decoded at reduced scale: about three
-            times as fast for photographs of 8 megapixels and more, but labels that were nearly tied may change
-            places (``benchmarks/fast_decode.py``). Off means exact.
+            times as fast for photographs of 8 megapixels and more, but labels that were nearly tied may
+            change places (``benchmarks/fast_decode.py``). Off means exact.
         max_pixels: larger pictures are refused, before and after resizing.
 
     Raises:
