@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    # Pillow warns about damaged metadata of pictures it reads well; only the owner of the process may silence it.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     sys.exit(_run(arguments, debug=debug))
 
 
