@@ -83,8 +83,8 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    # Pillow warns about damaged metadata of pictures it reads well; silencing it is up to the process, not the
-    # library.
+    # Pillow warns about damaged metadata of pictures it reads well. Silencing it is up to the process: it is
+    # done here and not in the library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     sys.exit(_run(arguments, debug=debug))
 
