@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter_ns
@@ -486,27 +486,35 @@ class ZeroShotClassifier:
     def _embed(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return ``(B, E)`` float32 unit embeddings of tower inputs ``(B, H, W, 3)``."""
         feed: NDArray[Any] = self._preprocess.normalize(batch) if self._on_host else batch
-        if self._fresh:
+        clock = self._clock
+        if clock is NO_CLOCK:  # not even a context that does nothing
+            outputs = self._session.run({self._input: feed})
+        else:
+            first = clock.span("first_run", batch=len(batch)) if self._fresh else nullcontext()
             self._fresh = False
-            with self._clock.span("first_run", batch=len(batch)):
-                return self._embed(batch)
-        with self._clock.span("image_tower", batch=len(batch)):
-            embeddings: NDArray[np.float32] = self._session.run({self._input: feed})[self._output]
+            with first, clock.span("image_tower", batch=len(batch)):
+                outputs = self._session.run({self._input: feed})
+        embeddings: NDArray[np.float32] = outputs[self._output]
         return embeddings
 
     def _predict(
         self, embeddings: NDArray[np.float32], active: _Active, top_k: int
     ) -> list[list[Prediction]]:
+        if self._clock is NO_CLOCK:
+            return self._answers(embeddings, active, top_k)
         with self._clock.span("head", batch=len(embeddings)):
-            ranking = rank(embeddings, active.embeddings, active.head, top_k=top_k)
-            if any(best[0][0] != best[0][0] for best in ranking):  # not a number
-                raise BackendError(
-                    f"{self.bundle.where}: the image tower gave no numbers; run `edgeclip verify`."
-                )
-            names = active.names
-            return [
-                [Prediction(names[row], score, cosine) for cosine, row, score in best] for best in ranking
-            ]
+            return self._answers(embeddings, active, top_k)
+
+    def _answers(
+        self, embeddings: NDArray[np.float32], active: _Active, top_k: int
+    ) -> list[list[Prediction]]:
+        ranking = rank(embeddings, active.embeddings, active.head, top_k=top_k)
+        if any(best[0][0] != best[0][0] for best in ranking):  # not a number
+            raise BackendError(
+                f"{self.bundle.where}: the image tower gave no numbers; run `edgeclip verify`."
+            )
+        names = active.names
+        return [[Prediction(names[row], score, cosine) for cosine, row, score in best] for best in ranking]
 
     def _stream(
         self,
@@ -557,10 +565,10 @@ class ZeroShotClassifier:
             raise BackendError("this classifier is closed. Open it again with ZeroShotClassifier.open().")
 
     def _labels_in_force(self) -> _Active:
-        self._check_usable()
         active = self._active
-        if active is not None:
+        if active is not None and not self._closed and os.getpid() == self._process:
             return active
+        self._check_usable()
         with self._lock:
             if self._active is None:
                 self.set_bundle_labels()

@@ -6,8 +6,9 @@ scores are (``score_kind``). Ranking is shared. Heads know no labels and no pict
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -34,8 +35,10 @@ class Head(Protocol):
         """What the scores are, as JSON output names it."""
         ...
 
-    def __call__(self, similarity: NDArray[np.float32], chosen: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``(B, k)`` scores of the ``chosen`` among all similarities ``(B, N)``."""
+    def __call__(
+        self, similarity: NDArray[np.float32], chosen: Sequence[Sequence[float]]
+    ) -> list[list[float]]:
+        """Return the scores of the ``chosen`` of the similarities ``(B, N)``, ``k`` a row, best first."""
         ...
 
 
@@ -66,11 +69,18 @@ class TemperatureHead:
         """``"softmax"``."""
         return "softmax"
 
-    def __call__(self, similarity: NDArray[np.float32], chosen: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the softmax of ``scale · similarity`` over the last axis, for the ``chosen`` ones."""
-        # In float64 exp(100) is no overflow, so that no maximum need be found and taken off.
-        total = np.exp(np.multiply(similarity, self.scale, dtype=np.float64)).sum(axis=-1, keepdims=True)
-        scores: NDArray[np.float64] = np.exp(np.multiply(chosen, self.scale, dtype=np.float64)) / total
+    def __call__(
+        self, similarity: NDArray[np.float32], chosen: Sequence[Sequence[float]]
+    ) -> list[list[float]]:
+        """Return the softmax of ``scale · similarity`` over each row, for the chosen ones, best first."""
+        scale = self.scale
+        scores = []
+        for row, best in zip(similarity, chosen, strict=True):
+            largest = best[0]  # taken off, so that exp() does not overflow
+            weights = row - largest
+            weights *= scale
+            total = float(np.exp(weights, out=weights).sum())
+            scores.append([math.exp(scale * (each - largest)) / total for each in best])
         return scores
 
 
@@ -107,24 +117,17 @@ def rank(
     count = bank.shape[0]
     k = min(top_k, count)
     # As few of numpy's functions as possible: a tower has just emptied the processor's caches, and the code
-    # of each is fetched from memory again. A handful of labels is sorted quicker without it.
-    best = similarity.argpartition(count - k, axis=1)[:, count - k :]  # (B, k), in no order
-    chosen = similarity[_column(len(best)), best]
-    scores = head(similarity, chosen)
-    return [
-        sorted(zip(*each, strict=True), key=_by_similarity)
-        for each in zip(chosen.tolist(), best.tolist(), scores.tolist(), strict=True)
+    # of each is fetched from memory again. A handful of labels is handled quicker without it.
+    candidates = similarity.argpartition(count - k, axis=1)[:, count - k :].tolist()  # in no order
+    best = [
+        sorted([(-similarity.item(picture, row), row) for row in rows])
+        for picture, rows in enumerate(candidates)
     ]
-
-
-def _by_similarity(entry: tuple[float, int, float]) -> tuple[float, int]:
-    return -entry[0], entry[1]
-
-
-@lru_cache(maxsize=64)
-def _column(length: int) -> NDArray[np.intp]:
-    """Return 0, 1, … as a column that picks the pictures beside an array of rows."""
-    return np.arange(length)[:, None]
+    scores = head(similarity, [[-negative for negative, _ in each] for each in best])
+    return [
+        [(-negative, row, score) for (negative, row), score in zip(each, given, strict=True)]
+        for each, given in zip(best, scores, strict=True)
+    ]
 
 
 def temperature_head(bundle: Bundle, bank: str | None) -> TemperatureHead:
