@@ -65,6 +65,15 @@ test: $(DEV)
 test-fast: $(DEV)
 	$(BIN)/pytest -m "not slow and not gpu and not network and not full"
 
+# make test-lowest  the tests of the thin runtime with the oldest versions of its dependencies
+test-lowest: $(DEV)
+	@rm -rf build/lowest && mkdir -p build && $(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check tomli
+	build/lowest/bin/python tests/tools/lowest.py > build/lowest.txt
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check -c build/lowest.txt -e . \
+	    pytest hypothesis jsonschema psutil scipy onnx
+	build/lowest/bin/pytest -m "not slow and not gpu and not network and not full"
+
 # make clean  remove .venv and what builds leave behind
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

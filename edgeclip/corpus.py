@@ -105,7 +105,7 @@ def parse_corpus(data: bytes, *, name: str) -> Corpus:
     """
     try:
         corpus = msgspec.toml.decode(data, type=Corpus)
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{name!r} is not a list of packages: {error}.") from error
     for package in corpus.package:
         unknown = set(package.sets) - set(corpus.sets)

@@ -430,7 +430,7 @@ def _is_complete(target: Path, package: PackageEntry) -> bool:
         return (receipt.sha256, receipt.tree_sha256) == (package.sha256, package.tree_sha256) and all(
             (target / name).stat().st_size == size for name, size in receipt.sizes.items()
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, msgspec.MsgspecError):
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,28 +32,37 @@ def _answers(classifier: ZeroShotClassifier, rounds: int, threads: int, swaps: i
             serial[number, frozenset(labels)] = classifier.classify(picture, top_k=5)
     start = threading.Barrier(threads + 1)
     seen: set[Key] = set()
+    answered: list[int] = []
+    stopped: list[int] = []
 
     def work(seed: int) -> int:
-        start.wait()
-        for call in range(rounds):
-            number = (call * 7 + seed) % len(pictures)
-            answer = classifier.classify(pictures[number], top_k=5)
-            labels = frozenset(each.label for each in answer)
-            # exactly the serial answer of one whole label set: labels, scores, similarities
-            assert answer == serial[number, labels]
-            seen.add(labels)
+        try:
+            start.wait()
+            for call in range(rounds):
+                number = (call * 7 + seed) % len(pictures)
+                answer = classifier.classify(pictures[number], top_k=5)
+                labels = frozenset(each.label for each in answer)
+                # exactly the serial answer of one whole label set: labels, scores, similarities
+                assert answer == serial[number, labels]
+                seen.add(labels)
+                answered.append(call)
+        finally:
+            stopped.append(seed)
         return rounds
 
     def swap() -> None:
         start.wait()
         for count in range(swaps):
+            # spread over the answers, however the threads are scheduled
+            while len(answered) < count * rounds * threads // swaps and len(stopped) < threads:
+                time.sleep(0.0002)
             classifier.set_labels(LABEL_SETS[count % len(LABEL_SETS)])
 
     with ThreadPoolExecutor(threads + 1) as pool:
         swapping = pool.submit(swap)
         checked = sum(pool.map(work, range(threads)))
         swapping.result()
-    assert len(seen) > 1
+    assert len(seen) == len(LABEL_SETS)
     return checked
 
 
