@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -60,7 +61,7 @@ def run_once(bundle: str, variant: str, photo: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", PROGRAM, str(start_ns), bundle, variant, str(photo), ",".join(LABELS)]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     times = told["times"]
-    phases = {name: (b - a) / 1e6 for name, a, b in zip(PHASES, times, times[1:], strict=True)}
+    phases = {name: (b - a) / 1e6 for name, (a, b) in zip(PHASES, pairwise(times), strict=True)}
     phases["start to first label"] = (times[-1] - times[0]) / 1e6
     stages = {
         name: told["totals"][name] for name in ("open", "compile", "first_run", "decode", "resize", "head")

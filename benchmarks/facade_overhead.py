@@ -1,8 +1,11 @@
 """What the facade costs over bare ONNX Runtime: `ZeroShotClassifier.classify` against `session.run`.
 
-Both get the same preprocessed batch, ``(B, H, W, 3)`` uint8; ``run`` is called on the very session the facade
-holds, so the two differ in nothing but what edgeclip adds: checks, the head, and predictions as Python
-objects; over 100 labels (what more labels cost is ``label_count.py``'s question) and over the bundle's own. Called in turns (`compare_interleaved`), spinning off, all cores.
+Both get the same preprocessed batch, ``(B, H, W, 3)`` uint8; ``run`` is called on the very session the
+facade holds, so the two differ in nothing but what edgeclip adds: checks, the head, and predictions as
+Python objects. Over 100 labels (what more labels cost is the question of ``label_count.py``) and over the
+bundle's own. Called in turns (`compare_interleaved`), spinning off, all cores. Needs a quiet machine:
+what is added is small code, and most of its time is fetching it back into caches that the tower, and
+everything else that runs, has emptied.
 
 Bars: less than 2 % at batch 8, less than 0.2 ms at batch 1.
 
