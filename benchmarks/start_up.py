@@ -1,6 +1,6 @@
 """What `import edgeclip` and `edgeclip --help` cost, beside a bare interpreter, in fresh processes.
 
-Bars: importing costs under 40 ms over the bare interpreter, `edgeclip --help` under 250 ms as a whole process.
+Bars: importing costs under 40 ms over the bare interpreter, `edgeclip --help` under 250 ms as a process.
 
     python benchmarks/start_up.py
 """
