@@ -203,7 +203,8 @@ def load_checkpoint(
     """
     directory = Path(directory)
     info = read_checkpoint_info(directory)
-    model = build_clip(info.config, scale=info.scale)
+    with torch.device("meta"):  # every weight comes from the files: do not spend time on random ones
+        model = build_clip(info.config, scale=info.scale)
     path = directory / _WEIGHTS
     try:
         state = load_file(path)
@@ -277,7 +278,7 @@ def _load_state(model: CLIP, state: dict[str, Tensor], *, where: str) -> None:
     ]
     if broken:
         raise InputError(f"{where}: weights that are not finite: {sorted(broken)}; the file is damaged.")
-    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
+    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()}, assign=True)
 
 
 _KEYS = (

