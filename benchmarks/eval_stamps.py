@@ -1,8 +1,8 @@
 """Measure a bundle zero-shot on the stamps, and write one row a picture.
 
-The pictures are test only: ``edgeclip data fetch stamps``. Candidates are always all 200 names of a language; a name goes
-through the templates, the unit vectors are averaged, and the picture is compared by cosine: the form in which the
-bundle is used. Intervals are 95 %, bootstrap over names.
+The pictures are test only: ``edgeclip data fetch stamps``. Candidates are always all 200 names of a language;
+a name goes through the templates, the unit vectors are averaged, and the picture is compared by cosine: the
+form in which the bundle is used. Intervals are 95 %, bootstrap over names.
 
     python benchmarks/eval_stamps.py --stamps DATA            # DATA: the -o of `edgeclip data fetch stamps`
 """

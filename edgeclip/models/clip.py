@@ -1,9 +1,10 @@
 """CLIP: two towers into one space (Radford et al. 2021), and the image tower of the default model.
 
-:class:`PosteriorImageTower` is a frozen classifier whose posterior is projected: ``p = softmax(logits)``, then for each
-part of the embedding ``sqrt(w_i) · normalise(p · table_i)`` with the weights ``w_i`` summing to 1. The embedding is
-thus of unit length by construction. One part can carry the posterior itself (random orthonormal columns), another the
-meaning of the classes (ConSE, Norouzi et al. 2014, eq. 2, over the whole posterior and not its top 10).
+:class:`PosteriorImageTower` is a frozen classifier whose posterior is projected: ``p = softmax(logits)``,
+then for each part of the embedding ``sqrt(w_i) · normalise(p · table_i)`` with the weights ``w_i`` summing to
+1. The embedding is thus of unit length by construction. One part can carry the posterior itself (random
+orthonormal columns), another the meaning of the classes (ConSE, Norouzi et al. 2014, eq. 2, over the whole
+posterior and not its top 10).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class PosteriorImageTower(nn.Module):
         super().__init__()
         if len(config.part_dims) != len(config.part_weights) or abs(sum(config.part_weights) - 1) > 1e-6:
             raise ConfigError(
-                f"image tower: part_dims {config.part_dims} and part_weights {config.part_weights} must be of one "
+                f"image tower: part_dims {config.part_dims} and part_weights {config.part_weights} "
+                "must be of one "
                 "length, and the weights must sum to 1."
             )
         self.config = config
@@ -51,7 +53,7 @@ class PosteriorImageTower(nn.Module):
     def project(self, logits: Tensor) -> Tensor:
         """Embed class logits ``(B, classes)``."""
         both = logits.softmax(dim=-1) @ self.class_table  # (B, E)
-        parts = both.split(list(self.config.part_dims), dim=-1)
+        parts = torch.split(both, list(self.config.part_dims), dim=-1)
         return torch.cat(
             [
                 F.normalize(part, dim=-1) * math.sqrt(weight)
@@ -121,12 +123,14 @@ def build_clip(config: CLIPConfig, *, scale: float = 1 / 0.07) -> CLIP:
     if sum(config.image.part_dims) != config.text.embed_dim:
         raise ConfigError(
             f"model {config.name!r}: the image tower's parts {config.image.part_dims} make "
-            f"{sum(config.image.part_dims)} dimensions, the text tower has {config.text.embed_dim}; they must agree."
+            f"{sum(config.image.part_dims)} dimensions, the text tower has {config.text.embed_dim}; "
+            "they must agree."
         )
     backbone = EfficientNetLite(_BACKBONES[config.image.backbone])
     if backbone.config.classes != config.image.classes:
         raise ConfigError(
-            f"image tower: backbone {config.image.backbone!r} has {backbone.config.classes} classes, the config says "
+            f"image tower: backbone {config.image.backbone!r} has {backbone.config.classes} classes, "
+            "the config says "
             f"{config.image.classes}."
         )
     return CLIP(

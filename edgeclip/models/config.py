@@ -1,7 +1,7 @@
 """What a model is made of, as frozen values: one dataclass a tower, one for the whole.
 
-They go into a checkpoint's ``config.json`` and come back from it unchanged; a missing or unknown key is an error that
-names it. Nothing here builds or loads anything.
+They go into a checkpoint's ``config.json`` and come back from it unchanged; a missing or unknown key is an
+error that names it. Nothing here builds or loads anything.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "
 def _value(kind: str, said: Any, *, where: str) -> Any:
     """Return ``said`` as the annotated type ``kind``, or raise with the place."""
     if kind in _NESTED:
-        return config_from_dict(_NESTED[kind], said, where=where)
+        nested: type[Any] = _NESTED[kind]
+        return config_from_dict(nested, said, where=where)
     if kind.startswith("tuple["):
         items = [item.strip() for item in kind[len("tuple[") : -1].split(",")]
         if not isinstance(said, list) or (items[-1] != "..." and len(said) != len(items)):
@@ -147,4 +148,4 @@ def _value(kind: str, said: Any, *, where: str) -> Any:
         return tuple(_value(items[0], item, where=where) for item in said)
     if not isinstance(said, _SCALARS[kind]) or isinstance(said, bool):
         raise ConfigError(f"{where}: got {said!r}, expected {kind}.")
-    return float(said) if kind == "float" else said
+    return float(str(said)) if kind == "float" else said

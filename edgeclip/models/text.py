@@ -1,14 +1,16 @@
 """A bag-of-pieces text tower: no transformer, a few hundred microseconds a text.
 
-``x = table[tokens]`` (B, L, D); two pools over the tokens, each an attention pooling with its own weights per group
-of channels (the single learned query of Lee et al. 2019, "Set Transformer", §3.2, without key projections):
+``x = table[tokens]`` (B, L, D); two pools over the tokens, each an attention pooling with its own weights per
+group of channels (the single learned query of Lee et al. 2019, "Set Transformer", §3.2, without key
+projections):
 
 1. the pieces ``x`` themselves;
-2. products of neighbours ``(x_i A) * (x_{i+1} B)``, which see the order that a bag forgets ("horse chestnut" is no
+2. products of neighbours ``(x_i A) * (x_{i+1} B)``, which see the order that a bag forgets ("horse chestnut"
+is no
    horse); a rank-D bilinear form (Kim et al. 2017, "Hadamard product for low-rank bilinear pooling", eq. 4).
 
-The embedding is a linear map of both pools plus a hidden GELU layer. Padding is left out exactly: a longer row of the
-same text gives the same embedding. Own design; no published weights.
+The embedding is a linear map of both pools plus a hidden GELU layer. Padding is left out exactly: a longer
+row of the same text gives the same embedding. Own design; no published weights.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ class AttentionPool(nn.Module):
         keep = mask[..., None]  # (B, L, 1)
         score = self.score(x).masked_fill(~keep, _MASKED_SCORE)  # (B, L, heads)
         weight = score.softmax(dim=1) * keep  # (B, L, heads)
-        grouped = x.unflatten(-1, (self.score.out_features, -1))  # (B, L, heads, D/heads)
-        return (grouped * weight[..., None]).sum(dim=1).flatten(1)  # (B, D)
+        heads = self.score.out_features
+        grouped = x.unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]  # (B, L, heads, D/heads)
+        pooled: Tensor = (grouped * weight[..., None]).sum(dim=1).flatten(1)  # (B, D)
+        return pooled
 
 
 class BagTextTower(nn.Module):

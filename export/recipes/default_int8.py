@@ -1,16 +1,17 @@
-"""Int8 forms of the default model's two graphs, safe on AVX2 processors without VNNI.
+"""Int8 forms of the default model's two graphs, for AVX2 processors without VNNI too.
 
-*Image*: static Q/DQ (Jacob et al. 2018) on convolutions and residual sums, weights symmetric per output channel in
-**7 bits** (±63): AVX2's ``vpmaddubsw`` adds two products of an unsigned and a signed byte in 16 bits, and
-2·255·63 = 32,130 is the largest that fits. So no session setting has to be right for the numbers to be right, and a
-processor with VNNI computes the same. Everything from the pooled features on stays float: the classifier's logits go
-through a softmax, which turns a small error into a large one.
+*Image*: static Q/DQ (Jacob et al. 2018) on convolutions and residual sums, weights symmetric per output
+channel. Two ways are safe on AVX2, whose ``vpmaddubsw`` adds two products of an unsigned and a signed
+byte in 16 bits: weights in 7 bits (``reduce_range``; 2·255·64 = 32,640 is the largest that fits), or
+8-bit weights in a session with ``session.x64quantprecision=1``, which takes exact kernels. The embedded
+bundle uses the second: it is closer to float32. Everything from the pooled features on stays float: the
+classifier's logits go through a softmax, which turns a small error into a large one.
 
 *Text*: the table of pieces in int8 with one scale a row; arithmetic stays float.
 
-Weights outside Q/DQ are only stored small: int8 with one scale a row or column, or float16, followed by ``Cast`` and
-``Mul`` of constants, which engines fold when they load the graph. (A ``DequantizeLinear`` there would be computed on
-every run: ONNX Runtime keeps those for its Q/DQ rewriting.)
+Weights outside Q/DQ are only stored small: int8 with one scale a row or column, or float16, followed by
+``Cast`` and ``Mul`` of constants, which engines fold when they load the graph. (A ``DequantizeLinear`` there
+would be computed on every run: ONNX Runtime keeps those for its Q/DQ rewriting.)
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def quantize_image_graph(
     expected = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]]
     if images.ndim != 4 or list(images.shape[1:]) != expected or len(images) < _MIN_IMAGES:
         raise CalibrationError(
-            f"calibration set: got {images.shape}, expected at least {_MIN_IMAGES} pictures of shape {tuple(expected)}."
+            f"calibration set: got {images.shape}, expected at least {_MIN_IMAGES} pictures of shape "
+            f"{tuple(expected)}."
         )
     methods = {
         "minmax": CalibrationMethod.MinMax,
@@ -112,7 +114,7 @@ def quantize_image_graph(
 
 
 def shrink_text_graph(model: onnx.ModelProto, *, table: str | None = None) -> onnx.ModelProto:
-    """Return a text graph whose largest table is int8 with a scale a row, and whose other matrices are int8 a column."""
+    """Return a text graph stored in int8: the table with a scale a row, other matrices a scale a column."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     gathers = [node for node in result.graph.node if node.op_type == "Gather"]
@@ -144,7 +146,7 @@ class _Reader:
         self._parts: Iterator[int] = iter(range(0, len(self._images), self._batch))
 
     def get_next(self) -> dict[str, Any] | None:
-        """Return the next batch, None at the end; whole batches only, ONNX Runtime's histograms want one shape."""
+        """Return the next whole batch (histograms want one shape), None at the end."""
         start = next(self._parts, None)
         if start is None or (start and start + self._batch > len(self._images)):
             return None
@@ -223,7 +225,8 @@ def _prepend(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
         model.graph.node.insert(offset, node)
 
 
-# Weights made for int8 ------------------------------------------------------------------------------------------------
+# Weights made for int8
+# ------------------------------------------------------------------------------------------------
 
 _CLIP_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -232,9 +235,10 @@ _CLIP_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 def round_weights(backbone: EfficientNetLite, images: Tensor, *, bits: int = 7) -> EfficientNetLite:
     """Return a folded copy whose convolution weights lie on the int8 grid, with corrected biases.
 
-    Per output channel the scale with the least squared error of the weights is taken (a little clipping of outliers
-    buys a finer grid); then, layer by layer in the order of the network, the bias takes up the mean error of its
-    output over the calibration set (Nagel et al. 2019, §4.2, empirical form), so that errors do not pile up.
+    Per output channel the scale with the least squared error of the weights is taken (a little clipping of
+    outliers buys a finer grid); then, layer by layer in the order of the network, the bias takes up the mean
+    error of its output over the calibration set (Nagel et al. 2019, §4.2, empirical form), so that errors do
+    not pile up.
 
     Args:
         backbone: float network.
@@ -273,8 +277,8 @@ def round_weights(backbone: EfficientNetLite, images: Tensor, *, bits: int = 7) 
 
 
 def _on_grid(weight: Tensor, bits: int) -> Tensor:
-    """Round ``(C_out, …)`` to ``2^bits - 1`` symmetric levels a channel, the scale chosen by squared error."""
-    levels = 2 ** (bits - 1) - 1
+    """Round ``(C_out, …)`` to symmetric levels a channel, scale by squared error."""
+    levels = 2 ** (bits - 1) - (bits == 8)  # the grids of ONNX Runtime: ±127, and ±64 for its reduced range
     flat = weight.flatten(1).double()
     largest = flat.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
     best, best_error = flat, torch.full_like(largest, torch.inf)

@@ -1,17 +1,18 @@
 """The embedding space of the default model: what a picture's posterior and a name's meaning have in common.
 
-The image tower knows 1,000 classes and gives a posterior ``p`` over them. A text stands for a distribution ``q`` over
-the same classes ("which classes would the classifier see in such a picture?") and for a direction ``m`` among
-sentence vectors (MiniLM). An embedding has two parts, each of unit length before weighting:
+The image tower knows 1,000 classes and gives a posterior ``p`` over them. A text stands for a distribution
+``q`` over the same classes ("which classes would the classifier see in such a picture?") and for a direction
+``m`` among sentence vectors (MiniLM). An embedding has two parts, each of unit length before weighting:
 
-- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C = K^(1/2)·R``, ``R`` (1000 × 384) random
-  orthonormal columns, so that the product is the cosine of ``p`` and ``q`` under the kernel ``K`` up to a small error
-  (Johnson-Lindenstrauss); ``K`` is the identity plus what the classifier's own weights say about look-alikes;
-- *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 128 main axes
-  (ConSE, Norouzi et al. 2014).
+- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C = K^(1/2)·R``, ``R`` (1000 × 384)
+  random orthonormal columns, so that the product is the cosine of ``p`` and ``q`` under the kernel ``K`` up
+  to a small error (Johnson-Lindenstrauss); ``K`` is the identity plus what the classifier's own weights say
+  about look-alikes;
+- *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 128
+  main axes (ConSE, Norouzi et al. 2014).
 
-``q`` comes from WordNet: one class, the classes below an ancestor, or, for a name outside, its neighbours by Wu-Palmer
-similarity (Wu & Palmer 1994) and by its gloss. A name with several meanings is a mixture of them.
+``q`` comes from WordNet: one class, the classes below an ancestor, or, for a name outside, its neighbours by
+Wu-Palmer similarity (Wu & Palmer 1994) and by its gloss. A name with several meanings is a mixture of them.
 
 No pictures are used here, and nothing is learnt; the only random numbers are those of ``C``.
 """
@@ -46,7 +47,8 @@ class SpaceConfig:
         part_weights: their shares in the squared length.
         wordnet_temperature: softness of the neighbours by Wu-Palmer similarity.
         gloss_temperature: softness of the neighbours by gloss.
-        gloss_share: share of the neighbours by gloss in ``q`` of names outside the classes and their ancestors.
+        gloss_share: share of the neighbours by gloss in ``q`` of names outside the classes and their
+            ancestors.
         centring: share of the mean class vector that is taken off.
         visual_share: weight of look-alikes in the kernel of the first part.
         seed: of the random columns.
@@ -110,13 +112,14 @@ def unit(rows: NDArray[np.floating]) -> Floats:
     return np.asarray(rows / np.where(length > 0, length, 1), np.float32)
 
 
-# Lexical files of WordNet (lexnames(5WN)): how likely somebody who offers a label means such a thing in a picture.
+# Lexical files of WordNet (lexnames(5WN)): how likely somebody who offers a label means such a thing in a
+# picture.
 _DEPICTABLE = {5: 1.0, 6: 1.0, 13: 1.5, 20: 0.6, 8: 0.6, 17: 0.6, 18: 0.25, 27: 0.3, 15: 0.2, 14: 0.2}
 _PARENTHESIS = re.compile(r"\s*\([^)]*\)")
 
 
 class Concepts:
-    """Names and synsets as distributions over the classes. Needs :meth:`set_vectors` before anything is asked.
+    """Names and synsets as distributions over the classes; :meth:`set_vectors` comes first.
 
     Args:
         wordnet: WordNet.
@@ -147,7 +150,7 @@ class Concepts:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Synsets a label could mean: physical kinds and the classes (signs are not physical), not individuals."""
+        """Synsets a label could mean: physical kinds and the classes (signs are not), no individuals."""
         synsets = self.wordnet.synsets
         kinds = self.wordnet.below([PHYSICAL_ENTITY, *self.names.offsets])
         return tuple(sorted(offset for offset in kinds if not synsets[offset].instance))
@@ -228,7 +231,7 @@ class Concepts:
         return [(offset, weight / total) for offset, weight in found]
 
     def of_name(self, name: str) -> Floats | None:
-        """Return ``q`` of a name: of the classes so called, else of its meanings; None for an unknown name."""
+        """Return ``q`` of the classes of that name, else of its meanings; None for an unknown name."""
         if classes := self._by_class_name.get(name.lower()):
             q = np.zeros(1000, np.float32)
             q[classes] = 1 / len(classes)
@@ -270,7 +273,8 @@ class Space:
         self._offset = config.centring * class_vectors.mean(axis=0)
         centred = class_vectors - self._offset
         axes = np.linalg.svd(centred.astype(np.float64), full_matrices=False)[2][: config.part_dims[1]]
-        # The sign of a singular vector is free and differs between BLAS builds: make the largest entry positive.
+        # The sign of a singular vector is free and differs between BLAS builds: make the largest entry
+        # positive.
         axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
         self._axes = axes.T.astype(np.float32)  # (D, 128)
         random = np.random.default_rng(config.seed).normal(size=(1000, config.part_dims[0]))
@@ -282,7 +286,7 @@ class Space:
         )  # (1000, 512)
 
     def embed_texts(self, q: Floats, vectors: Floats) -> Floats:
-        """Return target embeddings ``(n, E)`` of distributions ``(n, 1000)`` and unit sentence vectors ``(n, D)``."""
+        """Return targets ``(n, E)`` of distributions ``(n, 1000)`` and sentence vectors ``(n, D)``."""
         first, second = self.config.part_weights
         return np.concatenate(
             [
@@ -307,7 +311,7 @@ class Space:
 
 
 def _look_alikes(classifier: Floats, share: float) -> NDArray[np.float64]:
-    """Return the kernel ``(1000, 1000)`` of classes: identity plus squared positive cosines of centred weights."""
+    """Return the kernel of classes: identity plus squared positive cosines of centred weights."""
     weights = unit(classifier - classifier.mean(axis=0)).astype(np.float64)
     return np.asarray((1 - share) * np.eye(len(weights)) + share * np.maximum(weights @ weights.T, 0) ** 2)
 

@@ -1,8 +1,9 @@
 """What the default model's text tower learns from, and how: texts with target embeddings, then distillation.
 
-Every *entry* is a text with the embedding it should have (``default_space.py``) and a weight that says how often it is
-drawn. Entries are put into prompt templates on the fly; the target does not depend on the template, so the tower
-learns to look through it. Chinese comes from MIT-licensed lists only: the 1,000 class names and the names of emoji.
+Every *entry* is a text with the embedding it should have (``default_space.py``) and a weight that says how
+often it is drawn. Entries are put into prompt templates on the fly; the target does not depend on the
+template, so the tower learns to look through it. Chinese comes from MIT-licensed lists only: the 1,000 class
+names and the names of emoji.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 class SentenceCache:
-    """Sentence vectors kept in a directory, so that a second build need not run the teacher for ten minutes."""
+    """Sentence vectors kept in a directory: the teacher takes ten minutes."""
 
     def __init__(self, directory: Path, teacher: Callable[[], MiniLM]) -> None:
         self._directory = directory
@@ -154,13 +155,8 @@ def _class_drafts(concepts: Concepts, names: ClassNames) -> Iterable[_Draft]:
         q = np.zeros(1000, np.float32)
         q[index] = 1
         gloss = concepts.gloss_of_synset(names.offsets[index])
-        yield _Draft(
-            english,
-            concepts.of_name(english) if concepts.of_name(english) is not None else q,
-            english,
-            gloss,
-            8.0,
-        )  # type: ignore[arg-type]
+        shared = concepts.of_name(english)  # two classes of one name share it
+        yield _Draft(english, q if shared is None else shared, english, gloss, 8.0)
         for other in names.others[index]:
             if other.lower() != english.lower() and concepts.of_name(other) is None:
                 yield _Draft(other, q, other, gloss, 3.0)
@@ -248,13 +244,15 @@ def _gloss_drafts(concepts: Concepts) -> Iterable[_Draft]:
         yield _Draft(synsets[offset].gloss, q, text, gloss, 0.5 if covered else 0.1, templated=False)
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
 
 _ADJECTIVES = (
-    "a", "the", "my", "big", "small", "large", "little", "old", "new", "young", "red", "green", "blue", "white",
-    "black", "brown", "yellow", "grey", "orange", "pink", "wild", "wooden", "metal", "plastic", "cute", "beautiful",
-    "single", "two", "three", "some", "many", "fresh", "dirty", "clean", "shiny", "long", "short", "striped",
-    "colorful", "real", "common", "typical", "modern", "antique", "broken", "empty", "baby", "adult", "photo of",
+    "a", "the", "my", "big", "small", "large", "little", "old", "new", "young", "red", "green", "blue",
+    "white", "black", "brown", "yellow", "grey", "orange", "pink", "wild", "wooden", "metal", "plastic",
+    "cute", "beautiful", "single", "two", "three", "some", "many", "fresh", "dirty", "clean", "shiny",
+    "long", "short", "striped", "colorful", "real", "common", "typical", "modern", "antique", "broken",
+    "empty", "baby", "adult", "photo of",
 )  # fmt: skip
 OWN_TEMPLATES = {
     "en": (
@@ -281,7 +279,8 @@ class TextRecipe:
         learning_rate: peak; linear warm-up over 2 %, then a cosine to 2 % of it.
         weight_decay: decoupled, on everything but norms and biases.
         bare_share: share of texts without a template.
-        drop_share: share of names of three pieces or more that lose one, so that no piece carries a name alone.
+        drop_share: share of names of three pieces or more that lose one, so that no piece carries a name
+            alone.
         adjective_share: share of names with a word before them that does not change their meaning.
         match_weight: weight of the term that compares similarities to picture vectors.
         match_scale: multiplier of the cosines in it.
@@ -305,7 +304,7 @@ class TextRecipe:
 
 
 class _Sampler:
-    """Draws batches of token rows and targets; texts are tokenized once, templates are put around their ids."""
+    """Draws batches of token rows and targets; templates are put around the ids of a text."""
 
     def __init__(
         self, entries: Entries, tokenizer: Tokenizer, recipe: TextRecipe, cn_templates: Sequence[str]
@@ -372,7 +371,7 @@ def train_text_tower(
     on_eval: Callable[[int], None] | None = None,
     eval_every: int = 1000,
 ) -> None:
-    """Train ``tower`` in place: cosine to the target, and equal similarities to picture vectors ``(n, E)``."""
+    """Train ``tower`` in place: cosine to targets, equal similarities to ``pictures`` (n, E)."""
     sampler = _Sampler(entries, tokenizer, recipe, chinese_templates)
     decayed = [p for p in tower.parameters() if p.ndim > 1]
     plain = [p for p in tower.parameters() if p.ndim <= 1]
@@ -410,7 +409,8 @@ def train_text_tower(
                 log_target=True,
             )
             share = len(tokens) / recipe.batch_size
-            (share * (distance + recipe.match_weight * match)).backward()
+            loss = share * (distance + recipe.match_weight * match)
+            torch.autograd.backward(loss)
             running[0] += share * distance.item()
             running[1] += share * match.item()
         torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)

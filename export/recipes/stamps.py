@@ -1,8 +1,8 @@
-"""The zero-shot test on cut-out photographs: candidates, ranks, figures with intervals, temperature. Numpy only.
+"""The zero-shot test on cut-out photographs: candidates, ranks, figures with intervals, temperature.
 
 The pictures are the Debian package ``tuxpaint-stamps-default`` (fetched, never shipped); the labels are ours,
-``benchmarks/data/stamps.jsonl``. Candidates are always all names of the set. Choices are made on the half ``tune``;
-the half ``report`` is quoted.
+``benchmarks/data/stamps.jsonl``. Candidates are always all names of the set. Choices are made on the half
+``tune``; the half ``report`` is quoted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Stamp:
-    """One picture: its file, names, how ImageNet covers the English name (``kind``), and its half (``split``)."""
+    """One picture: file, names, how ImageNet covers the English name (``kind``), half (``split``)."""
 
     file: str
     en: str

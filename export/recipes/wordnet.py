@@ -1,6 +1,7 @@
-"""The noun half of WordNet 3.0, read from its database files (``wndb(5WN)``): names, ancestors, glosses, counts.
+"""The noun half of WordNet 3.0, read from its database files (``wndb(5WN)``): names, ancestors, glosses.
 
-Knows nothing of pictures or models. ImageNet's class ids are the offsets of these synsets (``n02084071`` is 2084071).
+Knows nothing of pictures or models. ImageNet's class ids are the offsets of these synsets (``n02084071`` is
+2084071).
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: Path, backbone: Pat
 def test_truncated_weights_are_refused(checkpoint: Path, backbone: Path, keep: int) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match="model.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         load(checkpoint, backbone)
 
 
@@ -159,7 +159,7 @@ def test_missing_file_is_named(checkpoint: Path, backbone: Path, name: str) -> N
 
 def test_other_tokenizer_file_is_refused(checkpoint: Path) -> None:
     (checkpoint / "merges.txt.gz").write_bytes(b"other")
-    with pytest.raises(InputError, match="'merges.txt.gz' is missing or not the one"):
+    with pytest.raises(InputError, match=r"'merges\.txt\.gz' is missing or not the one"):
         read_checkpoint_info(checkpoint)
 
 
