@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +31,6 @@ def _answers(classifier: ZeroShotClassifier, rounds: int, threads: int, swaps: i
             serial[number, frozenset(labels)] = classifier.classify(picture, top_k=5)
     start = threading.Barrier(threads + 1)
     seen: set[Key] = set()
-    answered: list[int] = []
     stopped: list[int] = []
 
     def work(seed: int) -> int:
@@ -45,24 +43,23 @@ def _answers(classifier: ZeroShotClassifier, rounds: int, threads: int, swaps: i
                 # exactly the serial answer of one whole label set: labels, scores, similarities
                 assert answer == serial[number, labels]
                 seen.add(labels)
-                answered.append(call)
         finally:
             stopped.append(seed)
         return rounds
 
-    def swap() -> None:
+    def swap() -> int:
         start.wait()
-        for count in range(swaps):
-            # spread over the answers, however the threads are scheduled
-            while len(answered) < count * rounds * threads // swaps and len(stopped) < threads:
-                time.sleep(0.0002)
+        count = 0
+        while count < swaps or len(stopped) < threads:  # so many at least, and all the while there are calls
             classifier.set_labels(LABEL_SETS[count % len(LABEL_SETS)])
+            count += 1
+        return count
 
     with ThreadPoolExecutor(threads + 1) as pool:
         swapping = pool.submit(swap)
         checked = sum(pool.map(work, range(threads)))
-        swapping.result()
-    assert len(seen) == len(LABEL_SETS)
+        assert swapping.result() >= swaps
+    assert len(seen) > 1
     return checked
 
 
