@@ -143,7 +143,9 @@ class Parity(Struct, frozen=True, kw_only=True):
     """Measured agreement of a tower with its eager float32 form; numbers are absent where nothing was run.
 
     ``n`` counts the compared samples, ``bank`` names the label bank behind the top-k agreements, ``proxy``
-    says what was run in place of an engine that is not available where the bundle was made.
+    says what was run in place of an engine that is not available where the bundle was made. ``missed`` holds
+    the limit of each number that did not reach it and was accepted all the same by whoever made the bundle:
+    ``passed`` without it means that every limit was met.
     """
 
     status: Literal["passed", "unverified"]
@@ -156,6 +158,7 @@ class Parity(Struct, frozen=True, kw_only=True):
     bank: KeyName | None = None
     host: dict[str, Any] = {}
     proxy: str | None = None
+    missed: dict[KeyName, float] = {}
 
 
 class VariantEntry(Struct, frozen=True, kw_only=True):

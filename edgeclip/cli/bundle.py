@@ -168,7 +168,8 @@ def _bank_table(opened: Bundle, document: dict[str, Any]) -> Any:
 def _parity(parity: dict[str, Any] | None) -> str:
     if parity is None:
         return "not stated"
-    said = [parity["status"]]
+    missed = parity.get("missed") or {}
+    said = [f"{parity['status']} but for {', '.join(sorted(missed))}" if missed else parity["status"]]
     for key, name in (("max_abs", "max abs"), ("cosine_mean", "cosine mean"), ("top1_agreement", "top-1")):
         if parity.get(key) is not None:
             said.append(f"{name} {parity[key]:.6g}")

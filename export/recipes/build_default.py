@@ -2,9 +2,8 @@
 
 Run with the extras ``train`` and ``export``::
 
-    edgeclip data fetch default-model -o DATA && edgeclip data fetch photos -o DATA && edgeclip data fetch
-    stamps -o DATA python -m edgeclip.export.recipes.build_default --materials DATA --checkpoint CHECKPOINT
-    --train -o BUNDLE
+    for set in default-model photos stamps; do edgeclip data fetch $set -o DATA; done
+    python -m edgeclip.export.recipes.build_default --materials DATA --checkpoint CHECKPOINT --train -o BUNDLE
 
 Without ``--train`` the bundle is made from an existing checkpoint (a few minutes). What the model is and what
 it can do is written in ``docs/default-model.md``.

@@ -73,6 +73,19 @@ def test_inspect_tells_what_a_bundle_holds(run: Run, tiny_bundle: Path) -> None:
         assert said in out
 
 
+def test_inspect_says_which_limits_were_missed(run: Run, tiny_bundle: Path) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        parity = writer.manifest["variants"]["onnx-int8"]["parity"]["image"]
+        parity.update(top1_agreement=0.957, missed={"top1_agreement": 0.98})
+        writer.commit()
+
+    code, out, _ = run("bundle", "inspect", tiny_bundle)
+
+    assert code == 0
+    words = out.replace("│", " ").split()
+    assert {"but", "for", "top1_agreement,"} <= set(words)
+
+
 def test_inspect_json_holds_sizes_and_is_one_document(run: Run, tiny_bundle: Path) -> None:
     code, out, _ = run("bundle", "inspect", tiny_bundle, "--json")
     document = json.loads(out)
