@@ -76,9 +76,10 @@ def cli(debug: bool) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with the code of design §5.9.
+    """Run the command line and exit.
 
-    0 done, 1 error or bad input, 2 command-line syntax, 3 inconclusive, 4 gate failed, 130 interrupted.
+    Exit codes: 0 done, 1 error or bad input, 2 command-line syntax, 3 inconclusive, 4 gate failed,
+    130 interrupted.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
