@@ -98,6 +98,8 @@ def figures(
 
 
 def _with_interval(rank: NDArray[np.int64], names: Sequence[str], *, seed: int) -> dict[str, Any]:
+    if not names:
+        return {"n": 0, "names": 0}
     groups: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(names):
         groups[name].append(index)
