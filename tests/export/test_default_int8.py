@@ -81,7 +81,7 @@ def test_the_int8_image_graph_is_small_and_close_to_float(model: CLIP) -> None:
     convolutions = [node for node in exact.graph.node if node.op_type == "Conv"]
     assert len(weights) == len(convolutions), "every convolution has 8-bit weights"
     assert _weight_bytes(quantized) < 0.35 * _weight_bytes(exact)
-    # Random weights put all pictures within a hair of each other, so this shows only that nothing is broken. How
+    # Random weights put all pictures within a hair of each other: this shows only that nothing is broken. How
     # close int8 is with trained weights, the golden pictures of the embedded bundle say.
     wanted, got = _run(exact, pictures), _run(quantized, pictures)
     assert (wanted * got).sum(1).min() > 0.99
