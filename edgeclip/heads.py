@@ -27,6 +27,12 @@ MAX_SCALE = 100.0
 """Largest multiplier of cosines, as CLIP clips it (Radford et al. 2021, §2.5)."""
 
 
+# exp() of more is no double.
+_LARGEST_EXPONENT = 700.0
+# Up to so many labels, sorting all is quicker than finding the best and sorting those.
+_SORTED_WHOLE = 256
+
+
 class Head(Protocol):
     """What turns similarities into scores."""
 
@@ -35,10 +41,8 @@ class Head(Protocol):
         """What the scores are, as JSON output names it."""
         ...
 
-    def __call__(
-        self, similarity: NDArray[np.float32], chosen: Sequence[Sequence[float]]
-    ) -> list[list[float]]:
-        """Return the scores of the ``chosen`` of the similarities ``(B, N)``, ``k`` a row, best first."""
+    def __call__(self, similarity: NDArray[np.float32], best: Sequence[float]) -> list[float]:
+        """Return the scores of the ``best`` of one picture's similarities ``(N,)``, given best first."""
         ...
 
 
@@ -69,19 +73,14 @@ class TemperatureHead:
         """``"softmax"``."""
         return "softmax"
 
-    def __call__(
-        self, similarity: NDArray[np.float32], chosen: Sequence[Sequence[float]]
-    ) -> list[list[float]]:
-        """Return the softmax of ``scale · similarity`` over each row, for the chosen ones, best first."""
+    def __call__(self, similarity: NDArray[np.float32], best: Sequence[float]) -> list[float]:
+        """Return the softmax of ``scale · similarity`` over all ``(N,)``, for the best ones."""
         scale = self.scale
-        scores = []
-        for row, best in zip(similarity, chosen, strict=True):
-            largest = best[0]  # taken off, so that exp() does not overflow
-            weights = row - largest
-            weights *= scale
-            total = float(np.exp(weights, out=weights).sum())
-            scores.append([math.exp(scale * (each - largest)) / total for each in best])
-        return scores
+        # Cosines times the scale stay below 100: in double precision nothing need be taken off first.
+        if not abs(scale * best[0]) < _LARGEST_EXPONENT:
+            return [math.nan] * len(best)
+        total = float(np.exp(similarity * scale, dtype=np.float64).sum())
+        return [math.exp(scale * each) / total for each in best]
 
 
 def cosines(embeddings: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -116,17 +115,26 @@ def rank(
     similarity = cosines(embeddings, bank)  # (B, N)
     count = bank.shape[0]
     k = min(top_k, count)
-    # As few of numpy's functions as possible: a tower has just emptied the processor's caches, and the code
-    # of each is fetched from memory again. A handful of labels is handled quicker without it.
-    candidates = similarity.argpartition(count - k, axis=1)[:, count - k :].tolist()  # in no order
-    best = [
-        sorted([(-similarity.item(picture, row), row) for row in rows])
-        for picture, rows in enumerate(candidates)
-    ]
-    scores = head(similarity, [[-negative for negative, _ in each] for each in best])
+    # As few functions of numpy's and our own as possible: a tower has just emptied the processor's caches, and
+    # the code of each is fetched from memory again. It is most of what the facade costs a single picture.
+    if count <= _SORTED_WHOLE:
+        order = (-similarity).argsort(axis=1, kind="stable")[:, :k].tolist()
+    else:
+        order = _partitioned(similarity, k)
+    ranking = []
+    for row, columns in zip(similarity, order, strict=True):
+        best = [row.item(column) for column in columns]
+        ranking.append(list(zip(best, columns, head(row, best), strict=True)))
+    return ranking
+
+
+def _partitioned(similarity: NDArray[np.float32], k: int) -> list[list[int]]:
+    """Return the columns of the ``k`` largest of each row, largest first."""
+    start = similarity.shape[1] - k
+    candidates = similarity.argpartition(start, axis=1)[:, start:].tolist()  # in no order
     return [
-        [(-negative, row, score) for (negative, row), score in zip(each, given, strict=True)]
-        for each, given in zip(best, scores, strict=True)
+        [column for _, column in sorted([(-row.item(column), column) for column in columns])]
+        for row, columns in zip(similarity, candidates, strict=True)
     ]
 
 
