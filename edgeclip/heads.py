@@ -115,7 +115,7 @@ def rank(
     similarity = cosines(embeddings, bank)  # (B, N)
     count = bank.shape[0]
     k = min(top_k, count)
-    # As few functions of numpy's and our own as possible: a tower has just emptied the processor's caches, and
+    # As few functions of numpy's and our own as possible: a tower has just emptied the caches, and
     # the code of each is fetched from memory again. It is most of what the facade costs a single picture.
     if count <= _SORTED_WHOLE:
         order = (-similarity).argsort(axis=1, kind="stable")[:, :k].tolist()
