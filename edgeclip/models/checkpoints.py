@@ -1,15 +1,15 @@
 """Checkpoints: a directory with ``config.json``, ``model.safetensors`` and the tokenizer's files.
 
-``config.json`` (schema 1)::
+``config.json`` (schema 2)::
 
-    {"schema": 1, "architecture": "clip-posterior-bag", "model": {…CLIPConfig…}, "scale": 14.3, "dtype":
-    "float16",
+    {"schema": 2, "model": {…CLIPConfig…}, "scale": 14.3, "dtype": "float16",
      "tokenizer": {"digest": "…", "files": {"tokenizer.json": "<sha256>", …}}, "licence": "…", "parents": […],
      "external_weights": [{"prefix", "package", "version", "file", "sha256", "keys"}]}
 
 ``model.safetensors`` holds the unfolded weights under our names. Weights we did not train need not be copied:
 an entry of ``external_weights`` says which file of which published package gives every key under ``prefix``,
-how that file calls them (``keys``) and its sha256. Loading is strict: every missing and every unexpected key
+how that file calls them (``keys``) and its sha256. Schema 1 knew one architecture, ``clip-posterior-bag``,
+and its towers carry no ``kind``; it is still read. Loading is strict: every missing and every unexpected key
 is named. Nothing is unpickled but tensors (``torch.load(weights_only=True)``), and only after the hash
 agrees.
 """
@@ -43,8 +43,8 @@ __all__ = [
     "save_checkpoint",
 ]
 
-SCHEMA = 1
-ARCHITECTURE = "clip-posterior-bag"
+SCHEMA = 2
+_FIRST_ARCHITECTURE = "clip-posterior-bag"  # the only one of schema 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -132,7 +132,6 @@ def save_checkpoint(
     }
     said = {
         "schema": SCHEMA,
-        "architecture": ARCHITECTURE,
         "model": config_to_dict(info.config),
         "scale": model.logit_scale.exp().item(),
         "dtype": info.dtype,
@@ -292,7 +291,6 @@ def _load_state(model: CLIP, state: dict[str, Tensor], *, where: str) -> None:
 
 _KEYS = (
     "schema",
-    "architecture",
     "model",
     "scale",
     "dtype",
@@ -304,6 +302,8 @@ _KEYS = (
 
 
 def _parse_info(said: Any, where: str) -> CheckpointInfo:
+    if isinstance(said, dict) and said.get("schema") == 1:
+        said = _from_schema_1(said, where)
     if not isinstance(said, dict) or said.get("schema") != SCHEMA:
         schema = said.get("schema") if isinstance(said, dict) else type(said).__name__
         raise ConfigError(
@@ -312,10 +312,6 @@ def _parse_info(said: Any, where: str) -> CheckpointInfo:
     missing, unknown = sorted(set(_KEYS) - set(said)), sorted(set(said) - set(_KEYS))
     if missing or unknown:
         raise ConfigError(f"{where}: unknown keys {unknown}, missing keys {missing}; expected {list(_KEYS)}.")
-    if said["architecture"] != ARCHITECTURE:
-        raise ConfigError(
-            f"{where}: unknown architecture {said['architecture']!r}, expected {ARCHITECTURE!r}."
-        )
     scale, dtype = said["scale"], said["dtype"]
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= MAX_SCALE * 1.001:
         raise ConfigError(
@@ -339,6 +335,22 @@ def _parse_info(said: Any, where: str) -> CheckpointInfo:
         raise ConfigError(
             f"{where}: 'tokenizer', 'parents' or 'external_weights' cannot be used: {error}."
         ) from error
+
+
+def _from_schema_1(said: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return what a schema 1 file says, as schema 2 says it."""
+    architecture, model = said.get("architecture"), said.get("model")
+    if architecture != _FIRST_ARCHITECTURE or not isinstance(model, dict):
+        raise ConfigError(
+            f"{where}: unknown architecture {architecture!r}, expected {_FIRST_ARCHITECTURE!r}."
+        )
+    towers = {
+        name: {"kind": kind} | model[name]
+        for name, kind in (("image", "posterior"), ("text", "bag"))
+        if isinstance(model.get(name), dict)
+    }
+    rest = {key: value for key, value in said.items() if key != "architecture"}
+    return rest | {"schema": SCHEMA, "model": model | towers}
 
 
 def _sha256(path: Path) -> str:

@@ -16,11 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeclip.errors import ConfigError
-from edgeclip.models.config import CLIPConfig, PosteriorImageConfig
-from edgeclip.models.efficientnet_lite import LITE0, LITE1, LITE2, EfficientNetLite
+from edgeclip.models.config import (
+    CLIPConfig,
+    EfficientNetImageConfig,
+    FastViTConfig,
+    ImageConfig,
+    PosteriorImageConfig,
+    TextConfig,
+    TextTransformerConfig,
+    ViTConfig,
+)
+from edgeclip.models.efficientnet_lite import LITE0, LITE1, LITE2, EfficientNetImageTower, EfficientNetLite
+from edgeclip.models.fastvit import FastViT
 from edgeclip.models.text import BagTextTower
+from edgeclip.models.text_transformer import TextTransformer
+from edgeclip.models.vit import VisionTransformer
 
-__all__ = ["CLIP", "MAX_SCALE", "PosteriorImageTower", "build_clip"]
+__all__ = [
+    "CLIP",
+    "MAX_SCALE",
+    "PosteriorImageTower",
+    "build_clip",
+    "build_image_tower",
+    "build_text_tower",
+]
 
 MAX_SCALE = 100.0
 _BACKBONES = {config.name: config for config in (LITE0, LITE1, LITE2)}
@@ -116,25 +135,47 @@ def build_clip(config: CLIPConfig, *, scale: float = 1 / 0.07) -> CLIP:
     Raises:
         ConfigError: an unknown backbone, or widths that disagree.
     """
-    if config.image.backbone not in _BACKBONES:
+    if config.image.embed_dim != config.text.embed_dim:
         raise ConfigError(
-            f"image tower: unknown backbone {config.image.backbone!r}, expected one of {sorted(_BACKBONES)}."
-        )
-    if sum(config.image.part_dims) != config.text.embed_dim:
-        raise ConfigError(
-            f"model {config.name!r}: the image tower's parts {config.image.part_dims} make "
-            f"{sum(config.image.part_dims)} dimensions, the text tower has {config.text.embed_dim}; "
-            "they must agree."
-        )
-    backbone = EfficientNetLite(_BACKBONES[config.image.backbone])
-    if backbone.config.classes != config.image.classes:
-        raise ConfigError(
-            f"image tower: backbone {config.image.backbone!r} has {backbone.config.classes} classes, "
-            "the config says "
-            f"{config.image.classes}."
+            f"model {config.name!r}: the image tower embeds into {config.image.embed_dim} dimensions, "
+            f"the text tower into {config.text.embed_dim}; they must agree."
         )
     return CLIP(
-        image_tower=PosteriorImageTower(backbone, config.image),
-        text_tower=BagTextTower(config.text),
+        image_tower=build_image_tower(config.image),
+        text_tower=build_text_tower(config.text),
         scale=scale,
     )
+
+
+def build_image_tower(config: ImageConfig) -> nn.Module:
+    """Return the image tower of a config, with fresh weights.
+
+    Raises:
+        ConfigError: an unknown backbone, or numbers that contradict each other.
+    """
+    if isinstance(config, FastViTConfig):
+        return FastViT(config)
+    if isinstance(config, ViTConfig):
+        return VisionTransformer(config)
+    if config.backbone not in _BACKBONES:
+        raise ConfigError(
+            f"image tower: unknown backbone {config.backbone!r}, expected one of {sorted(_BACKBONES)}."
+        )
+    backbone = EfficientNetLite(_BACKBONES[config.backbone])
+    if isinstance(config, EfficientNetImageConfig):
+        return EfficientNetImageTower(backbone, config)
+    if backbone.config.classes != config.classes:
+        raise ConfigError(
+            f"image tower: backbone {config.backbone!r} has {backbone.config.classes} classes, the config "
+            f"says {config.classes}."
+        )
+    return PosteriorImageTower(backbone, config)
+
+
+def build_text_tower(config: TextConfig) -> nn.Module:
+    """Return the text tower of a config, with fresh weights.
+
+    Raises:
+        ConfigError: numbers that contradict each other.
+    """
+    return TextTransformer(config) if isinstance(config, TextTransformerConfig) else BagTextTower(config)

@@ -1,7 +1,8 @@
 """What a model is made of, as frozen values: one dataclass a tower, one for the whole.
 
-They go into a checkpoint's ``config.json`` and come back from it unchanged; a missing or unknown key is an
-error that names it. Nothing here builds or loads anything.
+They go into a checkpoint's ``config.json`` and come back from it unchanged; an unknown key, or a missing one
+that has no default, is an error that names it. Nothing here builds or loads anything, and nothing imports
+torch. Variants are tables of these values (``zoo.py``); ``kind`` tells the towers of a checkpoint apart.
 """
 
 from __future__ import annotations
@@ -9,11 +10,119 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from edgeclip.errors import ConfigError
 
-__all__ = ["BagTextConfig", "CLIPConfig", "PosteriorImageConfig", "config_from_dict", "config_to_dict"]
+__all__ = [
+    "BagTextConfig",
+    "CLIPConfig",
+    "EfficientNetImageConfig",
+    "FastViTConfig",
+    "ImageConfig",
+    "PosteriorImageConfig",
+    "TextConfig",
+    "TextTransformerConfig",
+    "ViTConfig",
+    "config_from_dict",
+    "config_to_dict",
+]
+
+Activation = Literal["gelu", "quick-gelu"]
+Mixer = Literal["repmixer", "attention"]
+AttentionNorm = Literal["batch", "layer"]
+Stem = Literal["patch", "conv"]
+Attention = Literal["causal", "full", "padded"]
+Pool = Literal["eot", "mean"]
+Resize = Literal["shortest", "squash"]
+Interpolation = Literal["bilinear", "bicubic"]
+Crop = Literal["center", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastViTConfig:
+    """An MCi image tower (``models/fastvit.py``).
+
+    Attributes:
+        dims: channels of each stage.
+        depths: blocks of each stage.
+        mixers: token mixer of each stage.
+        mlp_ratio: hidden width of the feed-forward part over the channels.
+        position_stages: stages, from 0, that begin with a conditional position encoding.
+        se_stages: stages, from 1, whose downsampling carries squeeze-and-excitation.
+        attention_norm: norm before attention.
+        stem_scale_branch: whether the stem's 3×3 convolutions train with a 1×1 branch.
+        head_dim: channels of an attention head.
+        layer_scale_init: initial layer scale.
+        final_expansion: channels of the last convolution over those of the last stage.
+        embed_dim: width of the embedding.
+        projection_bias: whether the projection has a bias (published weights have none).
+    """
+
+    kind: ClassVar[str] = "fastvit"
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    mixers: tuple[Mixer, ...]
+    mlp_ratio: float = 3.0
+    position_stages: tuple[int, ...] = ()
+    se_stages: tuple[int, ...] = ()
+    attention_norm: AttentionNorm = "batch"
+    stem_scale_branch: bool = True
+    head_dim: int = 32
+    layer_scale_init: float = 1e-5
+    final_expansion: float = 2.0
+    embed_dim: int = 512
+    projection_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A vision transformer (``models/vit.py``).
+
+    Attributes:
+        width: channels of a token.
+        heads: attention heads of each layer; 0 leaves the layer's attention out (a pruned model).
+        hidden_dims: width of each layer's feed-forward part; 0 leaves it out.
+        head_dim: channels of an attention head.
+        patch_px: side of a patch.
+        grid: rows and columns of patches.
+        activation: of the feed-forward part.
+        stem: ``"patch"``: one strided convolution; ``"conv"``: the three of MobileCLIP-B.
+        class_position: whether the class token has a position embedding.
+        pre_norm: whether a norm stands before the first layer.
+        norm_eps: of every layer norm.
+        embed_dim: width of the embedding.
+        projection_bias: whether the projection has a bias (published weights have none).
+    """
+
+    kind: ClassVar[str] = "vit"
+    width: int
+    heads: tuple[int, ...]
+    hidden_dims: tuple[int, ...]
+    head_dim: int = 64
+    patch_px: int = 16
+    grid: tuple[int, int] = (14, 14)
+    activation: Activation = "gelu"
+    stem: Stem = "patch"
+    class_position: bool = True
+    pre_norm: bool = True
+    norm_eps: float = 1e-5
+    embed_dim: int = 512
+    projection_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientNetImageConfig:
+    """EfficientNet-Lite's pooled features through a projection (``models/efficientnet_lite.py``).
+
+    Attributes:
+        backbone: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
+        embed_dim: width of the embedding.
+    """
+
+    kind: ClassVar[str] = "efficientnet-lite"
+    backbone: str = "lite0"
+    embed_dim: int = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +136,60 @@ class PosteriorImageConfig:
         part_weights: share of each part in the squared length of the embedding; they sum to 1.
     """
 
+    kind: ClassVar[str] = "posterior"
     backbone: str = "lite0"
     classes: int = 1000
     part_dims: tuple[int, ...] = (384, 128)
     part_weights: tuple[float, ...] = (0.6, 0.4)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embedding."""
+        return sum(self.part_dims)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTransformerConfig:
+    """A transformer text tower, MCt's convolutional blocks included (``models/text_transformer.py``).
+
+    Attributes:
+        vocab_size: token ids, padding included.
+        context_length: tokens per text, start and end included.
+        width: channels of a token.
+        heads: attention heads of each attention layer; 0 leaves the attention out (a pruned model).
+        hidden_dims: width of each attention layer's feed-forward part; 0 leaves it out.
+        head_dim: channels of an attention head.
+        conv_ends: whether a RepMixer block stands before the first and after the last attention layer (MCt).
+        conv_kernel: kernel of these blocks, in tokens.
+        activation: of the feed-forward parts.
+        attention: ``"causal"``; ``"full"``: every token sees every other, padding included, as the published
+            unmasked towers were trained; ``"padded"``: padding is left out exactly.
+        pool: ``"eot"``: the token with the largest id; ``"mean"``: mean of the tokens that are not padding.
+        pad_id: id of padding.
+        token_dim: width of the token table where it is factorised (a linear map leads to ``width``); 0 where
+            the table has the tower's width.
+        norm_eps: of every layer norm.
+        embed_dim: width of the embedding.
+        projection_bias: whether the projection has a bias (published weights have none).
+    """
+
+    kind: ClassVar[str] = "transformer"
+    vocab_size: int
+    context_length: int
+    width: int
+    heads: tuple[int, ...]
+    hidden_dims: tuple[int, ...]
+    head_dim: int = 64
+    conv_ends: bool = False
+    conv_kernel: int = 11
+    activation: Activation = "gelu"
+    attention: Attention = "causal"
+    pool: Pool = "eot"
+    pad_id: int = 0
+    token_dim: int = 0
+    norm_eps: float = 1e-5
+    embed_dim: int = 512
+    projection_bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +204,11 @@ class BagTextConfig:
         heads: groups of channels with attention of their own.
         hidden_dim: width of the projection's hidden layer.
         embed_dim: width of the embedding.
+        token_dim: width of the token table where it is factorised (a linear map leads to ``width``); 0 where
+            the table has the tower's width.
     """
 
+    kind: ClassVar[str] = "bag"
     vocab_size: int
     context_length: int
     pad_id: int
@@ -54,6 +216,11 @@ class BagTextConfig:
     heads: int = 8
     hidden_dim: int = 768
     embed_dim: int = 512
+    token_dim: int = 0
+
+
+ImageConfig: TypeAlias = FastViTConfig | ViTConfig | EfficientNetImageConfig | PosteriorImageConfig
+TextConfig: TypeAlias = TextTransformerConfig | BagTextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +240,12 @@ class CLIPConfig:
     """
 
     name: str
-    image: PosteriorImageConfig
-    text: BagTextConfig
+    image: ImageConfig
+    text: TextConfig
     image_size_px: tuple[int, int] = (224, 224)
-    resize: str = "shortest"
-    interpolation: str = "bilinear"
-    crop: str = "center"
+    resize: Resize = "shortest"
+    interpolation: Interpolation = "bilinear"
+    crop: Crop = "center"
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
@@ -88,12 +255,34 @@ class CLIPConfig:
         return self.text.embed_dim
 
 
-_Config = TypeVar("_Config", PosteriorImageConfig, BagTextConfig, CLIPConfig)
+AnyConfig: TypeAlias = ImageConfig | TextConfig | CLIPConfig
+_Config = TypeVar("_Config", bound=AnyConfig)
+
+_TOWERS: dict[str, dict[str, type[Any]]] = {
+    "ImageConfig": {kind.kind: kind for kind in get_args(ImageConfig)},
+    "TextConfig": {kind.kind: kind for kind in get_args(TextConfig)},
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(values)
+    for name, values in {
+        "Activation": Activation,
+        "Mixer": Mixer,
+        "AttentionNorm": AttentionNorm,
+        "Stem": Stem,
+        "Attention": Attention,
+        "Pool": Pool,
+        "Resize": Resize,
+        "Interpolation": Interpolation,
+        "Crop": Crop,
+    }.items()
+}
+_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
-def config_to_dict(config: PosteriorImageConfig | BagTextConfig | CLIPConfig) -> dict[str, Any]:
-    """Return the config as JSON values (tuples become lists)."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+def config_to_dict(config: AnyConfig) -> dict[str, Any]:
+    """Return the config as JSON values (tuples become lists); towers carry their ``kind``."""
+    kind = {} if isinstance(config, CLIPConfig) else {"kind": config.kind}
+    return kind | {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def config_from_dict(kind: type[_Config], said: Mapping[str, Any], *, where: str) -> _Config:
@@ -101,51 +290,64 @@ def config_from_dict(kind: type[_Config], said: Mapping[str, Any], *, where: str
 
     Args:
         kind: the class to build.
-        said: its fields.
+        said: its fields; a tower's own ``kind`` may stand among them and must then be that of the class.
         where: what is read, as messages name it.
 
     Raises:
-        ConfigError: a key is missing, unknown or of the wrong type; the message names it.
+        ConfigError: a key is unknown, of the wrong type or value, or missing without a default; the message
+            names it.
     """
     if not isinstance(said, Mapping):
         raise ConfigError(f"{where}: got {type(said).__name__}, expected an object.")
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(said) - set(fields))
-    missing = sorted(set(fields) - set(said))
+    named = getattr(kind, "kind", None)
+    if said.get("kind", named) != named:
+        raise ConfigError(f"{where}: 'kind' is {said['kind']!r}, expected {named!r}.")
+    unknown = sorted(set(said) - set(fields) - ({"kind"} if named else set()))
+    missing = sorted(
+        name for name, field in fields.items() if name not in said and field.default is dataclasses.MISSING
+    )
     if unknown or missing:
         raise ConfigError(
-            f"{where}: unknown keys {unknown}, missing keys {missing}; expected exactly {sorted(fields)}. "
+            f"{where}: unknown keys {unknown}, missing keys {missing}; known are {sorted(fields)}. "
             "Was it written by another version of edgeclip?"
         )
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        values[name] = _value(str(field.type), said[name], where=f"{where}: {name!r}")
-    return kind(**values)
+    return kind(
+        **{
+            name: _value(str(field.type), said[name], where=f"{where}: {name!r}")
+            for name, field in fields.items()
+            if name in said
+        }
+    )
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if dataclasses.is_dataclass(value):
+        return config_to_dict(value)  # type: ignore[arg-type]
     return list(value) if isinstance(value, tuple) else value
-
-
-_NESTED: dict[str, type[PosteriorImageConfig] | type[BagTextConfig]] = {
-    "PosteriorImageConfig": PosteriorImageConfig,
-    "BagTextConfig": BagTextConfig,
-}
-_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
 def _value(kind: str, said: Any, *, where: str) -> Any:
     """Return ``said`` as the annotated type ``kind``, or raise with the place."""
-    if kind in _NESTED:
-        nested: type[Any] = _NESTED[kind]
-        return config_from_dict(nested, said, where=where)
+    if kind in _TOWERS:
+        name = said.get("kind") if isinstance(said, Mapping) else None
+        if name not in _TOWERS[kind]:
+            raise ConfigError(f"{where}: 'kind' is {name!r}, expected one of {sorted(_TOWERS[kind])}.")
+        tower: type[Any] = _TOWERS[kind][str(name)]
+        return config_from_dict(tower, said, where=where)
     if kind.startswith("tuple["):
         items = [item.strip() for item in kind[len("tuple[") : -1].split(",")]
         if not isinstance(said, list) or (items[-1] != "..." and len(said) != len(items)):
             raise ConfigError(f"{where}: got {said!r}, expected a list for {kind}.")
         return tuple(_value(items[0], item, where=where) for item in said)
+    if kind in _CHOICES:
+        if not isinstance(said, str) or said not in _CHOICES[kind]:
+            raise ConfigError(f"{where}: got {said!r}, expected one of {list(_CHOICES[kind])}.")
+        return said
+    if kind == "bool":
+        if not isinstance(said, bool):
+            raise ConfigError(f"{where}: got {said!r}, expected true or false.")
+        return said
     if not isinstance(said, _SCALARS[kind]) or isinstance(said, bool):
         raise ConfigError(f"{where}: got {said!r}, expected {kind}.")
     return float(str(said)) if kind == "float" else said

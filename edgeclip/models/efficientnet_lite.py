@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeclip.errors import ConfigError
+from edgeclip.models.config import EfficientNetImageConfig
 from edgeclip.models.reparam import fold_conv_bn
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LITE2",
     "LITE_MEAN",
     "LITE_STD",
+    "EfficientNetImageTower",
     "EfficientNetLite",
     "EfficientNetLiteConfig",
     "InvertedResidual",
@@ -203,6 +205,21 @@ class EfficientNetLite(nn.Module):
             block.depthwise, block.depthwise_norm = _folded(block.depthwise, block.depthwise_norm)
             block.project, block.project_norm = _folded(block.project, block.project_norm)
         return self
+
+
+class EfficientNetImageTower(nn.Module):
+    """Pooled features through a bias-free projection: ``(B, 3, H, W)`` to ``(B, E)``."""
+
+    def __init__(self, backbone: EfficientNetLite, config: EfficientNetImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.projection = nn.Linear(backbone.feature_dim, config.embed_dim, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed pixels, scaled and normalized."""
+        embedding: Tensor = self.projection(self.backbone.features(image))
+        return embedding
 
 
 def _batch_norm(channels: int) -> nn.BatchNorm2d:

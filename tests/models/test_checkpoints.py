@@ -174,10 +174,10 @@ def test_tokenizer_file_outside_the_directory_is_refused(checkpoint: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "got schema 2, expected 1"),
+        ({"schema": 3}, "got schema 3, expected 2"),
         ({"licence": None}, r"missing keys \['licence'\]"),
         ({"surprise": 1}, r"unknown keys \['surprise'\]"),
-        ({"architecture": "vit"}, "unknown architecture 'vit'"),
+        ({"schema": 1, "architecture": "vit"}, "unknown architecture 'vit'"),
         ({"scale": 0}, "'scale' is 0, expected a number above 0"),
         ({"scale": "20"}, "'scale' is '20'"),
         ({"dtype": "int4"}, "'dtype' is 'int4'"),

@@ -76,7 +76,10 @@ def test_normalize_only_scales_rows(model: CLIP) -> None:
     ("config", "message"),
     [
         (replace(CONFIG, image=replace(CONFIG.image, backbone="lite9")), "unknown backbone 'lite9'.*lite0"),
-        (replace(CONFIG, image=replace(CONFIG.image, part_dims=(12, 5))), "make 17 dimensions.*has 16"),
+        (
+            replace(CONFIG, image=replace(CONFIG.image, part_dims=(12, 5))),
+            "into 17 dimensions, .*tower into 16",
+        ),
         (replace(CONFIG, image=replace(CONFIG.image, classes=10)), "has 1000 classes, the config says 10"),
         (replace(CONFIG, image=replace(CONFIG.image, part_weights=(0.5, 0.4))), "must sum to 1"),
     ],
@@ -101,7 +104,7 @@ def test_config_survives_json() -> None:
         ),
         ("mean", ["a", 0.0, 0.0], r"here: 'mean': got 'a', expected float"),
         ("image_size_px", 224, r"here: 'image_size_px': got 224"),
-        ("text", [], r"here: 'text': got list, expected an object"),
+        ("text", [], r"here: 'text': 'kind' is None, expected one of \['bag', 'transformer'\]"),
         ("surprise", 1, r"unknown keys \['surprise'\]"),
     ],
 )
@@ -112,6 +115,6 @@ def test_config_names_the_bad_key(key: str, value: object, message: str) -> None
 
 def test_config_names_the_missing_key() -> None:
     said = config_to_dict(CONFIG)
-    del said["crop"]
-    with pytest.raises(ConfigError, match=r"missing keys \['crop'\]"):
+    del said["text"]["vocab_size"]
+    with pytest.raises(ConfigError, match=r"here: 'text': .*missing keys \['vocab_size'\]"):
         config_from_dict(CLIPConfig, said, where="here")
