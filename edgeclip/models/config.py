@@ -48,8 +48,9 @@ class FastViTConfig:
         depths: blocks of each stage.
         mixers: token mixer of each stage.
         mlp_ratio: hidden width of the feed-forward part over the channels.
-        position_stages: stages, from 0, that begin with a conditional position encoding.
-        se_stages: stages, from 1, whose downsampling carries squeeze-and-excitation.
+        position_stages: stages, counted from 0, that begin with a conditional position encoding.
+        se_stages: stages, counted from 0, whose downsampling carries squeeze-and-excitation; the first has
+            no downsampling.
         attention_norm: norm before attention.
         stem_scale_branch: whether the stem's 3×3 convolutions train with a 1×1 branch.
         head_dim: channels of an attention head.
