@@ -6,8 +6,9 @@ weight.
 
 The laws, each with a test of its own: a batch norm folds into the convolution before it
 (:func:`fold_conv_bn`) or into the linear layer or 1×1 convolution behind it (:func:`fold_bn_linear`);
-parallel convolutions add up once their kernels have one size (:class:`Kernel`; Ding et al. 2021, "RepVGG"); a factor per channel of the output, be it a layer scale or the scale of queries, folds into the layer
-that makes it (:func:`scale_outputs`).
+parallel convolutions add up once their kernels have one size (:class:`Kernel`; Ding et al. 2021, "RepVGG"); a
+factor per channel of the output, be it a layer scale or the scale of queries, folds into the layer that makes
+it (:func:`scale_outputs`).
 """
 
 from __future__ import annotations
