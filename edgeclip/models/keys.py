@@ -155,7 +155,8 @@ class KeyMap:
             value = value.mT if pair.transposed else value
             if pair.theirs_shape is not None:
                 value = value.reshape(pair.theirs_shape)
-            for name, part in zip(pair.names, value.chunk(len(pair.names)), strict=True):
+            parts = value.chunk(len(pair.names)) if len(pair.names) > 1 else (value,)  # a count has no axis
+            for name, part in zip(pair.names, parts, strict=True):
                 written[name] = part.contiguous()
         for constant in self.constants:
             if constant.value is not None and constant.required:
