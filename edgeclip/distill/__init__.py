@@ -1,0 +1,1 @@
+"""Distillation: losses, data, teachers, reinforcement, stages and the trainer."""
