@@ -4,8 +4,8 @@ Image graph: ``image`` uint8 ``(B, H, W, 3)`` RGB -> cast, scale, mean and std, 
 ``image_embedding`` float32 ``(B, E)``. Text graph: ``tokens`` int32 ``(B, L)`` -> ``text_embedding`` float32
 ``(B, E)``, unit norm. Batch symbolic, the rest static, opset 20.
 
-The graph to export is a wrapper of its own, so that no tower ever asks whether it is being exported. Batch
-norms are folded and explicit padding goes into the convolutions before and after tracing; both are exact.
+The graph to export is a wrapper of its own, so that no tower ever asks whether it is being exported. Towers
+are folded in a copy before tracing, and explicit padding goes into the convolutions after it; both are exact.
 What tells where and by whom the graph was made (stack traces, module paths, doc strings) is removed, so that
 the same checkpoint gives the same bytes from any directory. The full checker runs on every graph.
 """
@@ -13,7 +13,6 @@ the same checkpoint gives the same bytes from any directory. The full checker ru
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -27,8 +26,9 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from edgeclip.errors import ExportError
-from edgeclip.models.clip import CLIP, PosteriorImageTower
+from edgeclip.models.clip import CLIP
 from edgeclip.models.config import CLIPConfig
+from edgeclip.models.reparam import reparameterize
 
 __all__ = [
     "OPSET",
@@ -41,6 +41,7 @@ __all__ = [
     "to_bytes",
     "trace",
     "trace_image_tower",
+    "trace_module",
     "trace_text_tower",
 ]
 
@@ -119,21 +120,35 @@ def trace(model: CLIP, config: CLIPConfig) -> TracedTowers:
 
 
 def trace_image_tower(tower: nn.Module, config: CLIPConfig) -> onnx.ModelProto:
-    """Trace an image tower with the preprocessing of ``config`` inside; batch norms are folded in a copy."""
-    tower = copy.deepcopy(tower).eval()
-    if isinstance(tower, PosteriorImageTower):
-        tower.backbone.fold()
-    graph = ImageGraph(tower, mean=config.mean, std=config.std)
+    """Trace an image tower with the preprocessing of ``config`` inside, folded in a copy."""
+    graph = ImageGraph(reparameterize(tower), mean=config.mean, std=config.std)
     height, width = config.image_size_px
     example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
     return _trace(graph, example, input_name="image", output_name="image_embedding")
 
 
 def trace_text_tower(tower: nn.Module, context_length: int) -> onnx.ModelProto:
-    """Trace a text tower for rows of ``context_length`` tokens."""
-    graph = TextGraph(copy.deepcopy(tower).eval())
+    """Trace a text tower for rows of ``context_length`` tokens, folded in a copy."""
+    graph = TextGraph(reparameterize(tower))
     example = torch.ones(_EXAMPLE_BATCH, context_length, dtype=torch.int32)
     return _trace(graph, example, input_name="tokens", output_name="text_embedding")
+
+
+def trace_module(
+    module: nn.Module, example: Tensor, *, input_name: str = "input", output_name: str = "output"
+) -> onnx.ModelProto:
+    """Trace a module as it is: no folding, no preprocessing, no L2 norm; for comparisons and parts of towers.
+
+    Args:
+        module: one tensor in, one out; put into eval mode and without gradients from here on.
+        example: an input with a batch of at least 2, which stays symbolic.
+        input_name: of the graph.
+        output_name: of the graph.
+
+    Raises:
+        ExportError: the module cannot be traced or fails the checker.
+    """
+    return _trace(module, example, input_name=input_name, output_name=output_name)
 
 
 def _trace(graph: nn.Module, example: Tensor, *, input_name: str, output_name: str) -> onnx.ModelProto:
