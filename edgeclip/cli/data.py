@@ -1,4 +1,4 @@
-"""``edgeclip data``: fetch the public data edgeclip is built and checked with."""
+"""``edgeclip data``: fetch the public data edgeclip is built and checked with, and generate pictures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["data"]
 
 @click.group()
 def data() -> None:
-    """Fetch the public data edgeclip is built and checked with.
+    """Fetch the public data edgeclip is built and checked with, and generate pictures.
 
-    Nothing here is needed to classify pictures: it serves benchmarks, calibration and the building of the
-    default model.
+    Nothing here is needed to classify pictures: it serves benchmarks, calibration, training and the building
+    of the default model.
 
     Example: edgeclip data fetch photos
     """
@@ -117,6 +117,71 @@ def list_(output: Path | None, as_json: bool) -> None:
             click.echo(f"  [{mark}] {package.name} {package.version} ({package.kind}, {size})")
             click.echo(f"      {package.contents} ({', '.join(package.use)}); {package.licence}")
     click.echo(f"in {directory}")
+
+
+@data.command("make-shapes")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Directory to make."
+)
+@click.option(
+    "--train",
+    type=click.IntRange(min=1),
+    default=8_000,
+    show_default=True,
+    help="Pictures of training combinations.",
+)
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=1),
+    default=2_000,
+    show_default=True,
+    help="Pictures of held-out combinations.",
+)
+@click.option(
+    "--size", "size_px", type=int, default=64, show_default=True, metavar="PX", help="Side of a picture."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed, other pictures."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes that draw.  [default: one for each usable core]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def make_shapes(
+    output: Path, train: int, held_out: int, size_px: int, seed: int, workers: int | None, as_json: bool
+) -> None:
+    """Generate pictures of coloured shapes with English and Chinese captions.
+
+    8,000 combinations of colour, shape, count, position and texture, one in ten of them held out of training.
+    The same options give the same bytes on every machine. Licence of what is written: CC0-1.0.
+
+    Example: edgeclip data make-shapes -o shapes
+    """
+    from edgeclip.cli._options import Notes
+    from edgeclip.runtime.host import usable_cores
+    from edgeclip.shape_files import write_shapes
+
+    notes = Notes()
+    # Starting processes takes as long as drawing some hundred pictures.
+    processes = workers or (usable_cores() if train + held_out > 1000 else 1)
+    report = write_shapes(
+        output,
+        train=train,
+        held_out=held_out,
+        size_px=size_px,
+        seed=seed,
+        workers=processes,
+        progress=lambda done, of: notes.progress(f"drew {done:,} of {of:,} pictures"),
+    )
+    notes.done()
+    if as_json:
+        click.echo(json.dumps({"schema": 1, **report.to_dict()}, indent=2))
+        return
+    click.echo(
+        f"{report.train:,} pictures to train with and {report.held_out:,} held out, {report.size_px} px, "
+        f"{report.labels} held-out labels in {report.directory} ({report.status}, "
+        f"digest {report.digest[:16]})"
+    )
 
 
 def _lines(reports: list[FetchReport]) -> list[str]:
