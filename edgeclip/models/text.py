@@ -11,6 +11,9 @@ is no
 
 The embedding is a linear map of both pools plus a hidden GELU layer. Padding is left out exactly: a longer
 row of the same text gives the same embedding. Own design; no published weights.
+
+The table is most of a small tower. With ``token_dim`` it is factorised: a narrow table and one linear map to
+the tower's width (Lan et al. 2020, "ALBERT", §3.1).
 """
 
 from __future__ import annotations
@@ -58,7 +61,10 @@ class BagTextTower(nn.Module):
             )
         self.config = config
         width = config.width
-        self.pieces = nn.Embedding(config.vocab_size, width)
+        self.pieces = nn.Embedding(config.vocab_size, config.token_dim or width)
+        self.widen: nn.Linear | None = None
+        if config.token_dim:
+            self.widen = nn.Linear(config.token_dim, width, bias=False)
         self.left = nn.Linear(width, width, bias=False)
         self.right = nn.Linear(width, width, bias=False)
         self.pool_pieces = AttentionPool(width, heads=config.heads)
@@ -71,6 +77,8 @@ class BagTextTower(nn.Module):
 
     def _reset_parameters(self) -> None:
         nn.init.normal_(self.pieces.weight, std=0.5)
+        if self.widen is not None:
+            nn.init.normal_(self.widen.weight, std=self.config.token_dim**-0.5)
         # Scores start at zero: every pool starts as a plain mean.
         nn.init.zeros_(self.pool_pieces.score.weight)
         nn.init.zeros_(self.pool_pairs.score.weight)
@@ -79,6 +87,8 @@ class BagTextTower(nn.Module):
         """Embed token ids ``(B, L)``; any L, padding at the end."""
         mask = tokens != self.config.pad_id  # (B, L)
         x = self.pieces(tokens)  # (B, L, D)
+        if self.widen is not None:
+            x = self.widen(x)
         pairs = self.left(x[:, :-1]) * self.right(x[:, 1:])  # (B, L-1, D)
         pooled = torch.cat(
             [self.pool_pieces(x, mask), self.pool_pairs(pairs, mask[:, :-1] & mask[:, 1:])], dim=-1

@@ -8,7 +8,7 @@
   a tower must pool ``"mean"``.
 - The final norm comes after pooling. For ``"eot"`` this is the same number for less work; for ``"mean"``,
   which is ours, it is the definition: the mean is taken of what the last layer gives.
-- ``conv_ends`` (MCt: Vasu et al. 2024, "MobileCLIP", §4.2) puts a RepMixer block before and after the
+- ``conv_ends`` (MCt: Vasu et al. 2024, "MobileCLIP") puts a RepMixer block before and after the
   attention layers: 1×11 convolutions over the tokens in place of attention.
 """
 
@@ -97,8 +97,8 @@ class TextTransformer(nn.Module):
         config: the tower.
 
     Raises:
-        ConfigError: ``heads`` and ``hidden_dims`` disagree, or ``conv_ends`` stands with a mask or an even
-            kernel.
+        ConfigError: ``heads`` and ``hidden_dims`` disagree, ``conv_ends`` stands with a mask or an even
+            kernel, or ``pool`` is ``"eot"`` where padding has the largest id.
     """
 
     def __init__(self, config: TextTransformerConfig) -> None:
@@ -108,6 +108,12 @@ class TextTransformer(nn.Module):
                 f"text tower: 'conv_ends' mixes neighbours on both sides, but 'attention' is "
                 f"{config.attention!r} and 'conv_kernel' {config.conv_kernel}; "
                 "expected 'full' and an odd kernel."
+            )
+        if config.pool == "eot" and config.pad_id == config.vocab_size - 1:
+            raise ConfigError(
+                f"text tower: 'pool' is 'eot', the token with the largest id of a row, but that is padding "
+                f"(id {config.pad_id} of {config.vocab_size}); use 'mean', or a tokenizer whose end token "
+                "has the largest id."
             )
         self.config = config
         width = config.width
@@ -133,6 +139,8 @@ class TextTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.projection = nn.Linear(width, config.embed_dim, bias=config.projection_bias)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        if self.token_projection is not None:
+            nn.init.normal_(self.token_projection.weight, std=config.token_dim**-0.5)
         nn.init.normal_(self.positions, std=0.01)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 

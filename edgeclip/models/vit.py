@@ -1,7 +1,7 @@
 """Vision transformers: OpenAI's and open_clip's ViT, TinyCLIP's, and MobileCLIP-B.
 
 Dosovitskiy et al. 2021 with CLIP's changes (Radford et al. 2021, §2.4): a norm before the first layer, the
-class token's output through a norm and a bias-free projection. MobileCLIP-B (Vasu et al. 2024, §4.1; code:
+class token's output through a norm and a bias-free projection. MobileCLIP-B (Vasu et al. 2024; in code
 ``vit_b16``) instead begins with three strided convolutions (Xiao et al. 2021), has no norm before the first
 layer and gives its class token no position.
 
