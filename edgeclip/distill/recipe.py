@@ -1,0 +1,547 @@
+"""Training recipes: TOML files that say what is trained, on what, with which losses, stage by stage.
+
+A recipe is ``schema = 1``, ``kind = "train"`` and the tables below; every table is a class here, every key an
+attribute. Reading is strict: an unknown key, a wrong type, a number out of range or a name that refers to
+nothing is one sentence with the place, what was found and what was expected. Paths are relative to the
+recipe's folder.
+
+    schema = 1
+    kind = "train"
+    name = "plain-clip"
+
+    [student]
+    model = "tiny-fastvit"
+
+    [data.train]
+    paths = ["shapes/train.jsonl"]
+
+    [[stage]]
+    name = "contrastive"
+    data = "train"
+    samples = 100_000
+    batch_size = 256
+
+    [[stage.loss]]
+    kind = "info-nce"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edgeclip.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "AffinityLoss",
+    "CheckpointTeacher",
+    "DataSpec",
+    "DecoupledLoss",
+    "FeatureLoss",
+    "GroupSpec",
+    "InfoNCELoss",
+    "InteractiveLoss",
+    "LossSpec",
+    "OpenClipTeacher",
+    "OptimizerSpec",
+    "Recipe",
+    "ScheduleSpec",
+    "SigLIPLoss",
+    "StageSpec",
+    "StoredTeacher",
+    "StudentSpec",
+    "TeacherSpec",
+    "ValidationSpec",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_digest",
+]
+
+SCHEMA = 1
+_MAX_BYTES = 1 << 20
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class _Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of a recipe."""
+
+
+class StudentSpec(_Table, frozen=True, kw_only=True):
+    """What is trained.
+
+    Attributes:
+        model: a name of the model zoo, built with fresh weights.
+        checkpoint: or the weights to start from: our checkpoint, or a published file of ``model``.
+        tokenizer: directory with a tokenizer's files; CLIP's own, or the checkpoint's, if not given.
+    """
+
+    model: str | None = None
+    checkpoint: str | None = None
+    tokenizer: str | None = None
+
+
+class DataSpec(_Table, frozen=True, kw_only=True):
+    """Image-text pairs.
+
+    Attributes:
+        paths: shards, tables or folders.
+        captions: how often each kind of caption is drawn, as weights.
+        crop_scale: share of the picture's area that a random crop keeps; ``[1, 1]`` takes all of it.
+        rand_augment: operations of RandAugment on each view; 0 for none.
+        rand_augment_magnitude: their strength, 0 to 30.
+        max_broken: samples that may fail to decode before training stops.
+    """
+
+    paths: Annotated[tuple[str, ...], Meta(min_length=1)]
+    captions: dict[str, Positive] = msgspec.field(default_factory=lambda: {"alt": 1.0})
+    crop_scale: tuple[Positive, Positive] = (0.9, 1.0)
+    rand_augment: Annotated[int, Meta(ge=0, le=14)] = 0
+    rand_augment_magnitude: Annotated[int, Meta(ge=0, le=30)] = 9
+    max_broken: Annotated[int, Meta(ge=0)] = 100
+
+
+class CheckpointTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="checkpoint"):
+    """A checkpoint of ours, or a published file of a model of the zoo, run beside the student."""
+
+    name: str
+    path: str
+    model: str | None = None
+    scale: Positive = 100.0
+
+
+class OpenClipTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="open-clip"):
+    """A model of open_clip (extra ``openclip``), run beside the student."""
+
+    name: str
+    model: str
+    pretrained: str
+    scale: Positive = 100.0
+
+
+class StoredTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="stored"):
+    """Embeddings that lie in the shards, made by ``edgeclip reinforce``.
+
+    Attributes:
+        name: as losses call it.
+        slice: first and last-plus-one column of its part of the stored embeddings.
+        scale: the teacher's own multiplier of cosines.
+    """
+
+    name: str
+    slice: tuple[int, int]
+    scale: Positive = 100.0
+
+
+TeacherSpec: TypeAlias = CheckpointTeacher | OpenClipTeacher | StoredTeacher
+
+
+class InfoNCELoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="info-nce"):
+    """Matching pictures and texts of the batch; ``softness`` goes linearly from first to last step."""
+
+    weight: Positive = 1.0
+    softness: tuple[Share, Share] = (0.0, 0.0)
+
+
+class DecoupledLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="decoupled"):
+    """InfoNCE without the positive in its denominator."""
+
+    weight: Positive = 1.0
+
+
+class SigLIPLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="siglip"):
+    """A yes or no for every pair."""
+
+    weight: Positive = 1.0
+    bias_init: float = -10.0
+
+
+class AffinityLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="affinity"):
+    """The student's similarities should be the teachers' (MobileCLIP, TinyCLIP, CLIP-KD's CRD)."""
+
+    teachers: Annotated[tuple[str, ...], Meta(min_length=1)]
+    weight: Positive = 1.0
+    teacher_weights: tuple[NotNegative, ...] | None = None
+
+
+class InteractiveLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="interactive"):
+    """Each tower of the student against the teacher's other one (CLIP-KD's ICL)."""
+
+    teacher: str
+    weight: Positive = 1.0
+
+
+class FeatureLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="feature"):
+    """The student's embeddings should be the teacher's, through an adapter where widths differ.
+
+    Attributes:
+        teacher: whose.
+        tower: of which tower.
+        distance: ``"mse"`` on unit vectors (CLIP-KD's FD) or ``"smooth-l1"`` (DC-CLIP's first stage).
+        beta: of smooth L1.
+        weight: of the term.
+    """
+
+    teacher: str
+    tower: Literal["image", "text", "both"] = "both"
+    distance: Literal["mse", "smooth-l1"] = "mse"
+    beta: Positive = 1.0
+    weight: Positive = 1.0
+
+
+LossSpec: TypeAlias = InfoNCELoss | DecoupledLoss | SigLIPLoss | AffinityLoss | InteractiveLoss | FeatureLoss
+
+
+class OptimizerSpec(_Table, frozen=True, kw_only=True):
+    """AdamW; norms, biases, scales and position tables are not decayed."""
+
+    learning_rate: Positive = 1e-3
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.2
+
+
+class ScheduleSpec(_Table, frozen=True, kw_only=True):
+    """Linear warm-up, then cosine decay or a constant, over the steps of the stage."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup: Annotated[int, Meta(ge=0)] = 0
+    final: Share = 0.0
+
+
+class GroupSpec(_Table, frozen=True, kw_only=True):
+    """Parameters that are trained otherwise: the first pattern that matches a name decides.
+
+    Attributes:
+        match: pattern over parameter names, ``"text_tower.*"``.
+        learning_rate: factor on the stage's rate; 0 freezes.
+        weight_decay: instead of the optimizer's.
+    """
+
+    match: str
+    learning_rate: NotNegative = 1.0
+    weight_decay: NotNegative | None = None
+
+
+class StageSpec(_Table, frozen=True, kw_only=True):
+    """One stage of training.
+
+    Attributes:
+        name: as logs and checkpoints call it.
+        data: name of a ``[data.…]`` table.
+        samples: pictures seen in the whole stage.
+        batch_size: of all processes together.
+        loss: the terms, summed with their weights.
+        parts: micro-batches a step; the gradient is that of the whole batch.
+        texts: captions a picture: the first is a real one, the others are synthetic.
+        precision: of the towers; losses and optimizer stay float32.
+        optimizer: how parameters move.
+        schedule: of the learning rate.
+        group: exceptions from both.
+        clip_norm: limit on the gradient's norm.
+        ema: decay of the running average of the weights that is evaluated and exported; ``None`` for none.
+        freeze_batch_norm: keep batch norms at their statistics, which makes ``parts`` exact.
+        train_scale: whether the multiplier of cosines is learned.
+    """
+
+    name: str
+    data: str
+    samples: Count
+    batch_size: Count
+    loss: tuple[LossSpec, ...]
+    parts: Count = 1
+    texts: Count = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    group: tuple[GroupSpec, ...] = ()
+    clip_norm: Positive | None = 1.0
+    ema: Share | None = None
+    freeze_batch_norm: bool = False
+    train_scale: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Steps of the stage: whole batches until all samples are seen."""
+        return -(-self.samples // self.batch_size)
+
+
+class ValidationSpec(_Table, frozen=True, kw_only=True):
+    """What is measured while training.
+
+    Attributes:
+        name: as logs call it.
+        kind: ``"zero-shot"``: labels of pictures; ``"retrieval"``: pictures and their captions.
+        data: name of a ``[data.…]`` table.
+        labels: file with one label a line, for ``"zero-shot"``.
+        templates: prompt templates around the labels.
+        every: steps between two measurements; the last step is always measured.
+        limit: pictures at most; 0 for all.
+    """
+
+    name: str
+    kind: Literal["zero-shot", "retrieval"] = "retrieval"
+    data: str = "validation"
+    labels: str | None = None
+    templates: str = "bare"
+    every: Count = 1000
+    limit: Annotated[int, Meta(ge=0)] = 0
+
+
+class Recipe(_Table, frozen=True, kw_only=True):
+    """A whole recipe.
+
+    Attributes:
+        name: of the model that comes out.
+        student: what is trained.
+        data: tables of pairs by name.
+        stage: in order.
+        teacher: by ``name``.
+        validation: what is measured.
+        seed: of weights, order, crops and captions.
+        checkpoint_every: steps between two checkpoints; stages end with one.
+    """
+
+    name: str
+    student: StudentSpec
+    data: dict[str, DataSpec]
+    stage: tuple[StageSpec, ...]
+    teacher: tuple[TeacherSpec, ...] = ()
+    validation: tuple[ValidationSpec, ...] = ()
+    seed: Annotated[int, Meta(ge=0)] = 0
+    checkpoint_every: Count = 1000
+
+
+def load_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
+    """Return the recipe of a TOML file.
+
+    Args:
+        path: the file.
+        changes: ``key=value`` with dotted keys and TOML values, as ``--set`` takes them:
+            ``"stage.0.batch_size=64"``. They are applied before the recipe is checked.
+
+    Raises:
+        ConfigError: the file cannot be read or used.
+    """
+    try:
+        content = path.read_bytes()[: _MAX_BYTES + 1]
+    except OSError as error:
+        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}.") from error
+    return parse_recipe(content, where=f"recipe {str(path)!r}", changes=changes)
+
+
+def parse_recipe(content: bytes, *, where: str = "recipe", changes: Iterable[str] = ()) -> Recipe:
+    """Return the recipe of TOML text; see :func:`load_recipe`."""
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{where}: larger than {_MAX_BYTES} bytes; is it a recipe?")
+    try:
+        said = tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}.") from error
+    for change in changes:
+        _apply(said, change, where)
+    for key, expected in (("schema", SCHEMA), ("kind", "train")):
+        if said.pop(key, None) != expected:
+            raise ConfigError(f"{where}: expected {key} = {expected!r} among the first lines.")
+    recipe = _recipe(said, where)
+    _check(recipe, where)
+    return recipe
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Return the sha256 of what the recipe means: order of keys, comments and defaults do not matter."""
+    return hashlib.sha256(
+        json.dumps(msgspec.to_builtins(recipe), sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
+
+
+def _recipe(said: dict[str, Any], where: str) -> Recipe:
+    """Convert table by table, so that messages name the place."""
+    rest = dict(said)
+    data = {
+        name: _convert(table, DataSpec, f"{where}: [data.{name}]")
+        for name, table in _mapping(rest.pop("data", {}), f"{where}: [data]").items()
+    }
+    stages = tuple(
+        _stage(table, f"{where}: [[stage]] {index}")
+        for index, table in enumerate(_list(rest.pop("stage", []), f"{where}: stage"))
+    )
+    lists: dict[str, tuple[Any, ...]] = {}
+    for key, kind in (("teacher", TeacherSpec), ("validation", ValidationSpec)):
+        lists[key] = tuple(
+            _convert(table, kind, f"{where}: [[{key}]] {index}")
+            for index, table in enumerate(_list(rest.pop(key, []), f"{where}: {key}"))
+        )
+    if "student" in rest:
+        rest["student"] = msgspec.to_builtins(_convert(rest["student"], StudentSpec, f"{where}: [student]"))
+    checked: Recipe = _convert({**rest, "data": {}, "stage": []}, Recipe, where)
+    return msgspec.structs.replace(checked, data=data, stage=stages, **lists)
+
+
+def _stage(table: Any, where: str) -> StageSpec:
+    rest = dict(_mapping(table, where))
+    losses = tuple(
+        _convert(item, LossSpec, f"{where}: [[stage.loss]] {index}")
+        for index, item in enumerate(_list(rest.pop("loss", []), f"{where}: loss"))
+    )
+    groups = tuple(
+        _convert(item, GroupSpec, f"{where}: [[stage.group]] {index}")
+        for index, item in enumerate(_list(rest.pop("group", []), f"{where}: group"))
+    )
+    checked: StageSpec = _convert({**rest, "loss": []}, StageSpec, where)
+    return msgspec.structs.replace(checked, loss=losses, group=groups)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_plain_message(str(error), value, kind)}") from error
+
+
+def _plain_message(said: str, value: Any, kind: Any) -> str:
+    """Return msgspec's message with the value that was found, and the keys that are known."""
+    message, _, place = said.partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    if "unknown field" in message:
+        known = sorted({name for one in _structs(kind) for name in one.__struct_fields__})
+        return f"{message}; known are {known}."
+    found = value
+    for part in path.split(".") if path else []:
+        found = found.get(part.split("[")[0]) if isinstance(found, Mapping) else found
+    got = f"{path!r} is {found!r}" if path else f"got {found!r}"
+    return f"{got[:300]}: {message[0].lower()}{message[1:]}."
+
+
+def _structs(kind: Any) -> tuple[type[Struct], ...]:
+    return getattr(kind, "__args__", None) or (kind,)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: got {value!r}, expected a table.")
+    return value
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}: got {value!r}, expected an array of tables.")
+    return value
+
+
+def _apply(said: dict[str, Any], change: str, where: str) -> None:
+    """Set one dotted key to a TOML value, in place."""
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {change!r}: expected key=value, such as stage.0.batch_size=64.")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except ValueError:
+        value = text.strip()  # a bare word is a string
+    at: Any = said
+    parts = key.strip().split(".")
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        if isinstance(at, list):
+            if not part.isdigit() or int(part) >= len(at):
+                raise ConfigError(
+                    f"--set {change!r}: {'.'.join(parts[:index])!r} has the entries 0 to {len(at) - 1}, "
+                    f"not {part!r}."
+                )
+            if last:
+                at[int(part)] = value
+            else:
+                at = at[int(part)]
+        elif isinstance(at, dict):
+            if last:
+                at[part] = value
+            else:
+                at = at.setdefault(part, {})
+        else:
+            raise ConfigError(
+                f"--set {change!r}: {'.'.join(parts[:index])!r} is {at!r} in {where}, not a table."
+            )
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """Raise where the tables contradict each other."""
+    if not recipe.stage:
+        raise ConfigError(f"{where}: expected one [[stage]] or more.")
+    if recipe.student.model is None and recipe.student.checkpoint is None:
+        raise ConfigError(f"{where}: [student]: expected 'model' or 'checkpoint'.")
+    teachers = [teacher.name for teacher in recipe.teacher]
+    for names, what in (
+        (teachers, "[[teacher]]"),
+        ([stage.name for stage in recipe.stage], "[[stage]]"),
+        ([entry.name for entry in recipe.validation], "[[validation]]"),
+    ):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"{where}: {what}: the names {twice} stand twice; names must differ.")
+    for index, stage in enumerate(recipe.stage):
+        _check_stage(recipe, stage, teachers, f"{where}: [[stage]] {index}")
+    for index, entry in enumerate(recipe.validation):
+        at = f"{where}: [[validation]] {index}"
+        if entry.data not in recipe.data:
+            raise ConfigError(f"{at}: 'data' is {entry.data!r}, expected one of {sorted(recipe.data)}.")
+        if entry.kind == "zero-shot" and entry.labels is None:
+            raise ConfigError(f"{at}: kind = 'zero-shot' needs 'labels', a file with one label a line.")
+    for name, table in recipe.data.items():
+        low, high = table.crop_scale
+        if not low <= high <= 1:
+            raise ConfigError(
+                f"{where}: [data.{name}]: 'crop_scale' is [{low}, {high}], "
+                "expected two rising shares up to 1."
+            )
+
+
+def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str) -> None:
+    if stage.data not in recipe.data:
+        raise ConfigError(f"{at}: 'data' is {stage.data!r}, expected one of {sorted(recipe.data)}.")
+    if not stage.loss:
+        raise ConfigError(f"{at}: expected one [[stage.loss]] or more.")
+    if stage.batch_size % stage.parts:
+        raise ConfigError(
+            f"{at}: 'batch_size' {stage.batch_size} cannot be cut into 'parts' {stage.parts}; "
+            "choose a divisor."
+        )
+    if stage.schedule.warmup >= stage.steps:
+        raise ConfigError(
+            f"{at}: 'warmup' is {stage.schedule.warmup} steps, but the stage has {stage.steps} "
+            f"({stage.samples} samples in batches of {stage.batch_size}); shorten it."
+        )
+    for index, loss in enumerate(stage.loss):
+        place = f"{at}: [[stage.loss]] {index}"
+        named = (
+            loss.teachers
+            if isinstance(loss, AffinityLoss)
+            else (loss.teacher,)
+            if isinstance(loss, InteractiveLoss | FeatureLoss)
+            else ()
+        )
+        unknown = [name for name in named if name not in teachers]
+        if unknown:
+            raise ConfigError(f"{place}: no [[teacher]] is called {unknown}; there are {sorted(teachers)}.")
+        if (
+            isinstance(loss, AffinityLoss)
+            and loss.teacher_weights is not None
+            and len(loss.teacher_weights) != len(loss.teachers)
+        ):
+            raise ConfigError(
+                f"{place}: {len(loss.teacher_weights)} 'teacher_weights' for {len(loss.teachers)} 'teachers'."
+            )
