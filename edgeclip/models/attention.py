@@ -75,7 +75,7 @@ class Attention(nn.Module):
         Args:
             x: tokens that are attended to.
             queries: tokens ``(B, Q, D)`` that attend; all of ``x`` if missing.
-            mask: added to the scores, broadcast to ``(B, heads, Q, L)``.
+            mask: added to the scores, of two axes or more, broadcast to ``(B, heads, Q, L)``.
 
         Returns:
             ``(B, Q, D)``, or ``(B, L, D)`` without ``queries``.
