@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import secrets
 import shutil
@@ -311,6 +312,8 @@ def _interrupts_held_back() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
+    # Started by the first spawned process, it would lift the mask.
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -77,7 +77,7 @@ def test_make_shapes_refuses_a_directory_of_something_else(
 def test_ctrl_c_leaves_nothing_behind(workers: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "edgeclip", "data", "make-shapes", "-o", str(tmp_path / "set"),
-         "--train", "100000", "--workers", workers],
+         "--train", "20000", "--workers", workers],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
