@@ -437,10 +437,10 @@ def _pairs(config: FastViTConfig, names: _Names, places: dict[str, str]) -> tupl
         (r"^final\.", f"{names.final}."),
         # A norm behind a convolution, before the names that tell which convolution it is are gone.
         (r"\b(main|scale|large|small|depthwise)\.norm\.", r"\1.bn."),
-        (r"\.downsample\.(large|small|se)\.", r".downsample.0.\1."),
+        (r"\.downsample\.(large|small)\.", r".downsample.0.\1."),
+        (r"\.downsample\.se\.reduce\.", ".downsample.0.se.fc1."),
+        (r"\.downsample\.se\.expand\.", ".downsample.0.se.fc2."),
         (r"\.downsample\.pointwise\.", ".downsample.1."),
-        (r"\.se\.reduce\.", ".se.fc1."),
-        (r"\.se\.expand\.", ".se.fc2."),
         (r"\.mixer\.mix\.", ".token_mixer.mixer."),
         (r"\.mixer\.norm\.", f".token_mixer.norm.{names.skip}."),
         (r"\.mixer\.layer_scale", ".token_mixer.layer_scale"),
