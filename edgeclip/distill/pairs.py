@@ -7,6 +7,7 @@ gathers the rest; gradients flow through the gathering, so that the average over
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,10 @@ class Pairs:
             ids=ids,
             all_ids=None if ids is None else gather_rows(ids),
         )
+
+    def with_text(self, text: Tensor) -> Pairs:
+        """Return the same pictures with other texts ``(b, E)``; only the texts are gathered."""
+        return dataclasses.replace(self, text=text, all_text=gather_rows(text))
 
     def targets(self) -> Tensor:
         """Return what each row should match, ``(b, B)``; rows sum to 1.
