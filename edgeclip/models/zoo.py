@@ -13,8 +13,10 @@ For the first generation's S3, S4 and L-14 no table exists. The usage example on
 second generation; that the interpolation is the same too is an inference (open_clip falls back to bicubic for
 a local file).
 
-``sha256`` and ``revision`` are ``None`` wherever none was published that we could check: the hub's own are
-then resolved, verified and written down at the first download (``edgeclip/hub.py``).
+``revision`` is given where the hub's own page of that commit shows the file; ``sha256`` nowhere, because no
+publisher states one for these files outside the hub. The hub's commit and hash are resolved, verified and
+written down at the first download (``edgeclip/hub.py``). OpenAI's own files are TorchScript archives, which
+are not read; the entries name open_clip's copies of the same weights.
 """
 
 from __future__ import annotations
@@ -114,15 +116,15 @@ class Weights:
 
     Attributes:
         repo: hub repository, or ``None`` where they are not on the hub.
-        file: the one file of it that is needed.
+        files: the one file of it that is needed, under the names it may have, preferred first.
         naming: whose key names the file has.
         url: where they are described.
-        revision: commit of the repository, where it was published and checked; else ``None``.
-        sha256: of the file, likewise.
+        revision: commit of the repository, where one is known to hold the file; else ``None``.
+        sha256: of the file, where its publisher states it; else ``None``.
     """
 
     repo: str | None
-    file: str
+    files: tuple[str, ...]
     naming: Naming
     url: str
     revision: str | None = None
@@ -301,6 +303,12 @@ _AMLR = Licence(
     research_only=True,
     url="https://github.com/apple/ml-mobileclip/blob/main/LICENSE_MODELS",
 )
+# open_clip looks for the first and the last; some repositories have the one between.
+_OPEN_CLIP_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 # timm's vit_base_mci_224 computes with another eps than Apple's code, and open_clip runs timm's.
 _TIMM_EPS = {"timm": 1e-6, "open_clip": 1e-6}
 _ZERO_SHOT = "ImageNet-1k zero-shot top-1"
@@ -342,7 +350,7 @@ def _mobileclip(
         tokenizer="clip-bpe",
         licence=_AMLR,
         weights=Weights(
-            repo=f"apple/{name}", file=file, naming="apple", url=f"https://huggingface.co/apple/{name}"
+            repo=f"apple/{name}", files=(file,), naming="apple", url=f"https://huggingface.co/apple/{name}"
         ),
         accuracy=Accuracy(percent, _ZERO_SHOT, _APPLE_RESULTS.format(results)),
         norm_eps_of=MappingProxyType(dict(norm_eps_of or {})),
@@ -357,6 +365,7 @@ def _clip(
     *,
     quick: bool,
     repo: str,
+    revision: str | None = None,
     mean: tuple[float, float, float] = _OPENAI_MEAN,
     std: tuple[float, float, float] = _OPENAI_STD,
 ) -> ModelEntry:
@@ -379,9 +388,10 @@ def _clip(
         licence=_MIT,
         weights=Weights(
             repo=repo,
-            file="open_clip_model.safetensors",
+            files=_OPEN_CLIP_FILES,
             naming="open_clip",
             url=f"https://huggingface.co/{repo}",
+            revision=revision,
         ),
         accuracy=Accuracy(percent, _ZERO_SHOT, _OPEN_CLIP_RESULTS),
     )
@@ -403,6 +413,7 @@ def _tinyclip(
     *,
     tag: str,
     several: bool = False,
+    revision: str | None = None,
 ) -> ModelEntry:
     pruned = parameters is None
     repo = f"wkcn/{name}-{tag}"
@@ -423,11 +434,12 @@ def _tinyclip(
         licence=_MIT,
         weights=Weights(
             repo=None if pruned else repo,
-            file=f"{name}-{tag}.pt" if pruned else "pytorch_model.bin",
+            files=(f"{name}-{tag}.pt",) if pruned else ("model.safetensors", "pytorch_model.bin"),
             naming="open_clip" if pruned else "hf",
             url="https://github.com/wkcn/TinyCLIP-model-zoo/releases/tag/checkpoints"
             if pruned
             else f"https://huggingface.co/{repo}",
+            revision=revision,
         ),
         accuracy=Accuracy(percent, _ZERO_SHOT, _TINYCLIP_RESULTS),
         pruned_on_load=pruned,
@@ -441,8 +453,8 @@ def _lite(backbone: str, side: int, parameters: int, percent: float) -> ModelEnt
     name = f"EfficientNet-{backbone.capitalize()}"
     ours = backbone == "lite0"
     timm = f"timm/tf_efficientnet_{backbone}.in1k"
-    mean: tuple[float, float, float] = (127 / 255,) * 3 if ours else _HALF  # type: ignore[assignment]
-    std: tuple[float, float, float] = (128 / 255,) * 3 if ours else _HALF  # type: ignore[assignment]
+    mean: tuple[float, float, float] = (127 / 255,) * 3 if ours else _HALF
+    std: tuple[float, float, float] = (128 / 255,) * 3 if ours else _HALF
     return ModelEntry(
         config=BackboneConfig(
             name=name,
@@ -458,7 +470,10 @@ def _lite(backbone: str, side: int, parameters: int, percent: float) -> ModelEnt
         tokenizer=None,
         licence=_APACHE,
         weights=Weights(
-            repo=timm, file="model.safetensors", naming="timm", url=f"https://huggingface.co/{timm}"
+            repo=timm,
+            files=("model.safetensors", "pytorch_model.bin"),
+            naming="timm",
+            url=f"https://huggingface.co/{timm}",
         ),
         accuracy=Accuracy(percent, _TOP_1, "TensorFlow TPU models, EfficientNet-Lite README"),
         run_here=ours,
@@ -476,7 +491,7 @@ def _own(name: str, text: BagTextConfig | TextTransformerConfig, text_parameters
         config=CLIPConfig(name=name, image=_NANO, text=text, image_size_px=(224, 224), mean=_HALF, std=_HALF),
         family="edgeclip",
         tag="",
-        image_parameters=1904688,
+        image_parameters=1898496,
         text_parameters=text_parameters,
         tokenizer="edgeclip-bpe",
         licence=None,
@@ -486,7 +501,8 @@ def _own(name: str, text: BagTextConfig | TextTransformerConfig, text_parameters
     )
 
 
-# Ours, in English and Chinese: pieces of one shared vocabulary, whose table is factorised, because it would
+# Ours, in English and Chinese, for the tokenizer that comes with edgeclip. Its largest id is padding, so that
+# the towers must leave padding out and cannot look for an end. The table of pieces is factorised: it would
 # otherwise be most of the tower.
 _PIECES, _PIECES_CONTEXT = 16000, 32
 _PIECES_PAD = _PIECES - 1
@@ -499,9 +515,9 @@ def _bag(width: int) -> BagTextConfig:
         pad_id=_PIECES_PAD,
         width=width,
         heads=8,
-        hidden_dim=2 * width,
+        hidden_dim=3 * width,
         embed_dim=512,
-        token_dim=width // 2,
+        token_dim=min(width // 2, 128),
     )
 
 
@@ -511,11 +527,11 @@ def _compact(width: int, layers: int) -> TextTransformerConfig:
         context_length=_PIECES_CONTEXT,
         width=width,
         heads=(width // 64,) * layers,
-        hidden_dims=(3 * width,) * layers,
+        hidden_dims=(4 * width,) * layers,
         attention="padded",
         pool="mean",
         pad_id=_PIECES_PAD,
-        token_dim=width // 2,
+        token_dim=min(width // 2, 128),
         embed_dim=512,
     )
 
@@ -525,7 +541,7 @@ _MOBILECLIP = (
         "MobileCLIP-S0",
         _MCI0,
         _TEXT_MCT,
-        (11406464, 42440704),
+        (11406464, 42441216),
         67.8,
         results="mobileclip_s0",
         file="mobileclip_s0.pt",
@@ -664,7 +680,14 @@ _MOBILECLIP = (
 )
 
 _CLIPS = (
-    _clip("ViT-B-32", "openai", 63.3, quick=True, repo="timm/vit_base_patch32_clip_224.openai"),
+    _clip(
+        "ViT-B-32",
+        "openai",
+        63.3,
+        quick=True,
+        repo="timm/vit_base_patch32_clip_224.openai",
+        revision="ab5b8ef490e86faa07d3523926b842c765de1de5",
+    ),
     _clip("ViT-B-32", "laion2b_s34b_b79k", 66.6, quick=False, repo="laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
     _clip(
         "ViT-B-32",
@@ -709,6 +732,7 @@ _TINYCLIPS = (
         (8276992, 15169024),
         41.1,
         tag="YFCC15M",
+        revision="a2a8c6eaa2549ad66eb7c31b85022bf58273a26c",
     ),
     _tinyclip(
         "TinyCLIP-ViT-39M-16-Text-19M",
@@ -725,6 +749,7 @@ _TINYCLIPS = (
         (39691776, 44513792),
         59.8,
         tag="LAION400M",
+        revision="95ec8197b3f2fe7f747865c61ca556cf0768b2f7",
     ),
     _tinyclip(
         "TinyCLIP-ViT-61M-32-Text-29M",
@@ -787,12 +812,14 @@ _LITES = (
 )
 
 _OWN = (
-    _own("nano-bag-192", _bag(192), 0),
-    _own("nano-bag-256", _bag(256), 0),
-    _own("nano-bag-384", _bag(384), 0),
-    _own("nano-transformer-192", _compact(192, 4), 0),
-    _own("nano-transformer-256", _compact(256, 4), 0),
-    _own("nano-transformer-384", _compact(384, 4), 0),
+    _own("nano-bag-192", _bag(192), 2345792),
+    _own("nano-bag-256", _bag(256), 3266816),
+    _own("nano-bag-320", _bag(320), 3735232),
+    _own("nano-bag-384", _bag(384), 4269184),
+    _own("nano-transformer-192", _compact(192, 4), 3438720),
+    _own("nano-transformer-256", _compact(256, 4), 5379584),
+    _own("nano-transformer-320", _compact(320, 4), 7195520),
+    _own("nano-transformer-384", _compact(384, 6), 12953600),
 )
 
 MODELS: Mapping[str, ModelEntry] = MappingProxyType(
@@ -837,7 +864,7 @@ _TINY_FIVE = dataclasses.replace(
 
 
 def _tiny(name: str, image: ImageConfig, text: TextTransformerConfig | BagTextConfig) -> CLIPConfig:
-    side = 64 if isinstance(image, FastViTConfig) else 32
+    side = 2 ** (len(image.dims) + 2) if isinstance(image, FastViTConfig) else 32
     return CLIPConfig(name=name, image=image, text=text, image_size_px=(side, side))
 
 
