@@ -29,7 +29,9 @@ def random_weights(model: _Module, seed: int = 0, dtype: torch.dtype = torch.flo
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if not value.is_floating_point():
             continue
-        if name.endswith(("layer_scale", "running_var")) or (value.dim() == 1 and name.endswith("weight")):
+        if name.endswith(("layer_scale", "gamma", "running_var")) or (
+            value.dim() == 1 and name.endswith("weight")
+        ):
             value.uniform_(0.5, 1.5, generator=generator)
         elif value.dim() < 2:
             value.normal_(std=0.2, generator=generator)
