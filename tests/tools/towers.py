@@ -27,7 +27,7 @@ def random_weights(model: _Module, seed: int = 0, dtype: torch.dtype = torch.flo
     """
     generator = torch.Generator().manual_seed(seed)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if not value.is_floating_point():
+        if not value.is_floating_point() or "mask" in name:
             continue
         if name.endswith(("layer_scale", "gamma", "running_var")) or (
             value.dim() == 1 and name.endswith("weight")
