@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
@@ -52,12 +52,14 @@ class Sample:
         source: its path, or its encoded bytes.
         caption: a sentence about it.
         label: the name of its class.
+        columns: the row of a table, by column. Not compared.
     """
 
     key: str
     source: Path | bytes
     caption: str | None = None
     label: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_samples(
@@ -235,6 +237,7 @@ def _read_rows(
             source=table.parent / name,
             caption=_value(row, _CAPTION_COLUMNS),
             label=_value(row, _LABEL_COLUMNS),
+            columns=row,
         )
 
 

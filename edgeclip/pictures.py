@@ -35,6 +35,7 @@ __all__ = [
     "decode_image",
     "name_of_source",
     "reduction_of",
+    "sniff_format",
 ]
 
 Channels: TypeAlias = Literal["rgb", "bgr"]
@@ -249,7 +250,7 @@ def _open_picture(stream: IO[bytes], name: str) -> ImageFile.ImageFile:
     head = stream.read(_HEAD_BYTES)
     if not head:
         raise InputError(f"{name}: is empty, expected a picture file. Replace it.")
-    kind = _sniff(head)
+    kind = sniff_format(head)
     if kind is None:
         raise InputError(
             f"{name}: begins with {head[:8]!r}, which is no picture format known here; "
@@ -269,7 +270,7 @@ def _open_picture(stream: IO[bytes], name: str) -> ImageFile.ImageFile:
     return opener(stream)
 
 
-def _sniff(head: bytes) -> str | None:
+def sniff_format(head: bytes) -> str | None:
     """Return the format that the first bytes of a file call for, whatever the file is named."""
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
