@@ -10,12 +10,14 @@ once and stored next to the teacher's embeddings give the student the same view 
     >>> augmentation.from_json(augmentation.to_json(parameters)) == parameters
     True
 
-Pixels equal those of torchvision's ``RandomResizedCrop``, ``RandomHorizontalFlip`` and ``RandAugment`` on PIL
-pictures, and parameters have DataCompDR's form: crop boxes in pixels of the source, magnitudes final (signed,
-translations in pixels of the crop). A student may replay at another size than the teacher's: the box means
-the same part of the picture, translations are not scaled, which is what the published loader does.
+Parameters have DataCompDR's form: crop boxes in pixels of the source, magnitudes final (signed, translations
+in pixels of the crop). A student may replay at another size than the teacher's: the box means the same part
+of the picture, translations are not scaled, which is what the published loader does.
 
-Views repeat as long as Pillow's filters do; ``tests/distill/test_augment.py`` holds a digest of them.
+Pixels equal those of torchvision's ``RandomResizedCrop``, ``RandomHorizontalFlip`` and ``RandAugment`` on PIL
+pictures before Pillow 13, which is how DataCompDR was made, and are the same with every Pillow since 10.3.
+With Pillow 13 torchvision's own differ where a crop's height shrinks more than its width: Pillow then resizes
+the height first (its pull request 9549), which must not change views that teachers have seen.
 """
 
 from __future__ import annotations
@@ -201,10 +203,11 @@ class RandomResizedCrop:
                 "that one in full, and do not resize it."
             )
         height, width = self.size_px
-        # In two steps, as torchvision: resizing with `box=` changes single levels.
-        return image.crop((step.left, step.top, right, bottom)).resize(
-            (width, height), _RESAMPLING[self.interpolation]
-        )
+        resampling = _RESAMPLING[self.interpolation]
+        # Not with `box=`, which changes single levels, and not in one call: where the height shrinks more
+        # than the width Pillow 13 begins with the height, before it with the width, and levels differ.
+        part = image.crop((step.left, step.top, right, bottom))
+        return part.resize((width, step.height), resampling).resize((width, height), resampling)
 
     def to_json(self, step: _Step) -> list[int]:
         """Return ``[top, left, height, width]``."""
