@@ -160,7 +160,8 @@ class ZeroShotClassifier:
         """Open a bundle for classification; its default labels are in force until others are set.
 
         Args:
-            bundle: a directory, ``"default"`` for the embedded bundle, or an open bundle.
+            bundle: a directory, ``"default"`` for the embedded bundle, ``"hf:organisation/name@revision"``
+                for one on the hub (extra ``hub``; downloaded once), or an open bundle.
             variant: name of a variant; ``"auto"`` is the first default one this host can run.
             keep_text_tower: keep the text tower open between changes of labels; costs its memory.
             options: backend, device, threads.
@@ -171,9 +172,10 @@ class ZeroShotClassifier:
         Raises:
             BundleError: the bundle or variant cannot be used.
             BackendError: no engine can run it here.
+            InputError: a bundle of the hub cannot be downloaded.
         """
         with clock.span("open"):
-            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(_directory(bundle))
             choice = choose_variant(opened, variant=variant, options=options)
         with clock.span("compile"):
             session = open_tower(opened, choice, "image", options)
@@ -611,3 +613,12 @@ def _checked_top_k(top_k: int) -> int:
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ConfigError(f"top_k: got {top_k!r}, expected a whole number of at least 1.")
     return top_k
+
+
+def _directory(bundle: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return a bundle's directory; one on the hub is downloaded."""
+    if isinstance(bundle, str) and bundle.startswith("hf:"):
+        from edgeclip.hub import fetch_bundle
+
+        return fetch_bundle(bundle)
+    return bundle

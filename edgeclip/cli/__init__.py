@@ -29,6 +29,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("edgeclip.cli.doctor:doctor", "Say what this machine is and which backends work."),
     "embed": ("edgeclip.cli.embed:embed", "Write image embeddings to a file."),
     "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
+    "models": ("edgeclip.cli.models:models", "List the models edgeclip knows, and download their weights."),
     "verify": ("edgeclip.cli.verify:verify", "Check that a bundle gives the right numbers on this host."),
 }
 

@@ -27,6 +27,7 @@ __all__ = [
     "ModelChoice",
     "Notes",
     "Pictures",
+    "bundle_directory",
     "label_options",
     "model_options",
     "prepare_stdout",
@@ -48,8 +49,8 @@ def model_options(command: _Command) -> _Command:
                 "--bundle",
                 default="default",
                 show_default=True,
-                metavar="DIR",
-                help="Bundle to use; 'default' is the embedded one.",
+                metavar="DIR|hf:ORG/NAME@REV",
+                help="Bundle to use: a directory, one on the hub, or 'default' for the embedded one.",
             ),
             click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
             click.option(
@@ -213,6 +214,11 @@ class Notes:
             click.echo("\r\x1b[K", err=True, nl=False)
             self._open_line = False
 
+    def on_download(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        """Show how far a download is."""
+        share = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
+        self.progress(f"{name}: {done_bytes / 1e6:,.0f}{share} MB")
+
     def on_encoding(self, progress: BankProgress) -> None:
         """Announce an encoding of labels that will take long, then show how far it is."""
         remaining_s = progress.remaining_s or 0.0
@@ -225,6 +231,22 @@ class Notes:
         self.progress(
             f"encoded {progress.labels_done:,} of {progress.labels:,} labels, {_duration(remaining_s)} left"
         )
+
+
+def bundle_directory(said: str, notes: Notes) -> str:
+    """Return what ``Bundle.open`` takes for a bundle argument, downloading ``hf:organisation/name@revision``.
+
+    Raises:
+        EdgeClipError: as ``edgeclip.hub.fetch_bundle``.
+    """
+    if not said.startswith("hf:"):
+        return said
+    from edgeclip.hub import fetch_bundle
+
+    try:
+        return str(fetch_bundle(said, say=notes.say, progress=notes.on_download))
+    finally:
+        notes.done()
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import SCHEMA, LabelChoice, Notes, prepare_stdout, shown
+from ._options import SCHEMA, LabelChoice, Notes, bundle_directory, prepare_stdout, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +55,7 @@ def inspect(bundle_path: str, check: bool, as_json: bool) -> None:
     from edgeclip.bundle_tools import describe_bundle
 
     prepare_stdout()
-    opened = Bundle.open(bundle_path)
+    opened = Bundle.open(bundle_directory(bundle_path, Notes()))
     if check:
         opened.check_files()
     document = describe_bundle(opened)
@@ -239,10 +239,10 @@ def slim(
     choice = _label_choice(labels, templates)
     choice.check()
     prepare_stdout()
-    source = Bundle.open(bundle_path)
+    notes = Notes()
+    source = Bundle.open(bundle_directory(bundle_path, notes))
     for name in variants:
         source.variant(name)
-    notes = Notes()
     bank = _new_bank(source, variants[0], choice, notes)
     notes.done()
     made = slim_bundle(source, output, variants=variants, bank=bank, drop_text=drop_text, force=force)
@@ -348,7 +348,8 @@ def diff(a: str, b: str, exit_code: bool, as_json: bool) -> int:
     from edgeclip.bundle_tools import diff_bundles
 
     prepare_stdout()
-    differences = diff_bundles(Bundle.open(a), Bundle.open(b))
+    first, second = (Bundle.open(bundle_directory(name, Notes())) for name in (a, b))
+    differences = diff_bundles(first, second)
     if as_json:
         found = [
             {"field": each.field, "a": each.a, "b": each.b, "missing": each.missing} for each in differences
@@ -394,7 +395,8 @@ def pack(bundle_path: str, output: Path, force: bool) -> None:
     from edgeclip.bundle_tools import pack_bundle
 
     prepare_stdout()
-    size_bytes = pack_bundle(Bundle.open(bundle_path), output, force=force)
+    source = Bundle.open(bundle_directory(bundle_path, Notes()))
+    size_bytes = pack_bundle(source, output, force=force)
     click.echo(f"{shown(output)}: {_size(size_bytes)}")
 
 

@@ -15,6 +15,7 @@ from ._options import (
     ModelChoice,
     Notes,
     Pictures,
+    bundle_directory,
     label_options,
     model_options,
     prepare_stdout,
@@ -105,7 +106,7 @@ def classify(
         clock.record("import", began_ns, time.perf_counter_ns())
     notes = Notes()
     with ZeroShotClassifier.open(
-        model.bundle,
+        bundle_directory(model.bundle, notes),
         variant=model.variant,
         options=model.options(),
         fast_decode=fast_decode,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,17 +17,20 @@ __all__ = ["doctor"]
 
 @click.command(epilog="Example: edgeclip doctor --json > doctor.json")
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), help="Check this bundle in place of the embedded one."
+    "--bundle",
+    metavar="DIR|hf:ORG/NAME@REV",
+    help="Check this bundle in place of the embedded one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def doctor(bundle: Path | None, as_json: bool) -> None:
+def doctor(bundle: str | None, as_json: bool) -> None:
     """Say what this machine is, which backends work and why the others do not.
 
     Ends with 1 only if the base backend is broken.
     """
+    from edgeclip.cli._options import Notes, bundle_directory
     from edgeclip.runtime.diagnose import diagnose
 
-    found = diagnose(bundle or "default")
+    found = diagnose(bundle_directory(bundle or "default", Notes()))
     click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else _text(found))
     if found.broken:
         first = found.broken[0]

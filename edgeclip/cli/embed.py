@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import SCHEMA, ModelChoice, Notes, Pictures, model_options, prepare_stdout, shown
+from ._options import (
+    SCHEMA,
+    ModelChoice,
+    Notes,
+    Pictures,
+    bundle_directory,
+    model_options,
+    prepare_stdout,
+    shown,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +81,8 @@ def embed(
 
     prepare_stdout()
     notes = Notes()
-    with ZeroShotClassifier.open(model.bundle, variant=model.variant, options=model.options()) as classifier:
+    opened = bundle_directory(model.bundle, notes)
+    with ZeroShotClassifier.open(opened, variant=model.variant, options=model.options()) as classifier:
         keys, rows, failed = _embed(classifier, Pictures(paths, paths_from, notes), notes, batch_size, strict)
         space, width = (
             classifier.bundle.manifest.model.embedding_space,

@@ -13,6 +13,7 @@ from ._options import (
     LabelChoice,
     ModelChoice,
     Notes,
+    bundle_directory,
     label_options,
     model_options,
     prepare_stdout,
@@ -78,7 +79,8 @@ def build(
 
     prepare_stdout()
     notes = Notes()
-    with ZeroShotClassifier.open(model.bundle, variant=model.variant, options=model.options()) as classifier:
+    opened = bundle_directory(model.bundle, notes)
+    with ZeroShotClassifier.open(opened, variant=model.variant, options=model.options()) as classifier:
         offered.apply(classifier, notes)
         bank = classifier.bank
     if output is not None:

@@ -24,15 +24,17 @@ __all__ = ["verify"]
 def verify(bundle: str, variant: str, threads: int | None, require_verified: bool, as_json: bool) -> None:
     """Check every file of BUNDLE and the numbers of its variants on this host.
 
-    BUNDLE is a directory; without, the bundle that comes with edgeclip. Ends with 4 where numbers are beyond
-    their limits, with 1 where files are damaged.
+    BUNDLE is a directory, or hf:ORG/NAME@REV on the hub; without, the bundle that comes with edgeclip.
+    Ends with 4 where numbers are beyond their limits, with 1 where files are damaged.
     """
     from edgeclip.bundle import Bundle
+    from edgeclip.cli._options import Notes, bundle_directory
     from edgeclip.export.verify import verify_bundle
     from edgeclip.runtime.session import RuntimeOptions
 
     options = RuntimeOptions(threads=threads)
-    report = verify_bundle(Bundle.open(bundle), variant=variant, options=options)
+    opened = Bundle.open(bundle_directory(bundle, Notes()))
+    report = verify_bundle(opened, variant=variant, options=options)
     click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else _table(report))
     report.raise_for(require_verified=require_verified)
 
