@@ -26,6 +26,7 @@ from edgeclip.export.trace import (  # noqa: E402
     strip_provenance,
     to_bytes,
     trace,
+    trace_module,
     trace_text_tower,
 )
 from edgeclip.models.clip import CLIP, build_clip  # noqa: E402
@@ -78,6 +79,17 @@ def run(graph: onnx.ModelProto, feed: NDArray[np.generic]) -> NDArray[np.float32
 
 def pixels(batch: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (batch, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def test_a_bare_module_is_traced_as_it_is() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Flatten(1), torch.nn.Linear(12, 4))
+    graph = trace_module(module, torch.zeros(2, 3, 4), input_name="row", output_name="sums")
+    assert [node.op_type for node in graph.graph.node] == ["Reshape", "Gemm"]
+    feed = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
+    expected = module(torch.from_numpy(feed)).numpy()
+    assert np.abs(run(graph, feed) - expected).max() < 1e-6
+    assert [value.name for value in (*graph.graph.input, *graph.graph.output)] == ["row", "sums"]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

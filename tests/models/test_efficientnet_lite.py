@@ -10,8 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 import torchvision_shim  # noqa: E402, F401
 from torch import Tensor, nn  # noqa: E402
+from towers import RELATIVE, difference, random_weights  # noqa: E402
 
 from edgeclip.errors import ConfigError  # noqa: E402
+from edgeclip.models.clip import build_image_tower  # noqa: E402
+from edgeclip.models.config import EfficientNetImageConfig, PosteriorImageConfig  # noqa: E402
 from edgeclip.models.efficientnet_lite import (  # noqa: E402
     LITE0,
     LITE1,
@@ -21,6 +24,7 @@ from edgeclip.models.efficientnet_lite import (  # noqa: E402
     rename_lite_pytorch_keys,
     rename_timm_keys,
 )
+from edgeclip.models.reparam import reparameterize  # noqa: E402
 
 timm = pytest.importorskip("timm")
 
@@ -84,6 +88,24 @@ def test_folding_changes_nothing_and_leaves_no_batch_norm() -> None:
     assert (before - after).abs().max().item() < FOLD_TOLERANCE * before.abs().max().item()
     assert torch.equal(after, again)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EfficientNetImageConfig(embed_dim=16),
+        PosteriorImageConfig(part_dims=(12, 4), part_weights=(0.75, 0.25)),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_towers_fold_through_it(config: EfficientNetImageConfig | PosteriorImageConfig) -> None:
+    tower = random_weights(build_image_tower(config))
+    image = picture(64).double()
+    folded = reparameterize(tower)
+    with torch.no_grad():
+        assert difference(folded(image), tower(image)) <= RELATIVE
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
 
 
 def test_batch_of_n_equals_n_singles() -> None:
