@@ -89,6 +89,7 @@ class ViTConfig:
         grid: rows and columns of patches.
         activation: of the feed-forward part.
         stem: ``"patch"``: one strided convolution; ``"conv"``: the three of MobileCLIP-B.
+        stem_padding_px: zeros around the picture before the ``"conv"`` stem; 1 in Apple's code, 0 in timm's.
         class_position: whether the class token has a position embedding.
         pre_norm: whether a norm stands before the first layer.
         norm_eps: of every layer norm.
@@ -105,6 +106,7 @@ class ViTConfig:
     grid: tuple[int, int] = (14, 14)
     activation: Activation = "gelu"
     stem: Stem = "patch"
+    stem_padding_px: int = 0
     class_position: bool = True
     pre_norm: bool = True
     norm_eps: float = 1e-5

@@ -5,8 +5,11 @@ class token's output through a norm and a bias-free projection. MobileCLIP-B (Va
 ``vit_b16``) instead begins with three strided convolutions (Xiao et al. 2021), has no norm before the first
 layer and gives its class token no position.
 
-Two codes compute MobileCLIP-B with different ``norm_eps``: Apple's 1e-5, timm's ``vit_base_mci_224`` 1e-6.
-It is a number of the config; on random weights the two embeddings differ by about 1e-5 of their length.
+Two codes compute MobileCLIP-B's published weights, and not alike. Apple's, in whose names they came, has
+``norm_eps`` 1e-5 and one pixel of zeros around the picture (``stem_padding_px``; its 4×4 convolution is
+padded as if it were 3×3), so each patch begins a pixel further up and left. timm's ``vit_base_mci_224``,
+which open_clip runs, has 1e-6 and no padding. On random weights and noise the epsilon moves an embedding by
+3e-4 of its length, the padding by a tenth (cosine 0.995). Both are numbers of the config.
 """
 
 from __future__ import annotations
@@ -69,8 +72,14 @@ class _ConvStem(nn.Module):
                 f"image tower: got patch_px {config.patch_px}, expected a multiple of 4 for the 'conv' stem."
             )
         stride = config.patch_px // 4
+        most = (stride - 1) // 2
+        if not 0 <= config.stem_padding_px <= most:
+            raise ConfigError(
+                f"image tower: got stem_padding_px {config.stem_padding_px}, expected 0 to {most}: more adds "
+                "a patch to each row."
+            )
         channels = max(_SMALLEST_STEM, config.width // 4)
-        self.conv1 = nn.Conv2d(3, channels, stride, stride=stride, bias=False)
+        self.conv1 = nn.Conv2d(3, channels, stride, stride=stride, padding=config.stem_padding_px, bias=False)
         self.norm1: nn.Module = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 2, stride=2, bias=False)
         self.norm2: nn.Module = nn.BatchNorm2d(channels)

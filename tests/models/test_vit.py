@@ -39,7 +39,8 @@ TINY_CONV = ViTConfig(
     pre_norm=False,
     embed_dim=24,
 )
-BOTH = pytest.mark.parametrize("config", [TINY, TINY_CONV], ids=["patch", "conv"])
+TINY_APPLE = dataclasses.replace(TINY_CONV, stem_padding_px=1)
+BOTH = pytest.mark.parametrize("config", [TINY, TINY_CONV, TINY_APPLE], ids=["patch", "conv", "apple"])
 
 
 def picture(config: ViTConfig, batch: int = 3) -> Tensor:
@@ -113,7 +114,13 @@ def test_equals_timm(pre_norm: bool) -> None:
 @pytest.mark.parametrize("norm_eps", [1e-5, 1e-6])
 def test_conv_stem_equals_timm(norm_eps: float) -> None:
     config = dataclasses.replace(TINY_CONV, norm_eps=norm_eps)
+    assert_equal_towers(config, vit.timm_keys(config), timm_conv(config))
+
+
+def test_conv_stem_with_apples_padding_equals_timm_on_a_padded_stem() -> None:
+    config = dataclasses.replace(TINY_CONV, stem_padding_px=1)
     reference = timm_conv(config)
+    reference.patch_embed.backbone[0].conv.padding = (1, 1)
     assert_equal_towers(config, vit.timm_keys(config), reference)
 
 
@@ -151,12 +158,13 @@ def zero_biases(reference: nn.Module) -> nn.Module:
     return reference
 
 
-def test_timm_computes_mobileclip_b_with_another_epsilon_than_apple() -> None:
-    """Why ``norm_eps`` is a number of the config; a change in timm would show here."""
+def test_timm_computes_mobileclip_b_with_another_epsilon_and_padding_than_apple() -> None:
+    """Why both are numbers of the config; a change in timm would show here."""
     with torch.device("meta"):
         theirs = timm.create_model("vit_base_mci_224", num_classes=512, global_pool="token")
         large = timm.create_model("vit_large_patch14_clip_224", num_classes=768, global_pool="token")
     assert {module.eps for module in theirs.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
+    assert theirs.patch_embed.backbone[0].conv.padding == (0, 0)
     assert {module.eps for module in large.modules() if isinstance(module, nn.LayerNorm)} == {1e-5}
 
 
@@ -269,6 +277,11 @@ def test_grids_that_cannot_be_made_are_refused() -> None:
         with_grid(tower, (0, 4))
     with pytest.raises(ConfigError, match=r"folded already, so grid \(5, 5\)"):
         with_grid(reparameterize(tower), (5, 5))
+
+
+def test_padding_that_adds_a_patch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="got stem_padding_px 2, expected 0 to 1"):
+        VisionTransformer(dataclasses.replace(TINY_CONV, stem_padding_px=2))
 
 
 def test_a_patch_that_does_not_suit_the_conv_stem_is_refused() -> None:
