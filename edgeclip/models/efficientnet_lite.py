@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from edgeclip.errors import ConfigError
 from edgeclip.models.config import EfficientNetImageConfig
+from edgeclip.models.keys import KeyMap, KeyPair
 from edgeclip.models.reparam import fold_conv_bn
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "InvertedResidual",
     "rename_lite_pytorch_keys",
     "rename_timm_keys",
+    "timm_keys",
 ]
 
 LITE_MEAN = (127 / 255, 127 / 255, 127 / 255)
@@ -90,6 +92,11 @@ def _round_channels(channels: int, width: float) -> int:
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+def _repeats(config: EfficientNetLiteConfig, stage: int, repeats: int) -> int:
+    ends = stage in (0, len(_STAGES) - 1)
+    return repeats if ends else math.ceil(repeats * config.depth)
 
 
 class SameConv2d(nn.Conv2d):
@@ -164,8 +171,7 @@ class EfficientNetLite(nn.Module):
         channels = _STEM_CHANNELS
         for index, (kernel, stride, expansion, out, repeats) in enumerate(_STAGES):
             out_channels = _round_channels(out, config.width)
-            ends = index in (0, len(_STAGES) - 1)
-            for repeat in range(repeats if ends else math.ceil(repeats * config.depth)):
+            for repeat in range(_repeats(config, index, repeats)):
                 blocks.append(
                     InvertedResidual(
                         channels,
@@ -298,3 +304,19 @@ def rename_timm_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = ".".join((_TIMM_TOP.get(parts[0], parts[0]), *parts[1:]))
         renamed[name] = value
     return renamed
+
+
+def timm_keys(config: EfficientNetLiteConfig) -> KeyMap:
+    """Return how timm calls the weights of its ``tf_efficientnet_lite0..2``, classifier included."""
+    names = {ours: theirs for theirs, ours in _TIMM_TOP.items()} | {"classifier": "classifier"}
+    block = 0
+    for stage, (*_, repeats) in enumerate(_STAGES):
+        table = _TIMM_BLOCK if stage else _TIMM_FIRST
+        for repeat in range(_repeats(config, stage, repeats)):
+            for theirs, ours in table.items():
+                names[f"blocks.{block}.{ours}"] = f"blocks.{stage}.{repeat}.{theirs}"
+            block += 1
+    with torch.device("meta"):
+        keys = EfficientNetLite(config).state_dict()
+    parts = ((key, *key.rsplit(".", 1)) for key in keys)
+    return KeyMap(tuple(KeyPair(key, f"{names[module]}.{leaf}") for key, module, leaf in parts))

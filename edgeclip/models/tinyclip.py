@@ -32,7 +32,7 @@ from torch import Tensor
 from edgeclip.errors import InputError
 from edgeclip.models.config import CLIPConfig, TextTransformerConfig, ViTConfig
 
-__all__ = ["gates", "has_gates", "infer_config", "plain_names", "prune"]
+__all__ = ["gates", "infer_config", "plain_names", "prune", "size_name"]
 
 IMAGE, TEXT, SCALE = "_image_encoder.", "_text_encoder.", "_logit_scale.logit_scale"
 """Prefixes of the towers in their files, and the key of the scale."""
@@ -58,11 +58,6 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 plain = new + plain.removeprefix(old)
         named[plain] = value
     return named
-
-
-def has_gates(state: Mapping[str, Tensor]) -> bool:
-    """Whether weights under plain names are of full width, with gates beside them."""
-    return any(key.startswith((IMAGE + _GATES, TEXT + _GATES)) for key in state)
 
 
 def gates(loga: Tensor) -> Tensor:
@@ -269,3 +264,18 @@ def _layers(
         heads.append(0 if rows is None else rows.shape[0] // (3 * head_dim))
         hidden_dims.append(0 if units is None else units.shape[0])
     return tuple(heads), tuple(hidden_dims)
+
+
+def size_name(state: Mapping[str, Tensor], config: CLIPConfig) -> str:
+    """Return the name that the authors would give to the size of pruned weights.
+
+    Their first number is the image tower's parameters, the second those of the text tower without its token
+    table, in millions.
+    """
+    assert isinstance(config.image, ViTConfig)
+    image = sum(value.numel() for key, value in state.items() if key.startswith(IMAGE))
+    text = sum(value.numel() for key, value in state.items() if key.startswith(TEXT))
+    text -= state[f"{TEXT}token_embedding.weight"].numel()
+    return (
+        f"TinyCLIP-auto-ViT-{round(image / 1e6)}M-{config.image.patch_px}-Text-{max(1, round(text / 1e6))}M"
+    )
