@@ -225,8 +225,8 @@ def _text_map(config: TextConfig, source: Source) -> KeyMap:
         )
     if source in _CAUSAL and config.attention != "causal":
         raise ConfigError(
-            f"text tower: the code of {source!r} computes 'causal' attention, this tower {config.attention!r}; "
-            "choose 'open_clip'."
+            f"text tower: the code of {source!r} computes 'causal' attention, this tower "
+            f"{config.attention!r}; choose 'open_clip'."
         )
     rest = KeyMap(
         (KeyPair(_SCALE, _SCALE_NAMES.get(source, _SCALE)),),
@@ -637,9 +637,14 @@ def _parent(
 
 
 def _name_of_file(path: Path, candidates: Iterable[str]) -> str | None:
-    """Return the candidate that was published under this file name: models of one shape differ by it only."""
+    """Return the candidate whose published file or folder this is: those of one shape differ by it only."""
     entries = [MODELS[name] for name in candidates]
-    return next((e.name for e in entries if e.weights is not None and e.weights.file == path.name), None)
+    by_file = [e.name for e in entries if e.weights is not None and path.name in e.weights.files]
+    if len(by_file) == 1:
+        return by_file[0]
+    # The longest: MobileCLIP-B-LT is not MobileCLIP-B.
+    by_folder = [entry.name for entry in entries if any(entry.name in part for part in path.parts)]
+    return max(by_folder, key=len, default=None)
 
 
 def _with_file(parent: Mapping[str, Any], path: Path, name: str) -> dict[str, Any]:
