@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -83,6 +86,37 @@ def test_attention_pool_equals_a_loop_over_tokens_and_heads() -> None:
                     w * token[4 * head : 4 * head + 4] for w, token in zip(weight, kept, strict=True)
                 )
                 assert (got[row, 4 * head : 4 * head + 4] - wanted).abs().max().item() < TOLERANCE
+
+
+def test_factorised_table_equals_the_table_it_stands_for() -> None:
+    torch.manual_seed(0)
+    config = BagTextConfig(
+        vocab_size=100,
+        context_length=12,
+        pad_id=PAD,
+        width=16,
+        heads=4,
+        hidden_dim=24,
+        embed_dim=20,
+        token_dim=6,
+    )
+    narrow = BagTextTower(config).double().eval()
+    wide = BagTextTower(dataclasses.replace(config, token_dim=0)).double().eval()
+    state = narrow.state_dict()
+    state["pieces.weight"] = state["pieces.weight"] @ state.pop("widen.weight").T
+    wide.load_state_dict(state)
+    assert narrow.pieces.weight.shape == (100, 6)
+    with torch.no_grad():
+        assert (narrow(rows([1, 2, 3])) - wide(rows([1, 2, 3]))).abs().max().item() < TOLERANCE
+
+
+def test_keys_of_a_tower_without_factorised_table_stay(tower: BagTextTower, repo: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(repo / "tests/data/default-checkpoint/model.safetensors", framework="np") as file:
+        keys = list(file.keys())
+    published = {key.removeprefix("text_tower.") for key in keys if key.startswith("text_tower.")}
+    assert set(tower.state_dict()) == published
 
 
 def test_width_that_does_not_divide_is_refused() -> None:
