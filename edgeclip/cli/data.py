@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeclip.cli.data_shards import inspect, make_shards, validate
+
 if TYPE_CHECKING:
     from edgeclip.fetch import FetchReport
 
@@ -182,6 +184,10 @@ def make_shapes(
         f"{report.labels} held-out labels in {report.directory} ({report.status}, "
         f"digest {report.digest[:16]})"
     )
+
+
+for _command in (make_shards, inspect, validate):
+    data.add_command(_command)
 
 
 def _lines(reports: list[FetchReport]) -> list[str]:

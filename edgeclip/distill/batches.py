@@ -1,8 +1,8 @@
 """Batches whose content depends on the seed and the position, and on nothing else.
 
-The order of an epoch is a random permutation of the samples (``edgeclip.distill.randomness.permutation``), cut
-into joint batches from the position on; what is left at its end is smaller than a batch and left out, another
-rest in each epoch. Rank ``r`` of ``W`` takes the ``r``-th contiguous share of every joint batch. All
+The order of an epoch is a random permutation of the samples (``edgeclip.distill.randomness.permutation``),
+cut into joint batches from the position on; what is left at its end is smaller than a batch and left out,
+another rest in each epoch. Rank ``r`` of ``W`` takes the ``r``-th contiguous share of every joint batch. All
 other chance is drawn from streams named after the sample. So 0, 1 or many workers, another number of ranks
 and a restart at any position give the same joint batches, bit by bit, and a checkpoint has to remember only a
 :class:`Position`.
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from edgeclip.distill.randomness import Randomness, permutation
-from edgeclip.distill.samples import Sample, Samples
+from edgeclip.distill.samples import Broken, BrokenLimit, Sample, Samples
 from edgeclip.errors import ConfigError, EdgeClipError, InputError
 from edgeclip.pictures import DEFAULT_MAX_PIXELS, decode_image
 from edgeclip.tokenizer import Tokenizer
@@ -39,8 +39,6 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "BatchPlan",
-    "Broken",
-    "BrokenLimit",
     "Caption",
     "CaptionMix",
     "ImageText",
@@ -284,39 +282,6 @@ class ImageText:
 
 
 # -- Batches ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A sample that cannot be used: its number, its key, and why."""
-
-    index: int
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class BrokenLimit:
-    """How many samples may be broken before it is an error: this share of all, at most this many.
-
-    Attributes:
-        share: of all samples, rounded up.
-        count: at most.
-    """
-
-    share: float = 0.01
-    count: int = 10_000
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1 or self.count < 0:
-            raise ConfigError(
-                f"limit of broken samples is {self.share} and {self.count}, expected a share from 0 to 1 and "
-                "a count of 0 or more."
-            )
-
-    def allowed(self, samples: int) -> int:
-        """Return how many of so many samples may be broken."""
-        return min(self.count, math.ceil(self.share * samples))
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,8 +26,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,9 +41,11 @@ import numpy as np
 
 from edgeclip.data import read_samples
 from edgeclip.distill.index import Member, ShardFiles, ShardIndex, is_picture, open_index
-from edgeclip.errors import InputError
+from edgeclip.errors import ConfigError, InputError
 
 __all__ = [
+    "Broken",
+    "BrokenLimit",
     "FileSamples",
     "JoinedSamples",
     "Sample",
@@ -77,6 +81,56 @@ class Sample:
     captions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     name: str = ""
     members: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that cannot be used: its number, its key, and why."""
+
+    index: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BrokenLimit:
+    """How many samples may be broken before it is an error: this share of all, at most this many.
+
+    Attributes:
+        share: of all samples, rounded up.
+        count: at most.
+    """
+
+    share: float = 0.01
+    count: int = 10_000
+
+    @classmethod
+    def parse(cls, text: str) -> BrokenLimit:
+        """Return the limit of ``"10"`` (samples) or ``"1%"`` (of all).
+
+        Raises:
+            ConfigError: neither.
+        """
+        number = text.strip().removesuffix("%")
+        try:
+            if number != text.strip():
+                return cls(share=float(number) / 100, count=sys.maxsize)
+            return cls(share=1.0, count=int(number))
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(
+                f"limit of broken samples is {text!r}, expected a count such as 10 or a share such as 1%."
+            ) from error
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1 or self.count < 0:
+            raise ConfigError(
+                f"limit of broken samples is {self.share} and {self.count}, expected a share from 0 to 1 and "
+                "a count of 0 or more."
+            )
+
+    def allowed(self, samples: int) -> int:
+        """Return how many of so many samples may be broken."""
+        return min(self.count, math.ceil(self.share * samples))
 
 
 class Samples(Protocol):
@@ -117,8 +171,8 @@ def open_samples(
         InputError: something is missing or cannot be listed, or there is no sample at all.
     """
     parts: list[Samples] = []
-    given = [Path(path) for given in paths for path in _expanded(Path(given))]
-    for is_shards, group in itertools.groupby(given, key=_holds_shards):
+    given = [Path(path) for given in paths for path in expanded(Path(given))]
+    for is_shards, group in itertools.groupby(given, key=holds_shards):
         if is_shards:
             parts.append(ShardSamples(find_shards(group), progress=progress))
         else:
@@ -142,7 +196,7 @@ def find_shards(paths: Iterable[Path]) -> list[Path]:
         InputError: a path is not there, or a folder holds no shard.
     """
     found: list[Path] = []
-    for path in (path for given in paths for path in _expanded(given)):
+    for path in (path for given in paths for path in expanded(given)):
         if not path.is_dir():
             found.append(path)
             continue
@@ -156,8 +210,8 @@ def find_shards(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _expanded(path: Path) -> Iterator[Path]:
-    """Yield ``a-00.tar a-01.tar`` for ``a-{00..01}.tar``: recipes are read without a shell."""
+def expanded(path: Path) -> Iterator[Path]:
+    """Yield ``a-00.tar``, ``a-01.tar`` for ``a-{00..01}.tar``: recipes are read without a shell."""
     match = _BRACES.search(path.name)
     if match is None or path.exists():
         yield path
@@ -172,7 +226,8 @@ def _expanded(path: Path) -> Iterator[Path]:
         yield path.with_name(path.name[: match.start()] + digits + path.name[match.end() :])
 
 
-def _holds_shards(path: Path) -> bool:
+def holds_shards(path: Path) -> bool:
+    """Return whether a path is a shard by its name, or a folder with shards directly in it."""
     if path.is_dir():
         return bool(_shards_in(path))
     name = path.name.lower()
