@@ -15,9 +15,9 @@ in pixels of the crop). A student may replay at another size than the teacher's:
 of the picture, translations are not scaled, which is what the published loader does.
 
 Pixels equal those of torchvision's ``RandomResizedCrop``, ``RandomHorizontalFlip`` and ``RandAugment`` on PIL
-pictures before Pillow 13, which is how DataCompDR was made, and are the same with every Pillow since 10.3.
-With Pillow 13 torchvision's own differ where a crop's height shrinks more than its width: Pillow then resizes
-the height first (its pull request 9549), which must not change views that teachers have seen.
+pictures, and are the same from Pillow 10.3 to 13. One thing is kept here that Pillow 13 changed (its pull
+request 9549): where a crop's height shrinks more than its width, torchvision's own pixels now differ from
+those of earlier versions, and so from what teachers saw.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from PIL import Image
 
 from edgeclip.distill.operations import OPERATIONS
 from edgeclip.errors import ConfigError, InputError
-from edgeclip.pictures import reduction_of
+from edgeclip.pictures import DEFAULT_MAX_PIXELS, reduction_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +47,7 @@ __all__ = [
     "Parameters",
     "RandAugment",
     "RandomResizedCrop",
+    "Step",
     "Transform",
 ]
 
@@ -62,7 +63,7 @@ class CropBox:
     """Part of a picture, in pixels of the source as decoded in full.
 
     Raises:
-        InputError: a side below 1, or a corner outside the picture.
+        InputError: a negative corner, or a side below 1.
     """
 
     top: int
@@ -84,7 +85,7 @@ class Operation:
     """One operation of RandAugment with the magnitude it is applied with.
 
     Attributes:
-        index: position in `OPERATIONS`.
+        index: position in `edgeclip.distill.operations.OPERATIONS`.
         magnitude: final value. Shears: slope. Translations: pixels, whole ones count. Rotation: degrees
             counter-clockwise. Brightness to sharpness: added to a factor of 1. Posterize: bits kept.
             Solarize: level from which on a channel is inverted. 0 for the rest.
@@ -103,7 +104,7 @@ class Operation:
                 f"{len(OPERATIONS) - 1} ({OPERATIONS[0].name} to {OPERATIONS[-1].name}). Draw them again."
             )
         low, high = OPERATIONS[self.index].limits
-        if not low <= self.magnitude <= high:  # NaN is not either
+        if not low <= self.magnitude <= high:  # also true of NaN
             raise InputError(
                 f"augmentation parameters: magnitude of {self.name} is {self.magnitude}, expected a number "
                 f"from {low:g} to {high:g}. Draw them again."
@@ -115,9 +116,10 @@ class Operation:
         return OPERATIONS[self.index].name
 
 
-_Step: TypeAlias = CropBox | bool | tuple[Operation, ...] | None
-Parameters: TypeAlias = tuple[_Step, ...]
-"""What was drawn for one view: a box, whether to flip, operations; ``None`` for what was left out."""
+Step: TypeAlias = CropBox | bool | tuple[Operation, ...] | None
+"""What was drawn for one transform: a box, whether to flip, operations; ``None``: leave it out."""
+Parameters: TypeAlias = tuple[Step, ...]
+"""What was drawn for one view, a step for each transform of its `Augmentation`."""
 
 
 # -- Transforms ---------------------------------------------------------------------------------------------
@@ -183,15 +185,15 @@ class RandomResizedCrop:
             height = round(width / self.ratio[0])
         elif width / height > self.ratio[1]:
             width = round(height * self.ratio[1])
-        # a side of 0 cannot be cut out: a strip of one pixel by two
+        # Rounding may give 0, which cannot be cut out.
         height, width = max(1, height), max(1, width)
         return CropBox((full_height - height) // 2, (full_width - width) // 2, height, width)
 
-    def apply(self, image: Image.Image, step: _Step) -> Image.Image:
+    def apply(self, image: Image.Image, step: Step) -> Image.Image:
         """Return the part ``step`` says, resized.
 
         Raises:
-            InputError: the box reaches beyond the picture, or is none.
+            InputError: the box reaches beyond the picture, is too narrow to be resized, or is none.
         """
         if not isinstance(step, CropBox):
             raise _misfit(self.name, step, "a crop box")
@@ -203,13 +205,19 @@ class RandomResizedCrop:
                 "that one in full, and do not resize it."
             )
         height, width = self.size_px
+        if width * step.height > DEFAULT_MAX_PIXELS:
+            raise InputError(
+                f"augmentation parameters: crop box of {step.width} x {step.height} pixels is too narrow: "
+                f"resized to a width of {width} it would exceed the limit of {DEFAULT_MAX_PIXELS} pixels. "
+                "Draw them again."
+            )
         resampling = _RESAMPLING[self.interpolation]
         # Not with `box=`, which changes single levels, and not in one call: where the height shrinks more
         # than the width Pillow 13 begins with the height, before it with the width, and levels differ.
         part = image.crop((step.left, step.top, right, bottom))
         return part.resize((width, step.height), resampling).resize((width, height), resampling)
 
-    def to_json(self, step: _Step) -> list[int]:
+    def to_json(self, step: Step) -> list[int]:
         """Return ``[top, left, height, width]``."""
         if not isinstance(step, CropBox):
             raise _misfit(self.name, step, "a crop box")
@@ -247,13 +255,13 @@ class HorizontalFlip:
         """Draw whether to flip a picture of any size."""
         return rng.random() < self.probability
 
-    def apply(self, image: Image.Image, step: _Step) -> Image.Image:
+    def apply(self, image: Image.Image, step: Step) -> Image.Image:
         """Return the picture, flipped if ``step`` says so."""
         if not isinstance(step, bool):
             raise _misfit(self.name, step, "true or false")
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if step else image
 
-    def to_json(self, step: _Step) -> bool:
+    def to_json(self, step: Step) -> bool:
         """Return the step as it is."""
         return self.from_json(step)
 
@@ -312,7 +320,7 @@ class RandAugment:
         magnitude = kind.magnitude(self.magnitude, self.num_magnitude_bins, size_px)
         return Operation(index, -magnitude if kind.signed and rng.random() < 0.5 else magnitude)
 
-    def apply(self, image: Image.Image, step: _Step) -> Image.Image:
+    def apply(self, image: Image.Image, step: Step) -> Image.Image:
         """Return the picture after the operations of ``step``, in their order."""
         if not isinstance(step, tuple):
             raise _misfit(self.name, step, "operations")
@@ -320,7 +328,7 @@ class RandAugment:
             image = OPERATIONS[operation.index].apply(image, operation.magnitude)
         return image
 
-    def to_json(self, step: _Step) -> list[list[int | float]]:
+    def to_json(self, step: Step) -> list[list[int | float]]:
         """Return ``[[index, magnitude], …]``."""
         if not isinstance(step, tuple):
             raise _misfit(self.name, step, "operations")

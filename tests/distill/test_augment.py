@@ -384,6 +384,32 @@ def test_json_that_says_no_view_is_refused(place: int | None, value: object, mes
         ALL_THREE.from_json(said)
 
 
+SHARES = st.floats(1e-6, 1.0)
+RATIOS = st.floats(0.01, 100.0)
+SIDES = st.integers(1, 40) | st.integers(1, 100_000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(SIDES, SIDES),
+    st.lists(SHARES, min_size=2, max_size=2).map(sorted).map(tuple),
+    st.lists(RATIOS, min_size=2, max_size=2).map(sorted).map(tuple),
+    st.integers(2, 40),
+    st.data(),
+)
+def test_what_is_drawn_for_any_picture_fits_it_and_comes_back(size_px, scale, ratio, bins, data) -> None:
+    augment = RandAugment(
+        num_ops=data.draw(st.integers(1, 3)),
+        magnitude=data.draw(st.integers(0, bins - 1)),
+        num_magnitude_bins=bins,
+    )
+    augmentation = Augmentation((RandomResizedCrop((9, 300), scale, ratio), HorizontalFlip(), augment))
+    parameters = augmentation.sample(generator(data.draw(st.integers(0, 2**32))), size_px)
+    assert parameters[0].top + parameters[0].height <= size_px[0]
+    assert parameters[0].left + parameters[0].width <= size_px[1]
+    assert augmentation.from_json(json.loads(json.dumps(augmentation.to_json(parameters)))) == parameters
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
@@ -420,6 +446,15 @@ def test_a_box_beyond_the_picture_is_an_error() -> None:
             InputError, match=f"column 35 and row 23, but the picture is {size[0]} x {size[1]} "
         ):
             DATACOMPDR.apply(PHOTO.crop((0, 0, *size)), parameters)
+
+
+def test_a_box_that_would_explode_while_resized_is_an_error() -> None:
+    strip = Image.new("RGB", (1, 800_000))
+    parameters = DATACOMPDR.from_json([[0, 0, 800_000, 1], [[0, 0.0], [0, 0.0]]])
+    with pytest.raises(
+        InputError, match="crop box of 1 x 800000 pixels is too narrow: resized to a width of 224"
+    ):
+        DATACOMPDR.apply(strip, parameters)
 
 
 def test_parameters_of_another_augmentation_are_an_error() -> None:
