@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402, N812
 import torchvision_shim  # noqa: E402, F401
+from key_lists import read_keys  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from towers import RELATIVE, difference, loaded, random_weights, round_trip  # noqa: E402
+from towers import RELATIVE, below_any, difference, loaded, random_weights, round_trip  # noqa: E402
 
 from edgeclip.errors import ConfigError, InputError  # noqa: E402
 from edgeclip.models import text_transformer  # noqa: E402
@@ -333,8 +334,8 @@ def test_rows_that_are_too_long_or_too_short_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("config", "most"),
-    [(TINY, 70), (dataclasses.replace(TINY, attention="full"), 64), (COMPACT, 73), (TINY_MCT, 92)],
-    ids=["causal", "full", "compact", "mct"],
+    [(TINY, 70), (COMPACT, 73), (TINY_MCT, 92)],
+    ids=["causal", "compact", "mct"],
 )
 def test_traced_tower_equals_eager(config: TextTransformerConfig, most: int) -> None:
     pytest.importorskip("onnx")
@@ -384,6 +385,21 @@ def test_published_sizes(config: TextTransformerConfig, parameters: int) -> None
     with torch.device("meta"):
         tower = TextTransformer(config)
     assert sum(value.numel() for value in tower.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("hf-clip-vit-base-patch32", full_text(512, 12)),
+        ("hf-clip-vit-large-patch14", full_text(768, 12, embed_dim=768)),
+    ],
+)
+def test_names_of_transformers_are_all_known(name: str, config: TextTransformerConfig) -> None:
+    listed = below_any(read_keys(name), ("text_model.", "text_projection."))
+    with torch.device("meta"):
+        tower = TextTransformer(config)
+        state = {key: torch.empty(shape, dtype=dtype) for key, (dtype, shape) in listed.items()}
+    loaded(tower, text_transformer.hf_keys(config), state)
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import torchvision_shim  # noqa: E402, F401
+from key_lists import read_keys  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from towers import RELATIVE, below, difference, loaded, random_weights, round_trip  # noqa: E402
+from towers import RELATIVE, below, below_any, difference, loaded, random_weights, round_trip  # noqa: E402
 
 from edgeclip.errors import ConfigError, InputError  # noqa: E402
 from edgeclip.models import vit  # noqa: E402
@@ -292,7 +293,7 @@ def test_a_patch_that_does_not_suit_the_conv_stem_is_refused() -> None:
 # --- export -----------------------------------------------------------------------------------------------
 
 
-@BOTH
+@pytest.mark.parametrize("config", [TINY, TINY_APPLE], ids=["patch", "conv"])
 def test_traced_tower_equals_eager(config: ViTConfig) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -348,6 +349,21 @@ def test_published_sizes(config: ViTConfig, parameters: int) -> None:
     with torch.device("meta"):
         tower = VisionTransformer(config)
     assert sum(value.numel() for value in tower.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("hf-clip-vit-base-patch32", full_vit(768, 12, 32)),
+        ("hf-clip-vit-large-patch14", full_vit(1024, 24, 14, embed_dim=768)),
+    ],
+)
+def test_names_of_transformers_are_all_known(name: str, config: ViTConfig) -> None:
+    listed = below_any(read_keys(name), ("vision_model.", "visual_projection."))
+    with torch.device("meta"):
+        tower = VisionTransformer(config)
+        state = {key: torch.empty(shape, dtype=dtype) for key, (dtype, shape) in listed.items()}
+    loaded(tower, vit.hf_keys(config), state)
 
 
 @pytest.mark.slow

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from edgeclip.models.keys import KeyMap
 
-__all__ = ["RELATIVE", "below", "difference", "loaded", "random_weights", "round_trip"]
+__all__ = ["RELATIVE", "below", "below_any", "difference", "loaded", "random_weights", "round_trip"]
 
 RELATIVE = 1e-9
 """The same sums in another order, in float64; a wrong epsilon already shows as 1e-7."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_Value = TypeVar("_Value")
 
 
 @torch.no_grad()
@@ -43,6 +44,11 @@ def random_weights(model: _Module, seed: int = 0, dtype: torch.dtype = torch.flo
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return what stands below a prefix."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def below_any(state: Mapping[str, _Value], prefixes: tuple[str, ...]) -> dict[str, _Value]:
+    """Return what has one of the prefixes, under its whole name."""
+    return {key: value for key, value in state.items() if key.startswith(prefixes)}
 
 
 def loaded(tower: _Module, keys: KeyMap, state: Mapping[str, Tensor]) -> _Module:
