@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import logging
 import os
@@ -177,6 +178,8 @@ class HubClient:
         self._compare(what, remote, claims, sink, part)
         with disk_errors(path):
             part.replace(path)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            stale.unlink(missing_ok=True)  # of another revision, given up
         return sink.sha256.hexdigest(), sink.size_bytes
 
     def _compare(

@@ -202,7 +202,7 @@ def test_a_truncated_download_continues_where_it_stopped(hub: LoopbackHub, tmp_p
     hub.commit(REPO, {"weights.bin": BIG})
     hub.faults.cut_after = 100_000
     with pytest.raises(
-        InputError, match="'weights.bin' of 'maker/model' arrived incomplete.*it continues there"
+        InputError, match=r"'weights.bin' of 'maker/model' arrived incomplete.*it continues there"
     ):
         take(tmp_path)
     (part,) = names(tmp_path)
@@ -213,6 +213,19 @@ def test_a_truncated_download_continues_where_it_stopped(hub: LoopbackHub, tmp_p
     hub.requests.clear()
     assert take(tmp_path).path.read_bytes() == BIG
     assert [request.byte_range for request in hub.of("storage", "GET")] == [f"bytes={have}-"]
+    assert names(tmp_path) == ["weights.bin", "weights.bin.receipt.json"]
+
+
+def test_the_part_of_a_revision_given_up_goes_when_another_is_complete(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    hub.commit(REPO, {"weights.bin": BIG})
+    hub.faults.cut_after = 100_000
+    with pytest.raises(InputError, match=r"'weights.bin' of 'maker/model' arrived incomplete"):
+        take(tmp_path)
+    hub.faults.cut_after = None
+    hub.commit(REPO, {"weights.bin": b"new" * 9000})
+    assert take(tmp_path).path.read_bytes() == b"new" * 9000
     assert names(tmp_path) == ["weights.bin", "weights.bin.receipt.json"]
 
 
@@ -241,11 +254,11 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(
 
 def test_missing_repositories_revisions_and_files_are_told_apart(hub: LoopbackHub, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="'maker/model' was not downloaded: .* answers 401: there is no such"
+        InputError, match=r"'maker/model' was not downloaded: .* answers 401: there is no such"
     ):
         take(tmp_path)
     hub.commit(REPO, {"weights.bin": BIG})
-    with pytest.raises(InputError, match="'maker/model' at 'v9'.*has no such revision"):
+    with pytest.raises(InputError, match=r"'maker/model' at 'v9'.*has no such revision"):
         take(tmp_path, revision="v9")
     with pytest.raises(InputError, match=r"has none of a.bin, b.bin; it has weights.bin"):
         take(tmp_path, "a.bin", "b.bin")
@@ -279,7 +292,7 @@ def test_files_of_others_are_not_replaced(hub: LoopbackHub, tmp_path: Path) -> N
     hub.commit(REPO, {"weights.bin": BIG})
     hub.commit("maker/other", {"weights.bin": BIG})
     (tmp_path / "weights.bin").write_bytes(b"mine")
-    with pytest.raises(InputError, match="weights.bin' exists and was not downloaded by edgeclip"):
+    with pytest.raises(InputError, match=r"weights.bin' exists and was not downloaded by edgeclip"):
         take(tmp_path)
     assert (tmp_path / "weights.bin").read_bytes() == b"mine"
     (tmp_path / "weights.bin").unlink()
@@ -464,7 +477,7 @@ def test_offline_the_last_known_commit_serves(
     said: list[str] = []
     assert fetch_bundle("hf:maker/bundle@v1", say=said.append) == directory
     assert said == [f"hf:maker/bundle@v1: the hub cannot be reached, so the copy of commit {commit} is used"]
-    with pytest.raises(InputError, match="'maker/bundle' at 'v2' was not downloaded.*cannot be reached"):
+    with pytest.raises(InputError, match=r"'maker/bundle' at 'v2' was not downloaded.*cannot be reached"):
         fetch_bundle("hf:maker/bundle@v2")
 
 

@@ -1,4 +1,4 @@
-"""No command but `data fetch` touches the network: every socket call is refused, and seen."""
+"""No command but `data fetch`, `models pull` and an `hf:` bundle uses the network: sockets are watched."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ COMMANDS = [
     ["doctor"],
     ["cache", "info"],
     ["cache", "clear", "--yes"],
+    ["models"],
+    ["models", "show", "MobileCLIP2-S0"],
 ]
 
 
