@@ -33,12 +33,17 @@ from edgeclip.errors import ConfigError, InputError
 from edgeclip.models.clip import CLIP, MAX_SCALE, build_clip
 from edgeclip.models.config import CLIPConfig, config_from_dict, config_to_dict
 from edgeclip.models.efficientnet_lite import rename_lite_pytorch_keys, rename_timm_keys
+from edgeclip.models.foreign import ForeignModel, Source, load_foreign
+from edgeclip.models.keys import Differences, KeyMismatchError
 
 __all__ = [
     "CheckpointInfo",
     "ExternalWeights",
+    "LoadedModel",
+    "info_of_foreign",
     "load_checkpoint",
     "load_external_weights",
+    "load_model",
     "read_checkpoint_info",
     "save_checkpoint",
 ]
@@ -47,6 +52,7 @@ SCHEMA = 2
 _FIRST_ARCHITECTURE = "clip-posterior-bag"  # the only one of schema 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
+_UNKNOWN_LICENCE = "NOASSERTION"  # SPDX's word for it
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _RENAMES: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
     "lite-pytorch": rename_lite_pytorch_keys,
@@ -102,6 +108,95 @@ class CheckpointInfo:
     external_weights: tuple[ExternalWeights, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model from a checkpoint of ours or of others.
+
+    Attributes:
+        model: in float32, in eval mode, unfolded.
+        config: what it was built from.
+        source: whose file it was; ``"edgeclip"`` for ours.
+        licence: SPDX expression or the hub's word.
+        parents: what the weights descend from.
+    """
+
+    model: CLIP
+    config: CLIPConfig
+    source: Source | Literal["edgeclip"]
+    licence: str
+    parents: tuple[Mapping[str, Any], ...] = ()
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    external: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> LoadedModel:
+    """Return the model of a checkpoint, ours or a foreign one.
+
+    Args:
+        path: a directory of ours, or a weights file of others
+            (:func:`~edgeclip.models.foreign.load_foreign`).
+        model: name of the model in the zoo, where foreign weights alone do not tell.
+        external: see :func:`load_checkpoint`.
+
+    Raises:
+        InputError: the checkpoint is missing, damaged, or cannot be told apart from another.
+        ConfigError: its config cannot be used, or ``model`` is unknown or stands beside a checkpoint of ours.
+    """
+    if not (Path(path) / _CONFIG).is_file():
+        found = load_foreign(path, model=model)
+        info = info_of_foreign(found)
+        return LoadedModel(
+            model=found.model,
+            config=found.config,
+            source=found.source,
+            licence=info.licence,
+            parents=info.parents,
+        )
+    info = read_checkpoint_info(path)
+    if model is not None:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} says itself that it is {info.config.name!r}, got model {model!r}; "
+            "leave it out."
+        )
+    return LoadedModel(
+        model=load_checkpoint(path, external=external),
+        config=info.config,
+        source="edgeclip",
+        licence=info.licence,
+        parents=info.parents,
+    )
+
+
+def info_of_foreign(
+    foreign: ForeignModel, *, tokenizer_digest: str = "", dtype: Literal["float32", "float16"] = "float32"
+) -> CheckpointInfo:
+    """Return what a checkpoint of ours says about foreign weights.
+
+    Args:
+        foreign: as it was loaded.
+        tokenizer_digest: of the tokenizer whose files :func:`save_checkpoint` is given; for CLIP's vocabulary
+            ``Tokenizer.clip().digest``.
+        dtype: how the weights will be stored.
+    """
+    return CheckpointInfo(
+        config=foreign.config,
+        scale=_scale(foreign.model),
+        dtype=dtype,
+        tokenizer_digest=tokenizer_digest,
+        tokenizer_files={},
+        licence=foreign.licence or _UNKNOWN_LICENCE,
+        parents=foreign.parents,
+    )
+
+
+def _scale(model: CLIP) -> float:
+    """Return the multiplier of cosines; a published logarithm may be a little beyond the limit."""
+    return min(model.logit_scale.exp().item(), MAX_SCALE)
+
+
 def save_checkpoint(
     model: CLIP,
     directory: str | os.PathLike[str],
@@ -119,6 +214,7 @@ def save_checkpoint(
         tokenizer_files: content by file name (``Tokenizer.files``).
 
     Raises:
+        ConfigError: a weight does not fit into ``info.dtype``.
         InputError: the directory cannot be written.
     """
     directory = Path(directory)
@@ -130,10 +226,16 @@ def save_checkpoint(
         for key, value in model.state_dict().items()
         if not key.startswith(outside)
     }
+    too_large = [key for key, value in state.items() if not bool(value.isfinite().all())]
+    if too_large:
+        raise ConfigError(
+            f"checkpoint {str(directory)!r}: {too_large[:5]} hold numbers that are not finite in "
+            f"{info.dtype}, expected none; store it as float32, and if it is, the model is broken."
+        )
     said = {
         "schema": SCHEMA,
         "model": config_to_dict(info.config),
-        "scale": model.logit_scale.exp().item(),
+        "scale": _scale(model),
         "dtype": info.dtype,
         "tokenizer": {
             "digest": info.tokenizer_digest,
@@ -167,7 +269,8 @@ def read_checkpoint_info(directory: str | os.PathLike[str]) -> CheckpointInfo:
     path = directory / _CONFIG
     where = f"checkpoint {str(directory)!r}: {_CONFIG}"
     try:
-        content = path.read_bytes()[: _MAX_CONFIG_BYTES + 1]
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise InputError(
             f"checkpoint {str(directory)!r}: {_CONFIG} cannot be read ({error.strerror}); expected a "
@@ -201,9 +304,8 @@ def load_checkpoint(
             (``edgeclip.fetch.materials("default-model")`` returns such a mapping) or the weights file itself.
 
     Raises:
-        InputError: a file is missing, damaged or another one than named, or keys or shapes disagree; every
-        missing
-            and unexpected key is listed.
+        InputError: a file is missing, damaged or another one than named.
+        KeyMismatchError: keys or shapes disagree.
         ConfigError: ``config.json`` cannot be used.
     """
     directory = Path(directory)
@@ -276,11 +378,7 @@ def _load_state(model: CLIP, state: dict[str, Tensor], *, where: str) -> None:
         if state[key].shape != expected[key].shape
     ]
     if missing or unexpected or shapes:
-        raise InputError(
-            f"{where}: the weights do not fit the config: missing keys {missing}, unexpected keys "
-            f"{unexpected}, "
-            f"shapes that differ [{', '.join(shapes)}]."
-        )
+        raise KeyMismatchError(where, Differences(tuple(missing), tuple(unexpected), tuple(shapes)))
     broken = [
         key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
     ]

@@ -5,17 +5,6 @@ shapes are compared with every model of the zoo. The names say nothing about act
 preprocessing: where models that fit differ in one of them, the caller has to say which one it is
 (``model=``). Weights are returned in float32, however the file stores them.
 
-========== ===================================================================================
-source      names
-========== ===================================================================================
-apple       ``image_encoder.model.*``, ``text_encoder.*``
-open_clip   ``visual.trunk.*`` (a tower of timm), ``text.*``
-openai      ``visual.*``, the text tower at the root; open_clip writes its own ViTs like this
-hf          ``vision_model.*``, ``text_model.*``, two projections
-tinyclip    ``_image_encoder.visual.*``, ``_text_encoder.*``, with gates or pruned (``tinyclip.py``)
-timm        an image tower alone
-========== ===================================================================================
-
 timm's heads have a bias, which conversions from Apple's names fill with zeros. Where it is not zero, the
 loaded config has ``projection_bias``.
 """
@@ -25,11 +14,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,19 +25,32 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgeclip.errors import ConfigError, InputError
-from edgeclip.models import efficientnet_lite, fastvit, text_transformer, tinyclip, vit
-from edgeclip.models.clip import CLIP, build_clip, build_image_tower, build_text_tower
+from edgeclip.models import tinyclip
+from edgeclip.models.clip import CLIP, build_clip
 from edgeclip.models.config import (
     CLIPConfig,
     EfficientNetImageConfig,
     FastViTConfig,
     ImageConfig,
     TextConfig,
-    TextTransformerConfig,
     ViTConfig,
 )
-from edgeclip.models.efficientnet_lite import LITE0, LITE1, LITE2, EfficientNetLite
-from edgeclip.models.keys import Constant, Differences, KeyMap, KeyMismatchError, KeyPair
+from edgeclip.models.keys import Differences, KeyMismatchError
+from edgeclip.models.naming import (
+    IMAGE_PREFIXES,
+    LITES,
+    OPENAI_NUMBERS,
+    Source,
+    image_map,
+    image_shapes,
+    is_own_vit,
+    key_map,
+    published_tower,
+    scale_name,
+    sniff,
+    text_map,
+    text_shapes,
+)
 from edgeclip.models.state_files import read_state
 from edgeclip.models.zoo import MODELS, BackboneConfig, ModelEntry, model_entry
 
@@ -67,23 +68,7 @@ __all__ = [
     "sniff",
 ]
 
-Source = Literal["apple", "open_clip", "openai", "hf", "tinyclip", "timm"]
-
-_SCALE = "logit_scale"
-_SCALE_NAMES: Mapping[str, str] = {"tinyclip": tinyclip.SCALE}
-_IMAGE_PREFIXES: Mapping[str, tuple[str, ...]] = {
-    "apple": ("image_encoder.",),
-    "open_clip": ("visual.",),
-    "openai": ("visual.",),
-    "hf": ("vision_model.", "visual_projection."),
-    "tinyclip": (tinyclip.IMAGE,),
-    "timm": ("",),
-}
-# Numbers OpenAI stores among the weights.
-_OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
-_CAUSAL = ("openai", "hf", "tinyclip")
 _HEAD_BIASES = ("head.fc.bias", "head.bias")
-_LITES = {config.name: config for config in (LITE0, LITE1, LITE2)}
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -126,138 +111,14 @@ class ForeignImageTower:
     parents: tuple[Mapping[str, Any], ...] = ()
 
 
-# --- names -------------------------------------------------------------------------------------------------
-
-
-def sniff(state: Mapping[str, Any]) -> Source:
-    """Return whose names these are.
-
-    Raises:
-        InputError: nobody's that is known here.
-    """
-    if _any(state, tinyclip.IMAGE, tinyclip.TEXT, "image_encoder_without_ddp.", "text_encoder_without_ddp."):
-        return "tinyclip"
-    if _any(state, "image_encoder.model.", "text_encoder."):
-        return "apple"
-    if _any(state, "vision_model.", "text_model."):
-        return "hf"
-    if _any(state, "visual.trunk."):
-        return "open_clip"
-    if "visual.conv1.weight" in state and "token_embedding.weight" in state:
-        return "openai"
-    if _any(state, "stem.0.conv_kxk.", "patch_embed.", "conv_stem.") and not _any(state, "visual."):
-        return "timm"
-    raise InputError(
-        f"weights: the names {sorted(state)[:3]} … are nobody's that edgeclip reads, expected those of "
-        "Apple, open_clip, OpenAI, Hugging Face transformers, TinyCLIP or timm; for a checkpoint of edgeclip "
-        "name its folder."
-    )
-
-
-def _any(state: Iterable[str], *prefixes: str) -> bool:
-    return any(key.startswith(prefixes) for key in state)
-
-
-def key_map(config: CLIPConfig, source: Source) -> KeyMap:
-    """Return how a source calls the weights of a model.
-
-    In open_clip a ViT has open_clip's own names, which are OpenAI's, where the text tower is causal (its
-    ``ViT-*`` models), and timm's names where it is not (MobileCLIP-L-14).
-
-    Raises:
-        ConfigError: the source has no such model.
-    """
-    if source == "open_clip" and _is_own_vit(config):
-        source = "openai"
-    image = _image_map(config.image, source)
-    return image if source == "timm" else image + _text_map(config.text, source)
-
-
-def _is_own_vit(config: CLIPConfig) -> bool:
-    return (
-        isinstance(config.image, ViTConfig)
-        and config.image.stem == "patch"
-        and isinstance(config.text, TextTransformerConfig)
-        and config.text.attention == "causal"
-    )
-
-
-@lru_cache(maxsize=128)
-def _image_map(config: ImageConfig, source: Source) -> KeyMap:
-    makers: Mapping[tuple[type, str], tuple[Callable[[Any], KeyMap], str]] = {
-        (FastViTConfig, "apple"): (fastvit.apple_keys, "image_encoder.model."),
-        (FastViTConfig, "open_clip"): (fastvit.timm_keys, "visual.trunk."),
-        (FastViTConfig, "timm"): (fastvit.timm_keys, ""),
-        (ViTConfig, "apple"): (vit.apple_keys, "image_encoder.model."),
-        (ViTConfig, "open_clip"): (vit.timm_keys, "visual.trunk."),
-        (ViTConfig, "timm"): (vit.timm_keys, ""),
-        (ViTConfig, "openai"): (vit.openai_keys, "visual."),
-        (ViTConfig, "tinyclip"): (vit.openai_keys, tinyclip.IMAGE + "visual."),
-        (ViTConfig, "hf"): (vit.hf_keys, ""),
-        (EfficientNetImageConfig, "timm"): (_lite_keys, ""),
-    }
-    maker, prefix = makers.get((type(config), source), (None, ""))
-    if maker is None:
-        raise ConfigError(
-            f"image tower: {source!r} has no names for one of kind {config.kind!r}; choose another source."
-        )
-    return maker(config).prefixed(ours="image_tower.", theirs=prefix)
-
-
-def _lite_keys(config: EfficientNetImageConfig) -> KeyMap:
-    return efficientnet_lite.timm_keys(_LITES[config.backbone])
-
-
-@lru_cache(maxsize=128)
-def _text_map(config: TextConfig, source: Source) -> KeyMap:
-    """Return the names of everything but the image tower."""
-    makers: Mapping[str, tuple[Callable[[TextTransformerConfig], KeyMap], str]] = {
-        "apple": (text_transformer.apple_keys, "text_encoder."),
-        "open_clip": (text_transformer.openai_keys, "text."),
-        "openai": (text_transformer.openai_keys, ""),
-        "tinyclip": (text_transformer.openai_keys, tinyclip.TEXT),
-        "hf": (text_transformer.hf_keys, ""),
-    }
-    maker, prefix = makers.get(source, (None, ""))
-    if maker is None or not isinstance(config, TextTransformerConfig):
-        raise ConfigError(
-            f"text tower: {source!r} has no names for one of kind {config.kind!r}; choose another source."
-        )
-    if source in _CAUSAL and config.attention != "causal":
-        raise ConfigError(
-            f"text tower: the code of {source!r} computes 'causal' attention, this tower "
-            f"{config.attention!r}; choose 'open_clip'."
-        )
-    rest = KeyMap(
-        (KeyPair(_SCALE, _SCALE_NAMES.get(source, _SCALE)),),
-        tuple(Constant(name, value=None) for name in _OPENAI_NUMBERS) if source == "openai" else (),
-    )
-    return maker(config).prefixed(ours="text_tower.", theirs=prefix) + rest
-
-
 # --- matching ----------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=128)
-def _image_shapes(config: ImageConfig) -> Mapping[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        tower = _timm_tower(config)
-    return {f"image_tower.{key}": tuple(value.shape) for key, value in tower.state_dict().items()}
-
-
-@lru_cache(maxsize=128)
-def _text_shapes(config: TextConfig) -> Mapping[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        tower = build_text_tower(config)
-    shapes = {f"text_tower.{key}": tuple(value.shape) for key, value in tower.state_dict().items()}
-    return shapes | {_SCALE: ()}
 
 
 def _fits(
     state: Mapping[str, Tensor], source: Source, configs: Iterable[CLIPConfig | BackboneConfig]
 ) -> dict[str, Differences]:
     """Return how the weights differ from each config that the source can have, by the config's name."""
-    prefixes = _IMAGE_PREFIXES[source]
+    prefixes = IMAGE_PREFIXES[source]
     image = {key: value for key, value in state.items() if key.startswith(prefixes)}
     rest = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     shapes = {tuple(value.shape) for value in image.values()}
@@ -265,7 +126,7 @@ def _fits(
     found: dict[str, Differences] = {}
     for config in configs:
         text = config.text if isinstance(config, CLIPConfig) and source != "timm" else None
-        own_vit = isinstance(config, CLIPConfig) and _is_own_vit(config)
+        own_vit = isinstance(config, CLIPConfig) and is_own_vit(config)
         # Cheap first: to build all FastViTs takes a second.
         if not _may_be(config.image, shapes) or (text is None and source != "timm"):
             continue
@@ -273,10 +134,10 @@ def _fits(
             continue
         try:
             if config.image not in compared:
-                names = _image_map(config.image, source)
-                compared[config.image] = names.compare(image, _image_shapes(config.image))
+                names = image_map(config.image, source)
+                compared[config.image] = names.compare(image, image_shapes(config.image))
             if text is not None and text not in compared:
-                compared[text] = _text_map(text, source).compare(rest, _text_shapes(text))
+                compared[text] = text_map(text, source).compare(rest, text_shapes(text))
         except ConfigError:
             continue
         first = compared[config.image]
@@ -295,7 +156,7 @@ def _may_be(config: ImageConfig, shapes: set[tuple[int, ...]]) -> bool:
         width = config.width
     else:
         return (
-            isinstance(config, EfficientNetImageConfig) and (_LITES[config.backbone].classes, 1280) in shapes
+            isinstance(config, EfficientNetImageConfig) and (LITES[config.backbone].classes, 1280) in shapes
         )
     return bool({(width, config.embed_dim), (config.embed_dim, width)} & shapes)
 
@@ -320,7 +181,7 @@ def _choose(
     if fits[nearest].count:
         raise KeyMismatchError(f"{where}, by {source!r}'s names nearest to {nearest!r}", fits[nearest])
     found = [entry for entry in entries if entry.name in fits and not fits[entry.name].count]
-    if any(name in state for name in _OPENAI_NUMBERS):
+    if any(name in state for name in OPENAI_NUMBERS):
         found = [entry for entry in found if entry.tag == "openai"] or found
     parts = [_image_part(entry.config) if tower_only else entry.config for entry in found]
     differing = sorted({name for part in parts for name in _differing(part, parts[0])} - {"name"})
@@ -497,8 +358,8 @@ def image_tower_from_state(
         config = _image_part(_config_for(entries[0], source))
         config = dataclasses.replace(config, image=_with_bias(config.image, state, source))
     with torch.device("meta"):
-        tower = _timm_tower(config.image)
-    mapped = _image_map(config.image, source).to_ours(
+        tower = published_tower(config.image)
+    mapped = image_map(config.image, source).to_ours(
         state,
         {f"image_tower.{key}": value.shape for key, value in tower.state_dict().items()},
         where=f"{where}, as {config.name!r}",
@@ -514,12 +375,6 @@ def image_tower_from_state(
         licence=_licence(entries),
         parents=(_parent(config.name, entries, source, state),),
     )
-
-
-def _timm_tower(config: ImageConfig) -> nn.Module:
-    if isinstance(config, EfficientNetImageConfig):
-        return EfficientNetLite(_LITES[config.backbone])
-    return build_image_tower(config)
 
 
 def _named_entry(model: str | None, config: CLIPConfig | BackboneConfig | None) -> ModelEntry | None:
@@ -556,9 +411,9 @@ def _with_bias(config: ImageConfig, state: Mapping[str, Tensor], source: Source)
 def _normalised(state: Mapping[str, Tensor], source: Source) -> dict[str, Tensor]:
     """Return the tensors without differences between files of one source."""
     same = tinyclip.plain_names(state) if source == "tinyclip" else dict(state)
-    scale = same.get(_SCALE_NAMES.get(source, _SCALE))
+    scale = same.get(scale_name(source))
     if scale is not None and tuple(scale.shape) == (1,):  # some training codes store it so
-        same[_SCALE_NAMES.get(source, _SCALE)] = scale.reshape(())
+        same[scale_name(source)] = scale.reshape(())
     return same
 
 
@@ -567,10 +422,10 @@ def _as_tinyclip(state: Mapping[str, Tensor], source: Source) -> dict[str, Tenso
     if source == "openai":
         renamed = {
             tinyclip.SCALE
-            if key == _SCALE
+            if key == scale_name(source)
             else (tinyclip.IMAGE if key.startswith("visual.") else tinyclip.TEXT) + key: value
             for key, value in state.items()
-            if key not in _OPENAI_NUMBERS
+            if key not in OPENAI_NUMBERS
         }
     else:
         renamed = dict(state)
@@ -681,7 +536,7 @@ def save_foreign(model: CLIP, config: CLIPConfig, path: str | os.PathLike[str], 
     """
     names = key_map(config, source)
     state = model.state_dict()
-    expected = dict(_image_shapes(config.image)) | dict(_text_shapes(config.text))
+    expected = dict(image_shapes(config.image)) | dict(text_shapes(config.text))
     wrong = sorted(set(expected) ^ set(state))
     wrong += [key for key in expected if key in state and tuple(state[key].shape) != expected[key]]
     if wrong:
