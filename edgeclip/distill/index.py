@@ -326,7 +326,8 @@ def _entries(stream: IO[bytes], size_bytes: int, shard: Path) -> Iterator[tuple[
                 if b"path" in said:
                     long_name = os.fsdecode(said[b"path"])
                 if b"size" in said:
-                    long_size = int(said[b"size"]) if said[b"size"].isdigit() else -1
+                    digits = said[b"size"]
+                    long_size = int(digits) if digits.isdigit() and len(digits) < 20 else -1
             continue
         if kind in (b"K", b"g"):
             continue
