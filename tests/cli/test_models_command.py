@@ -68,12 +68,12 @@ Accuracies are the publishers' and were not measured here; run here: with the re
 """
 
 LITES = """\
-EfficientNet-Lite: licence Apache-2.0
+EfficientNet-Lite: preprocessing bicubic (x-127)/128, licence Apache-2.0
 top-1: ImageNet-1k top-1 of its own classifier, from TensorFlow TPU models
-  name                image  text  input  preprocessing        run here  top-1
-  EfficientNet-Lite0    4.7     -    224  bicubic (x-127)/128  yes        75.1
-  EfficientNet-Lite1    5.4     -    240  bicubic -1..1        no         76.7
-  EfficientNet-Lite2    6.1     -    260  bicubic -1..1        no         77.6
+  name                image  text  input  run here  top-1
+  EfficientNet-Lite0    4.7     -    224  yes        75.1
+  EfficientNet-Lite1    5.4     -    240  no         76.7
+  EfficientNet-Lite2    6.1     -    260  no         77.6
 """
 
 
