@@ -125,6 +125,9 @@ def _read_torch(path: Path, size: int, where: str) -> Any:
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if not unsafe and path.suffix == ".safetensors":
+                with path.open("rb") as file:  # by its name torch would take it for safetensors
+                    return torch.load(file, map_location="cpu", weights_only=True)
             if not unsafe:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a pickle from a stranger can make the reader raise anything
