@@ -254,6 +254,7 @@ class Transformer(nn.Module):
         activation: of the feed-forward parts.
         norm_eps: of every norm.
         where: the tower, as messages name it.
+        picked: whether the tower calls ``forward_picked``; it decides the form the last attention folds to.
 
     Raises:
         ConfigError: there is no layer, or ``heads`` and ``hidden_dims`` are of different length.
@@ -269,6 +270,7 @@ class Transformer(nn.Module):
         activation: Activation,
         norm_eps: float,
         where: str,
+        picked: bool = True,
     ) -> None:
         super().__init__()
         if not heads or len(heads) != len(hidden_dims):
@@ -287,6 +289,7 @@ class Transformer(nn.Module):
             )
             for count, hidden in zip(heads, hidden_dims, strict=True)
         )
+        self._picked = picked
         # Behind the last attention tokens do not meet any more.
         self._last_attention = max((index for index, count in enumerate(heads) if count), default=0)
         self._reset_parameters(width)
@@ -342,7 +345,7 @@ class Transformer(nn.Module):
     def fold(self) -> Transformer:
         """Fold every layer in place and return self."""
         for index, layer in enumerate(self._layers()):
-            layer.fold(fused=index != self._last_attention)
+            layer.fold(fused=not self._picked or index != self._last_attention)
         return self
 
 

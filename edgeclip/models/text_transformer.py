@@ -135,6 +135,7 @@ class TextTransformer(nn.Module):
             activation=config.activation,
             norm_eps=config.norm_eps,
             where="text tower",
+            picked=config.pool == "eot" and not config.conv_ends,
         )
         self.final_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.projection = nn.Linear(width, config.embed_dim, bias=config.projection_bias)
