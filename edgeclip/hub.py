@@ -32,21 +32,19 @@ from edgeclip.manifest import MANIFEST_NAME, parse_manifest
 from edgeclip.storage import DirectoryLock, hash_stream
 
 __all__ = [
-    "BUNDLE_PREFIX",
     "BundleReference",
     "Progress",
     "Pulled",
     "Receipt",
     "WantedFile",
     "fetch_bundle",
-    "is_bundle_reference",
     "parse_bundle_reference",
     "pull",
     "receipt_path",
     "weights_directory",
 ]
 
-BUNDLE_PREFIX = "hf:"
+_PREFIX = "hf:"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
@@ -130,7 +128,7 @@ class BundleReference:
     revision: str | None
 
     def __str__(self) -> str:
-        return f"{BUNDLE_PREFIX}{self.repo}" + (f"@{self.revision}" if self.revision else "")
+        return f"{_PREFIX}{self.repo}" + (f"@{self.revision}" if self.revision else "")
 
 
 def weights_directory(name: str) -> Path:
@@ -168,9 +166,7 @@ def pull(
         InputError: no network, no such repository, revision or file, no access, a wrong hash, a full disk, or
             a file of another origin in the way. Nothing is then in place that was not there before.
     """
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    with _made(directory), _locked(directory):
         known = _known(wanted, directory)
         if known is not None and (wanted.revision is None or wanted.revision == known.receipt.revision):
             return known
@@ -185,28 +181,30 @@ def pull(
         expected = [("the table of models", wanted.sha256)]
         if recorded is not None and recorded.file == remote.name:
             expected.append((f"the receipt {str(receipt_path(path))!r}", recorded.sha256))
-        sha256, size_bytes = hub.download(remote, path, expected=expected, progress=progress)
-        receipt = Receipt(
-            repo=remote.repo,
-            revision=remote.revision,
-            file=remote.name,
-            sha256=sha256,
-            size_bytes=size_bytes,
-            licence=licence,
-            accepted=accepted,
-            downloaded=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        document = msgspec.json.format(msgspec.json.encode(receipt), indent=2) + b"\n"
-        _replace(receipt_path(path), document)
+
+        def write_receipt(sha256: str, size_bytes: int) -> None:
+            receipt = Receipt(
+                repo=remote.repo,
+                revision=remote.revision,
+                file=remote.name,
+                sha256=sha256,
+                size_bytes=size_bytes,
+                licence=licence,
+                accepted=accepted,
+                downloaded=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+            document = msgspec.json.format(msgspec.json.encode(receipt), indent=2) + b"\n"
+            _replace(receipt_path(path), document)
+
+        # The receipt comes first: a file without one would look like the user's own after a sudden end.
+        hub.download(remote, path, expected=expected, progress=progress, before=write_receipt)
+        receipt = _read_receipt(path)
+        if receipt is None:
+            raise InputError(f"{str(receipt_path(path))!r} vanished while it was used: run it again.")
         return Pulled(path, receipt, downloaded=True)
 
 
 # --- bundles -----------------------------------------------------------------------------------------------
-
-
-def is_bundle_reference(text: object) -> bool:
-    """Tell whether a bundle argument names a bundle on the hub."""
-    return isinstance(text, str) and text.startswith(BUNDLE_PREFIX)
 
 
 def parse_bundle_reference(text: str) -> BundleReference:
@@ -215,10 +213,10 @@ def parse_bundle_reference(text: str) -> BundleReference:
     Raises:
         InputError: the text has another form.
     """
-    repo, at, revision = text.removeprefix(BUNDLE_PREFIX).partition("@")
+    repo, at, revision = text.removeprefix(_PREFIX).partition("@")
     parts = repo.split("/")
     named = len(parts) == 2 and all(_NAME.fullmatch(part) and ".." not in part for part in parts)
-    if not text.startswith(BUNDLE_PREFIX) or not named or (at and not _is_revision(revision)):
+    if not text.startswith(_PREFIX) or not named or (at and not _is_revision(revision)):
         raise InputError(
             f"bundle {text!r} cannot be found on the hub: expected hf:organisation/name@revision, where the "
             "revision is a commit, tag or branch."
@@ -320,6 +318,20 @@ def _is_revision(text: str) -> bool:
 
 
 # --- files -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """Make a directory, and remove it again where it is new and stays empty."""
+    is_new = not directory.exists()
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
 
 @contextlib.contextmanager

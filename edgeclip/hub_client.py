@@ -149,8 +149,20 @@ class HubClient:
         *,
         expected: list[tuple[str, str | None]] | None = None,
         progress: Progress | None,
-    ) -> tuple[str, int]:
-        """Put a file in place, checked; return its sha256 and size. The caller holds the directory's lock."""
+        before: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """Put a file in place, checked. The caller holds the directory's lock.
+
+        Args:
+            remote: what.
+            path: where to.
+            expected: who says which sha256, beside the hub.
+            progress: told how far it is.
+            before: told sha256 and size of the checked file just before it is put in place.
+
+        Raises:
+            InputError: what went wrong, in a sentence; nothing is then in place.
+        """
         what = f"{remote.name!r} of {remote.repo!r}"
         claims = [(who, sha256) for who, sha256 in expected or () if sha256]
         claims += [("the hub", remote.sha256)] if remote.sha256 else []
@@ -176,11 +188,12 @@ class HubClient:
             part.unlink(missing_ok=True)
             raise
         self._compare(what, remote, claims, sink, part)
+        if before is not None:
+            before(sink.sha256.hexdigest(), sink.size_bytes)
         with disk_errors(path):
             part.replace(path)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
             stale.unlink(missing_ok=True)  # of another revision, given up
-        return sink.sha256.hexdigest(), sink.size_bytes
 
     def _compare(
         self, what: str, remote: RemoteFile, claims: list[tuple[str, str]], sink: _Sink, part: Path

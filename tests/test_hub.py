@@ -29,6 +29,8 @@ from edgeclip.hub import (
     receipt_path,
     weights_directory,
 )
+from edgeclip.hub_client import HubClient
+from edgeclip.models.zoo import MODELS
 
 REPO = "maker/model"
 BIG = bytes(range(256)) * 1024
@@ -145,7 +147,7 @@ def test_a_small_file_without_sha256_is_checked_by_its_git_hash(hub: LoopbackHub
     hub.faults.corrupt = True
     with pytest.raises(InputError, match=r"'weights.bin' of 'maker/model'.*git blob"):
         take(tmp_path / "b")
-    assert names(tmp_path / "b") == []
+    assert names(tmp_path) == ["weights.bin", "weights.bin.receipt.json"]
 
 
 def test_the_token_stays_with_the_hub_and_nothing_is_counted(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(
     hub.commit(REPO, {"weights.bin": BIG})
     hub.faults.status, hub.faults.error_code = status, code
     with pytest.raises(InputError, match=rf"'maker/model'.*{words}") as caught:
-        take(tmp_path)
+        take(tmp_path / "new")
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == []
 
@@ -386,6 +388,16 @@ def test_an_interrupted_download_continues(hub: LoopbackHub, tmp_path: Path, how
     hub.requests.clear()
     assert take(tmp_path).path.read_bytes() == HUGE
     assert [request.byte_range for request in hub.of("storage", "GET")] == [f"bytes={have}-"]
+    assert names(tmp_path) == ["weights.bin", "weights.bin.receipt.json"]
+
+
+def test_an_end_between_receipt_and_file_costs_no_second_download(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.commit(REPO, {"weights.bin": BIG})
+    path = take(tmp_path).path
+    path.rename(tmp_path / f".weights.bin.{BIG_SHA256[:16]}.part")
+    hub.requests.clear()
+    assert take(tmp_path).path.read_bytes() == BIG
+    assert hub.of("storage", "GET") == []
     assert names(tmp_path) == ["weights.bin", "weights.bin.receipt.json"]
 
 
@@ -541,6 +553,20 @@ def test_an_interrupted_bundle_continues_with_what_is_missing(hub: LoopbackHub, 
     assert bundle_files(directory) == whole
     fetched = {request.path.rpartition("/")[2] for request in hub.requests if request.method == "GET"}
     assert len(fetched) < len(whole)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "name", [name for name, entry in MODELS.items() if entry.weights and entry.weights.repo]
+)
+def test_the_table_names_files_that_the_hub_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    weights = MODELS[name].weights
+    assert weights is not None
+    assert weights.repo is not None
+    found = HubClient.connect().find(weights.repo, weights.files, weights.revision)
+    assert weights.sha256 in (None, found.sha256)
 
 
 def test_weights_are_kept_in_the_host_cache() -> None:
