@@ -17,6 +17,7 @@ Tar layout and writing: the ``webdataset`` package.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -167,7 +168,7 @@ def write_shards(
     directory: str | os.PathLike[str],
     *,
     samples_per_shard: int = 10_000,
-    size_limit: int = 1 << 30,
+    size_limit: int = 10**9,
     limit: BrokenLimit | None = None,
     progress: Progress | None = None,
 ) -> ShardsReport:
@@ -421,6 +422,11 @@ class _OpenShard:
         self._writer = tar_writer(stream)
         self.write = self._writer.write
 
+    def abandon(self) -> None:
+        """End the writer, which would otherwise write to a closed file when it is collected."""
+        with contextlib.suppress(OSError, ValueError):
+            self._writer.close()
+
     def finish(self, path: Path) -> tuple[int, str]:
         """Give the shard its name and its index; return its size in bytes and sha256."""
         self._writer.close()
@@ -441,7 +447,12 @@ def _new_shard(target: Path, tar_writer: Callable[[IO[bytes]], _TarWriter]) -> I
     path = target / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     try:
         with path.open("xb") as stream:
-            yield _OpenShard(path, stream, tar_writer)
+            shard = _OpenShard(path, stream, tar_writer)
+            try:
+                yield shard
+            except BaseException:
+                shard.abandon()
+                raise
     finally:
         path.unlink(missing_ok=True)
 
