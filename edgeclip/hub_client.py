@@ -20,11 +20,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from edgeclip import __version__
 from edgeclip.errors import InputError, MissingExtraError
 
 __all__ = ["COMMIT", "HubClient", "Progress", "RemoteFile", "UnreachableError", "disk_errors"]
@@ -110,7 +110,7 @@ class HubClient:
         shown = f"{repo!r}" + (f" at {revision!r}" if revision else "")
         with self._translated(f"the repository {shown}"):
             api = self.client.HfApi(
-                endpoint=self.endpoint, library_name="edgeclip", library_version=__version__
+                endpoint=self.endpoint, library_name="edgeclip", library_version=version("edgeclip")
             )
             info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
         commit = info.sha or ""
@@ -220,7 +220,7 @@ class HubClient:
 
     def _headers(self) -> dict[str, str]:
         headers: dict[str, str] = self.client.utils.build_hf_headers(
-            library_name="edgeclip", library_version=__version__
+            library_name="edgeclip", library_version=version("edgeclip")
         )
         return headers
 
