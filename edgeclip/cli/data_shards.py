@@ -109,6 +109,11 @@ def make_shards(
         _print_json(report.to_dict())
         return
     _say_broken(notes, report.broken, "left out")
+    if report.without_caption:
+        notes.say(
+            f"{_counted(report.without_caption, 'sample')} without any caption; training needs texts "
+            "(--help says where they are looked for)"
+        )
     kept = f", {report.kept} of them there already" if report.kept else ""
     click.echo(
         f"{_counted(report.samples, 'sample')} in {_counted(report.shards, 'shard')}{kept}, "

@@ -81,13 +81,17 @@ class _LeftOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ShardEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A finished shard; ``after`` counts the source's samples in it, in those before, or left out."""
+    """A finished shard; ``after`` counts the source's samples in it, in those before, or left out.
+
+    ``without_caption`` are samples without any text.
+    """
 
     name: Annotated[str, msgspec.Meta(pattern=_SHARD_NAME)]
     samples: int
     size_bytes: int
     sha256: str
     after: int
+    without_caption: int = 0
     broken: tuple[_LeftOut, ...] = ()
 
 
@@ -142,6 +146,7 @@ class ShardsReport:
         samples: in them.
         size_bytes: of the shards.
         kept: shards that were there.
+        without_caption: samples without any text; they are of no use for contrastive training.
         broken: samples left out.
         digest: of the samples, as :class:`~edgeclip.distill.samples.ShardSamples` gives it.
     """
@@ -152,6 +157,7 @@ class ShardsReport:
     samples: int
     size_bytes: int
     kept: int
+    without_caption: int
     broken: tuple[Broken, ...]
     digest: str
 
@@ -218,6 +224,7 @@ def write_shards(
         samples=sum(shard.samples for shard in manifest.shards),
         size_bytes=sum(shard.size_bytes for shard in manifest.shards),
         kept=kept,
+        without_caption=sum(shard.without_caption for shard in manifest.shards),
         broken=tuple(
             Broken(one.index, one.key, one.reason) for shard in manifest.shards for one in shard.broken
         ),
@@ -251,7 +258,7 @@ def _locked(target: Path, plain: ShardManifest) -> Iterator[None]:
             f"{str(target)!r} is there already and holds no shards of ours. Choose a directory that does not "
             "exist, or an empty one."
         )
-    if found is not None:
+    if found is not None and found.shards:  # a run that failed before its first shard binds nobody
         ours, theirs = (_settings(manifest) for manifest in (plain, found))
         differing = sorted(name for name in ours if ours[name] != theirs[name])
         if differing:
@@ -286,7 +293,7 @@ def _settings(manifest: ShardManifest) -> dict[str, Any]:
 def _kept(target: Path, plain: ShardManifest, progress: Progress | None) -> tuple[ShardManifest, int]:
     """Return the manifest cut before the first shard that is not what it says, and how many are left."""
     found = read_manifest(target)
-    if found is None:
+    if found is None or not found.shards:
         return plain, 0
     kept: list[ShardEntry] = []
     for shard in found.shards:
@@ -331,15 +338,15 @@ def _write_rest(
     broken = [one for shard in shards for one in shard.broken]
     index = shards[-1].after if shards else 0
     _put_manifest(target, manifest)
-    ahead: dict[str, bytes] | None = None
+    ahead: tuple[Sample, dict[str, bytes]] | None = None
     while index < len(samples):
         left_out: list[_LeftOut] = []
-        count = size = 0
+        count = size = mute = 0
         names: set[str] = set()
         with _new_shard(target, tar_writer) as open_shard:
             while index < len(samples):
                 try:
-                    members = ahead or _members(samples.read(index), index)
+                    sample, members = ahead or _read(samples, index)
                     ahead = None
                 except InputError as error:
                     left_out.append(_LeftOut(index, samples.key(index), " ".join(str(error).split())))
@@ -347,12 +354,12 @@ def _write_rest(
                 else:
                     needed = _size_of(members)
                     if count and (count == manifest.samples_per_shard or size + needed > manifest.size_limit):
-                        ahead = members
+                        ahead = sample, members
                         break
                     name = _free_name(members.pop("__key__").decode("utf-8", "surrogateescape"), names)
                     open_shard.write({"__key__": name, **members})
                     names.add(name)
-                    count, size = count + 1, size + needed
+                    count, size, mute = count + 1, size + needed, mute + (not sample.captions)
                 index += 1
                 if progress is not None:
                     progress(index, len(samples))
@@ -364,12 +371,17 @@ def _write_rest(
             shard_name = f"shard-{len(shards):06d}.tar"
             size_bytes, sha256 = open_shard.finish(target / shard_name)
         broken += left_out
-        shards.append(ShardEntry(shard_name, count, size_bytes, sha256, index, tuple(left_out)))
+        shards.append(ShardEntry(shard_name, count, size_bytes, sha256, index, mute, tuple(left_out)))
         manifest = msgspec.structs.replace(
             manifest, shards=tuple(shards), complete=index == len(samples) and ahead is None
         )
         _put_manifest(target, manifest)
     return manifest
+
+
+def _read(samples: Samples, index: int) -> tuple[Sample, dict[str, bytes]]:
+    sample = samples.read(index)
+    return sample, _members(sample, index)
 
 
 def _put_manifest(target: Path, manifest: ShardManifest) -> None:

@@ -104,6 +104,19 @@ def test_samples_left_out_are_named_on_stderr(data, table: Path, tmp_path: Path)
     assert "(1 left out, " in made.out
 
 
+def test_samples_without_captions_are_said(data, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / f"photos/{number}.png").write_bytes(picture(number))
+    (tmp_path / "photos/1.txt").write_text("a text", encoding="utf-8")
+    made = data("make-shards", tmp_path / "photos", "-o", tmp_path / "shards")
+    assert made.code == 0
+    assert made.err == (
+        "edgeclip: 2 samples without any caption; training needs texts (--help says where they are looked "
+        "for)\n"
+    )
+
+
 def test_too_many_broken_samples_end_with_one_line(data, table: Path, tmp_path: Path) -> None:
     (table.parent / "002.png").write_bytes(b"x")
     made = data("make-shards", table, "-o", tmp_path / "shards", "--max-broken", 0)

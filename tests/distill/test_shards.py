@@ -338,6 +338,15 @@ def test_nothing_but_broken_samples_is_an_error(tmp_path: Path) -> None:
         write_shards(open_samples([table]), tmp_path / "shards", limit=BrokenLimit(share=1.0))
 
 
+def test_a_run_that_failed_before_its_first_shard_binds_nobody(table: Path, tmp_path: Path) -> None:
+    bad = make_table(tmp_path / "bad", 2)
+    for path in bad.parent.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="2 of 2 samples cannot be used, 1 are allowed"):
+        write_shards(open_samples([bad]), tmp_path / "shards")
+    assert write_shards(open_samples([table]), tmp_path / "shards").status == "written"
+
+
 # Looking and checking
 
 
