@@ -33,6 +33,7 @@ __all__ = ["read_state"]
 _MAX_BYTES = 16 << 30
 _MAX_PICKLE_BYTES = 64 << 20
 _MAX_WRAPPERS = 4
+_MAX_SHARING = 3
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PARALLEL = "module."
 _HEAD_BYTES = 512
@@ -66,8 +67,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise InputError(f"{where} {_guess(head)}; {_KNOWN}.")
     state = _unwrap(content, where)
     claimed = sum(value.numel() * value.element_size() for value in state.values())
-    # Tied weights are stored once and counted twice; nothing honest goes beyond.
-    if claimed > 2 * size:
+    # Tensors that share storage are stored once: tied weights, and a tower registered under two names.
+    if claimed > _MAX_SHARING * size:
         raise InputError(
             f"{where}: its tensors claim {claimed} bytes, but the file has {size}; it is damaged."
         )

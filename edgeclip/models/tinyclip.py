@@ -49,15 +49,19 @@ _EPSILON = 1e-6
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without the ``module.`` that distributed training puts into their names."""
-    named: dict[str, Tensor] = {}
-    for key, value in state.items():
-        plain = key.replace(".module.", ".")
-        for old, new in _OLD_NAMES:
-            if plain.startswith(old):
-                plain = new + plain.removeprefix(old)
-        named[plain] = value
-    return named
+    """Return the tensors without the ``module.`` that distributed training puts into their names.
+
+    Their code registers a pruned tower a second time, under the name of a property; such doubles go away.
+    """
+    plain = {key.replace(".module.", "."): value for key, value in state.items()}
+    doubles = {
+        new + key.removeprefix(old): value
+        for old, new in _OLD_NAMES
+        for key, value in plain.items()
+        if key.startswith(old)
+    }
+    olds = tuple(old for old, _ in _OLD_NAMES)
+    return doubles | {key: value for key, value in plain.items() if not key.startswith(olds)}
 
 
 def gates(loga: Tensor) -> Tensor:

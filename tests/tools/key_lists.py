@@ -10,6 +10,7 @@ Run ``python tests/tools/write_keys.py`` to write the lists of the installed ope
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ def read_keys(name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def synthetic_state(name: str, *, device: str = "meta", seed: int = 0) -> dict[str, Tensor]:
-    """Return tensors of every key of a list: without content on ``"meta"``, else small random ones.
+    """Return tensors of every key of a list: without content on ``"meta"``, else random ones.
 
-    What published files hold as zeros (biases added by a conversion) or as numbers of positions is so here.
+    The biases that conversions fill with zeros are zero, whole numbers too.
     """
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
@@ -48,7 +49,10 @@ def synthetic_state(name: str, *, device: str = "meta", seed: int = 0) -> dict[s
         elif key.endswith("running_var"):
             state[key] = torch.rand(shape, generator=generator, dtype=torch.float32).add(0.5).to(dtype)
         else:
-            state[key] = torch.randn(shape, generator=generator, dtype=torch.float32).mul(0.05).to(dtype)
+            # Norms and biases of order 1 and 0.1, maps that keep the size of what passes.
+            scale = 0.1 if len(shape) < 2 else (shape[1] * math.prod(shape[2:])) ** -0.5
+            value = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale)
+            state[key] = value.add_(len(shape) == 1 and key.endswith("weight")).to(dtype)
     return state
 
 
