@@ -31,16 +31,14 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([a-z]*)")
 _SHOWN = 20
 
 
-class _Size(click.ParamType[int]):
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = _SIZE.fullmatch(str(value).strip().lower())
-        if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
-            self.fail(f"{value!r} is no size: expected a number of bytes, or one with KB, MB, GB, MiB, GiB.")
-        return int(float(match[1]) * _UNITS[match[2]])
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    match = _SIZE.fullmatch(value.strip().lower())
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0
+    if size < 1:
+        raise click.BadParameter(
+            f"{value!r} is no size: expected a number of bytes, or one with KB, MB, GB, MiB, GiB."
+        )
+    return int(size)
 
 
 @click.command("make-shards")
@@ -57,7 +55,7 @@ class _Size(click.ParamType[int]):
 )
 @click.option(
     "--size-limit",
-    type=_Size(),
+    callback=_size,
     default="1GB",
     show_default=True,
     metavar="SIZE",
@@ -79,15 +77,13 @@ def make_shards(
     max_broken: str,
     as_json: bool,
 ) -> None:
-    r"""Pack pictures and captions into tar shards.
+    """Pack pictures and captions into tar shards.
 
     INPUT is a .csv, .tsv or .jsonl table (columns image, caption, also caption_zh, rewrites, syn_text …), a
     folder of pictures with .txt captions beside them, or shards. The same input gives the same bytes. A run
     that was stopped goes on where it was.
 
-    \b
-    Example: edgeclip data make-shapes -o shapes
-             edgeclip data make-shards shapes/train.jsonl -o shards
+    Example: edgeclip data make-shards shapes/train.jsonl -o shards
     """
     from edgeclip.distill.samples import BrokenLimit, open_samples
     from edgeclip.distill.shards import write_shards
