@@ -448,8 +448,7 @@ class ShardFiles:
         except OSError as error:
             raise _unreadable(shard, error) from error
         header = block[:_BLOCK]
-        # Half of a microsecond a byte of header is little beside a decoded picture, and a stale index would
-        # give parts of other pictures.
+        # This takes some microseconds; a stale index would give parts of other pictures.
         if (
             len(block) != _BLOCK + member.size_bytes
             or not _is_header(header)

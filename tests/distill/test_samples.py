@@ -235,7 +235,8 @@ def test_a_folder_without_shards_is_an_error_where_shards_are_asked_for(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "samples", "allowed"), [("0", 5, 0), ("3", 2, 2), ("3", 900, 3), ("1%", 250, 3), ("100%", 7, 7)]
+    ("text", "samples", "allowed"),
+    [("0", 5, 0), ("3", 2, 2), ("3", 900, 3), ("1%", 250, 3), ("7%", 100, 7), ("100%", 7, 7)],
 )
 def test_limits_of_broken_samples(text: str, samples: int, allowed: int) -> None:
     assert BrokenLimit.parse(text).allowed(samples) == allowed
