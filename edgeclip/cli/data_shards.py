@@ -189,7 +189,7 @@ def validate(
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.captions.items()) or "none"
         click.echo(
             f"{found.samples:,} samples: {len(found.broken):,} broken, {found.without_caption:,} without a "
-            f"caption; samples with captions: {kinds}; damaged shards: {len(found.damaged)}"
+            f"caption; samples with captions: {kinds}; damaged files: {len(found.damaged)}"
         )
     if not ok:
         ctx.exit(1)

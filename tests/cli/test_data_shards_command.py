@@ -62,7 +62,7 @@ def test_a_table_becomes_shards_that_are_inspected_and_valid(data, table: Path, 
     assert (validated.code, validated.err) == (0, "")
     assert validated.out == (
         "7 samples: 0 broken, 0 without a caption; samples with captions: alt 7, label 7, rewrite 7, "
-        "synthetic 7, zh 7; damaged shards: 0\n"
+        "synthetic 7, zh 7; damaged files: 0\n"
     )
 
 
@@ -137,7 +137,7 @@ def test_validate_lists_what_is_broken_and_fails_above_the_limit(data, tmp_path:
     assert lines[0].startswith("broken: s.tar/b: ")
     assert lines[1].startswith("broken: s.tar/c: ")
     assert lines[2] == (
-        "3 samples: 2 broken, 1 without a caption; samples with captions: none; damaged shards: 0"
+        "3 samples: 2 broken, 1 without a caption; samples with captions: none; damaged files: 0"
     )
     assert data("validate", shard, "--max-broken", 2).code == 0
     assert data("validate", shard, "--max-broken", "50%").code == 0
