@@ -447,6 +447,19 @@ def test_open_clip_and_we_read_each_others_mobileclip2_s0(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["MobileCLIP-B", "MobileCLIP2-S0", "ViT-B-32"])
+def test_lists_agree_with_the_installed_open_clip(name: str) -> None:
+    """``tests/tools/write_keys.py`` writes them anew where a version changed names."""
+    import torchvision_shim  # noqa: F401
+
+    open_clip = pytest.importorskip("open_clip")
+    state = open_clip.create_model(name, load_weights=False, device="meta").state_dict()
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in state.items()} == read_keys(
+        f"openclip-{name}"
+    )
+
+
+@pytest.mark.slow
 def test_a_published_size_round_trips_through_a_file(tmp_path: Path) -> None:
     """TinyCLIP-8M as its authors release it: float16, under ``state_dict``, every name after ``module.``."""
     state = {k: v.half() for k, v in synthetic_state("tinyclip-ViT-8M-16-Text-3M", device="cpu").items()}
