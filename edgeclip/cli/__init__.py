@@ -25,7 +25,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "bundle": ("edgeclip.cli.bundle:bundle", "Inspect, slim, compare and pack bundles."),
     "cache": ("edgeclip.cli.cache:cache", "Show or clear what edgeclip keeps on this host."),
     "classify": ("edgeclip.cli.classify:classify", "Classify pictures against labels of your choice."),
-    "data": ("edgeclip.cli.data:data", "Fetch the public data edgeclip is built and checked with."),
+    "data": ("edgeclip.cli.data:data", "Fetch, generate, pack and check data."),
     "doctor": ("edgeclip.cli.doctor:doctor", "Say what this machine is and which backends work."),
     "embed": ("edgeclip.cli.embed:embed", "Write image embeddings to a file."),
     "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
