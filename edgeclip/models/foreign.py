@@ -2,8 +2,8 @@
 
 A file is read without running anything (``state_files.py``), its names tell whose it is, and its names and
 shapes are compared with every model of the zoo. The names say nothing about activations, masks, norms and
-preprocessing: where models that fit differ in one of them, the caller has to say which one it is
-(``model=``). Weights are returned in float32, however the file stores them.
+preprocessing: where models that fit differ in one of them, the published name of the file or of its folder
+decides, and else the caller has to say which one it is (``model=``). Weights are returned in float32, however the file stores them.
 
 timm's heads have a bias, which conversions from Apple's names fill with zeros. Where it is not zero, the
 loaded config has ``projection_bias``.
@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 _HEAD_BIASES = ("head.fc.bias", "head.bias")
+_APPLE_PADDING_PX = 1
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -81,7 +82,8 @@ class ForeignModel:
         config: what it was built from; the parts that the file's source decides are in it.
         source: whose names the file has.
         name: of the model in the zoo, or one made from its size (TinyCLIP "auto").
-        candidates: all models of the zoo that the weights may be: those that differ by name only.
+        candidates: all models of the zoo that the weights may be, the one taken first. The others differ by
+            name only, or the file's name spoke against them.
         licence: of the weights, an SPDX identifier or the hub's word; ``""`` where it is not known.
         parents: what a checkpoint of ours should record about its origin.
     """
@@ -162,13 +164,13 @@ def _may_be(config: ImageConfig, shapes: set[tuple[int, ...]]) -> bool:
 
 
 def _choose(
-    state: Mapping[str, Tensor], source: Source, where: str, *, tower_only: bool = False
+    state: Mapping[str, Tensor], source: Source, where: str, *, path: Path | None, tower_only: bool = False
 ) -> tuple[ModelEntry, ...]:
-    """Return the models of the zoo that the weights may be; they differ by name only.
+    """Return the models of the zoo that the weights may be, the likeliest first.
 
     Raises:
         KeyMismatchError: none fits.
-        InputError: several fit that differ in what the weights do not say.
+        InputError: several fit that differ in what neither the weights nor the file's name say.
     """
     entries = [entry for entry in MODELS.values() if entry.weights is not None and not entry.pruned_on_load]
     fits = _fits(state, source, [entry.config for entry in entries])
@@ -183,7 +185,11 @@ def _choose(
     found = [entry for entry in entries if entry.name in fits and not fits[entry.name].count]
     if any(name in state for name in OPENAI_NUMBERS):
         found = [entry for entry in found if entry.tag == "openai"] or found
-    parts = [_image_part(entry.config) if tower_only else entry.config for entry in found]
+    name = None if path is None else _name_of_file(path, found)
+    if name is not None:
+        return tuple(sorted(found, key=lambda entry: entry.name != name))
+    configs = [_config_for(entry, source) for entry in found]
+    parts = [_image_part(config) if tower_only else config for config in configs]
     differing = sorted({name for part in parts for name in _differing(part, parts[0])} - {"name"})
     if differing:
         raise InputError(
@@ -227,14 +233,9 @@ def load_foreign(
     """
     path = Path(path)
     state = read_state(path)
-    found = from_state(state, model=model, config=config, where=f"weights file {str(path)!r}")
-    name = _name_of_file(path, found.candidates) or found.name
-    return dataclasses.replace(
-        found,
-        name=name,
-        config=dataclasses.replace(found.config, name=name),
-        parents=(_with_file(found.parents[0], path, name),),
-    )
+    where = f"weights file {str(path)!r}"
+    found = _from_state(state, model=model, config=config, where=where, path=path)
+    return dataclasses.replace(found, parents=(_with_file(found.parents[0], path),))
 
 
 def from_state(
@@ -252,6 +253,17 @@ def from_state(
         config: see there.
         where: what is read, as messages name it.
     """
+    return _from_state(state, model=model, config=config, where=where, path=None)
+
+
+def _from_state(
+    state: Mapping[str, Tensor],
+    *,
+    model: str | None,
+    config: CLIPConfig | None,
+    where: str,
+    path: Path | None,
+) -> ForeignModel:
     source = sniff(state)
     if source == "timm":
         raise InputError(
@@ -268,7 +280,7 @@ def from_state(
     elif source == "tinyclip":
         chosen, entries = _tinyclip_config(state, named)
     else:
-        entries = (named,) if named is not None else _choose(state, source, where)
+        entries = (named,) if named is not None else _choose(state, source, where, path=path)
         known = _config_for(entries[0], source)
         if not isinstance(known, CLIPConfig):
             raise ConfigError(f"model {known.name!r} is an image tower alone; use load_image_tower().")
@@ -309,14 +321,9 @@ def load_image_tower(
     """
     path = Path(path)
     state = read_state(path)
-    found = image_tower_from_state(state, model=model, config=config, where=f"weights file {str(path)!r}")
-    name = _name_of_file(path, found.candidates) or found.name
-    return dataclasses.replace(
-        found,
-        name=name,
-        config=dataclasses.replace(found.config, name=name),
-        parents=(_with_file(found.parents[0], path, name),),
-    )
+    where = f"weights file {str(path)!r}"
+    found = _image_tower_from_state(state, model=model, config=config, where=where, path=path)
+    return dataclasses.replace(found, parents=(_with_file(found.parents[0], path),))
 
 
 def image_tower_from_state(
@@ -334,6 +341,17 @@ def image_tower_from_state(
         config: see there.
         where: what is read, as messages name it.
     """
+    return _image_tower_from_state(state, model=model, config=config, where=where, path=None)
+
+
+def _image_tower_from_state(
+    state: Mapping[str, Tensor],
+    *,
+    model: str | None,
+    config: BackboneConfig | None,
+    where: str,
+    path: Path | None,
+) -> ForeignImageTower:
     source = sniff(state)
     named = _named_entry(model, config)
     entries: tuple[ModelEntry, ...] = ()
@@ -343,7 +361,7 @@ def image_tower_from_state(
                 f"{where} holds both towers, by the names of {source!r}: pass `model` in place of "
                 "`config`, or use load_foreign()."
             )
-        whole = from_state(state, model=model, where=where)
+        whole = _from_state(state, model=model, config=None, where=where, path=path)
         return ForeignImageTower(
             tower=whole.model.image_tower,
             config=_image_part(whole.config),
@@ -354,7 +372,7 @@ def image_tower_from_state(
             parents=whole.parents,
         )
     if config is None:
-        entries = (named,) if named is not None else _choose(state, source, where, tower_only=True)
+        entries = (named,) if named is not None else _choose(state, source, where, path=path, tower_only=True)
         config = _image_part(_config_for(entries[0], source))
         config = dataclasses.replace(config, image=_with_bias(config.image, state, source))
     with torch.device("meta"):
@@ -384,12 +402,21 @@ def _named_entry(model: str | None, config: CLIPConfig | BackboneConfig | None) 
 
 
 def _config_for(entry: ModelEntry, source: Source) -> CLIPConfig | BackboneConfig:
-    """Return the config of a model as the code of this source computes it."""
+    """Return the config of a model as the code that its file is meant for computes it.
+
+    Only MobileCLIP-B's tower is computed in two ways. MobileCLIP2 is published for open_clip alone, whatever
+    names a file has.
+    """
     config = entry.config
-    eps = entry.norm_eps_of.get(source)
-    if eps is None or not isinstance(config.image, ViTConfig):
+    if not isinstance(config.image, ViTConfig) or config.image.stem != "conv":
         return config
-    return dataclasses.replace(config, image=dataclasses.replace(config.image, norm_eps=eps))
+    code: Source = "open_clip" if entry.family == "MobileCLIP2" else source
+    image = dataclasses.replace(
+        config.image,
+        norm_eps=entry.norm_eps_of.get(code, config.image.norm_eps),
+        stem_padding_px=_APPLE_PADDING_PX if code == "apple" else 0,
+    )
+    return dataclasses.replace(config, image=image)
 
 
 def _image_part(config: CLIPConfig | BackboneConfig) -> BackboneConfig:
@@ -491,9 +518,9 @@ def _parent(
     }
 
 
-def _name_of_file(path: Path, candidates: Iterable[str]) -> str | None:
-    """Return the candidate whose published file or folder this is: those of one shape differ by it only."""
-    entries = [MODELS[name] for name in candidates]
+def _name_of_file(path: Path, entries: Iterable[ModelEntry]) -> str | None:
+    """Return the model whose published file or folder this is."""
+    entries = list(entries)
     by_file = [e.name for e in entries if e.weights is not None and path.name in e.weights.files]
     if len(by_file) == 1:
         return by_file[0]
@@ -502,8 +529,8 @@ def _name_of_file(path: Path, candidates: Iterable[str]) -> str | None:
     return max(by_folder, key=len, default=None)
 
 
-def _with_file(parent: Mapping[str, Any], path: Path, name: str) -> dict[str, Any]:
-    return dict(parent) | {"name": name, "file": path.name, "sha256": _sha256(path)}
+def _with_file(parent: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    return dict(parent) | {"file": path.name, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:
@@ -521,8 +548,8 @@ def save_foreign(model: CLIP, config: CLIPConfig, path: str | os.PathLike[str], 
     """Write a model as safetensors under the names of others.
 
     Values are written bit for bit. The file carries weights alone: what a reader computes with them is the
-    reader's (open_clip runs MobileCLIP-B with another ``norm_eps`` than Apple's code,
-    :mod:`edgeclip.models.vit`).
+    reader's (open_clip runs MobileCLIP-B with another ``norm_eps`` and padding than Apple's
+    code, :mod:`edgeclip.models.vit`).
 
     Args:
         model: unfolded.

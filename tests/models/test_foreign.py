@@ -30,6 +30,7 @@ from edgeclip.models.foreign import (  # noqa: E402
     save_foreign,
     sniff,
 )
+from edgeclip.models.foreign import _choose as choose  # noqa: E402
 from edgeclip.models.foreign import _name_of_file as name_of_file  # noqa: E402
 from edgeclip.models.keys import KeyMismatchError  # noqa: E402
 from edgeclip.models.reparam import reparameterize  # noqa: E402
@@ -45,7 +46,7 @@ LISTS: dict[str, tuple[Source, tuple[str, ...], str | None]] = {
     "apple-mobileclip_s0": ("apple", ("MobileCLIP-S0",), None),
     "apple-mobileclip_s1": ("apple", ("MobileCLIP-S1",), None),
     "apple-mobileclip_s2": ("apple", ("MobileCLIP-S2", "MobileCLIP2-S2"), None),
-    "apple-mobileclip_b": ("apple", ("MobileCLIP-B", "MobileCLIP-B-LT", "MobileCLIP2-B"), None),
+    "apple-mobileclip_b": ("apple", ("MobileCLIP-B",), "MobileCLIP-B"),
     "apple-mobileclip2_s0": ("apple", ("MobileCLIP2-S0",), None),
     "hf-TinyCLIP-ViT-8M-16-Text-3M": ("hf", ("TinyCLIP-ViT-8M-16-Text-3M",), None),
     "hf-TinyCLIP-ViT-39M-16-Text-19M": ("hf", ("TinyCLIP-ViT-39M-16-Text-19M",), None),
@@ -179,14 +180,26 @@ def test_old_position_buffers_may_be_missing() -> None:
     assert from_state(state, model="ViT-B-32.openai").source == "hf"
 
 
-def test_layer_norm_of_mobileclip_b_follows_the_file() -> None:
-    eps = {}
-    for name in ("apple-mobileclip_b", "openclip-MobileCLIP-B", "timm-vit_base_mci_224"):
+def test_mobileclip_b_is_computed_as_the_code_of_its_file_does() -> None:
+    """Apple's code and timm's differ in the norms' epsilon and in the padding of the stem."""
+    numbers = {}
+    for name, model in (
+        ("apple-mobileclip_b", "MobileCLIP-B"),
+        ("apple-mobileclip_b", "MobileCLIP-B-LT"),
+        ("apple-mobileclip_b", "MobileCLIP2-B"),  # published for open_clip
+        ("openclip-MobileCLIP-B", None),
+        ("timm-vit_base_mci_224", None),
+    ):
         state = keys_of(name)
-        found = image_tower_from_state(state) if name.startswith("timm") else from_state(state)
+        found = (image_tower_from_state if name.startswith("timm") else from_state)(state, model=model)
         assert isinstance(found.config.image, ViTConfig)
-        eps[name] = found.config.image.norm_eps
-    assert list(eps.values()) == [1e-5, 1e-6, 1e-6]
+        numbers[name, model] = (found.config.image.norm_eps, found.config.image.stem_padding_px)
+    assert list(numbers.values()) == [(1e-5, 1), (1e-5, 1), (1e-6, 0), (1e-6, 0), (1e-6, 0)]
+
+
+def test_mobileclip_b_of_apple_must_be_told_from_the_second_generation() -> None:
+    with pytest.raises(InputError, match=r"differ in \['image\.norm_eps', 'image\.stem_padding_px'\]"):
+        from_state(keys_of("apple-mobileclip_b"))
 
 
 def test_every_missing_and_unexpected_key_is_named() -> None:
@@ -401,8 +414,24 @@ def test_origin_is_recorded(tmp_path: Path) -> None:
     ],
 )
 def test_file_name_tells_models_of_one_shape_apart(path: str, expected: str | None) -> None:
-    candidates = LISTS["apple-mobileclip_b"][1]
-    assert name_of_file(Path("/data") / path, candidates) == expected
+    entries = [MODELS[name] for name in ("MobileCLIP-B", "MobileCLIP-B-LT", "MobileCLIP2-B")]
+    assert name_of_file(Path("/data") / path, entries) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "path", "expected"),
+    [
+        ("apple-mobileclip_b", "apple", "mobileclip_b.pt", "MobileCLIP-B"),
+        ("apple-mobileclip_b", "apple", "mobileclip2_b.pt", "MobileCLIP2-B"),
+        ("openclip-ViT-B-32", "openai", "ViT-B-32.openai/open_clip_model.safetensors", "ViT-B-32.openai"),
+    ],
+)
+def test_published_file_name_decides_what_the_weights_do_not_say(
+    name: str, source: Source, path: str, expected: str
+) -> None:
+    entries = choose(keys_of(name), source, "x", path=Path("/data") / path)
+    assert entries[0].name == expected
+    assert len(entries) == 3
 
 
 def test_name_from_the_file_is_used_everywhere(tmp_path: Path) -> None:
@@ -410,7 +439,7 @@ def test_name_from_the_file_is_used_everywhere(tmp_path: Path) -> None:
     torch.save({key: value.half() for key, value in state.items()}, tmp_path / "mobileclip2_s0.pt")
     found = load_image_tower(tmp_path / "mobileclip2_s0.pt")
     assert found.name == found.config.name == found.parents[0]["name"] == "MobileCLIP2-S0"
-    assert found.candidates == ("MobileCLIP-S0", "MobileCLIP2-S0")
+    assert found.candidates == ("MobileCLIP2-S0", "MobileCLIP-S0")
     assert found.licence == "apple-amlr"
 
 
