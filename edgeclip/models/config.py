@@ -57,7 +57,8 @@ class FastViTConfig:
         layer_scale_init: initial layer scale.
         final_expansion: channels of the last convolution over those of the last stage.
         embed_dim: width of the embedding.
-        projection_bias: whether the projection has a bias (published weights have none).
+        projection_bias: whether the projection has a bias. Apple's names have none; timm's heads do, zero
+            in converted weights.
     """
 
     kind: ClassVar[str] = "fastvit"
