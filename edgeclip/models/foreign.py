@@ -3,7 +3,8 @@
 A file is read without running anything (``state_files.py``), its names tell whose it is, and its names and
 shapes are compared with every model of the zoo. The names say nothing about activations, masks, norms and
 preprocessing: where models that fit differ in one of them, the published name of the file or of its folder
-decides, and else the caller has to say which one it is (``model=``). Weights are returned in float32, however the file stores them.
+decides, and else the caller has to say which one it is (``model=``). Weights are returned in float32, however
+the file stores them.
 
 timm's heads have a bias, which conversions from Apple's names fill with zeros. Where it is not zero, the
 loaded config has ``projection_bias``.
