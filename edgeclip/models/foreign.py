@@ -70,7 +70,6 @@ __all__ = [
 ]
 
 _HEAD_BIASES = ("head.fc.bias", "head.bias")
-_APPLE_PADDING_PX = 1
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -403,21 +402,8 @@ def _named_entry(model: str | None, config: CLIPConfig | BackboneConfig | None) 
 
 
 def _config_for(entry: ModelEntry, source: Source) -> CLIPConfig | BackboneConfig:
-    """Return the config of a model as the code that its file is meant for computes it.
-
-    Only MobileCLIP-B's tower is computed in two ways. MobileCLIP2 is published for open_clip alone, whatever
-    names a file has.
-    """
-    config = entry.config
-    if not isinstance(config.image, ViTConfig) or config.image.stem != "conv":
-        return config
-    code: Source = "open_clip" if entry.family == "MobileCLIP2" else source
-    image = dataclasses.replace(
-        config.image,
-        norm_eps=entry.norm_eps_of.get(code, config.image.norm_eps),
-        stem_padding_px=_APPLE_PADDING_PX if code == "apple" else 0,
-    )
-    return dataclasses.replace(config, image=image)
+    """Return the config of a model as the code that its file is meant for computes it."""
+    return dataclasses.replace(entry.config, image=entry.image_of.get(source, entry.config.image))
 
 
 def _image_part(config: CLIPConfig | BackboneConfig) -> BackboneConfig:

@@ -154,7 +154,7 @@ class ModelEntry:
 
     Attributes:
         config: architecture and preprocessing. Where ``pruned_on_load`` is set, those of the masked graph in
-            the file; the loaded model's own config follows from the masks.
+            the file; the loaded model's own config follows from the masks or shapes.
         family: ``"MobileCLIP"``, ``"MobileCLIP2"``, ``"CLIP"``, ``"TinyCLIP"``, ``"EfficientNet-Lite"`` or
             ``"edgeclip"``.
         tag: name of the weights where the shape has several, else of what they were trained on.
@@ -167,8 +167,8 @@ class ModelEntry:
         weights: where they are; ``None`` where there are none.
         accuracy: published; ``None`` where there is none.
         pruned_on_load: whether the file holds masks that decide the widths (TinyCLIP "auto").
-        norm_eps_of: ``eps`` of the image tower's layer norms where a file with another naming, as listed,
-            was meant to be run with another one than the config's.
+        image_of: image tower as files with another naming, as listed, are meant to be computed, where that
+            differs from the config's.
         run_here: whether the real weights were ever run in this project.
         note: anything else to know.
     """
@@ -183,7 +183,7 @@ class ModelEntry:
     weights: Weights | None
     accuracy: Accuracy | None
     pruned_on_load: bool = False
-    norm_eps_of: Mapping[str, float] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    image_of: Mapping[str, ImageConfig] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     run_here: bool = False
     note: str = ""
 
@@ -251,7 +251,12 @@ _MCI1 = _mci((64, 128, 256, 512), (4, 12, 20, 4))
 _MCI2 = _mci((80, 160, 320, 640), (4, 12, 24, 4))
 _MCI3 = _mci_five((96, 192, 384, 768, 1536), (2, 12, 24, 4, 2))
 _MCI4 = _mci_five((128, 256, 512, 1024, 2048), (2, 12, 24, 4, 4))
-_VIT_B16_MCI = dataclasses.replace(_vit(768, 12, 16), stem="conv", class_position=False, pre_norm=False)
+# One set of names, two codes: Apple's pads the stem's first convolution and has another epsilon than timm's
+# `vit_base_mci_224`, which open_clip runs. Apple trained the first generation, open_clip MobileCLIP2-B.
+_VIT_B16_MCI = dataclasses.replace(
+    _vit(768, 12, 16), stem="conv", class_position=False, pre_norm=False, stem_padding_px=1
+)
+_VIT_B16_MCI_TIMM = dataclasses.replace(_VIT_B16_MCI, norm_eps=1e-6, stem_padding_px=0)
 _VIT_L14 = _vit(1024, 24, 14, embed_dim=768)
 # Ours: the smallest widths that fill AVX2 registers; at 224 pixels 0.3 G multiply-adds.
 _NANO = FastViTConfig(
@@ -312,8 +317,6 @@ _OPEN_CLIP_FILES = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# timm's vit_base_mci_224 computes with another eps than Apple's code, and open_clip runs timm's.
-_TIMM_EPS = {"timm": 1e-6, "open_clip": 1e-6}
 _ZERO_SHOT = "ImageNet-1k zero-shot top-1"
 _TOP_1 = "ImageNet-1k top-1 of its own classifier"
 _APPLE_RESULTS = "apple/ml-mobileclip, results/{}.jsonl"
@@ -332,7 +335,7 @@ def _mobileclip(
     file: str,
     openai_pixels: bool = False,
     interpolation: Interpolation = "bilinear",
-    norm_eps_of: Mapping[str, float] | None = None,
+    image_of: Mapping[str, ImageConfig] | None = None,
     note: str = "",
 ) -> ModelEntry:
     side = 256 if isinstance(image, FastViTConfig) else 224
@@ -356,7 +359,7 @@ def _mobileclip(
             repo=f"apple/{name}", files=(file,), naming="apple", url=f"https://huggingface.co/apple/{name}"
         ),
         accuracy=Accuracy(percent, _ZERO_SHOT, _APPLE_RESULTS.format(results)),
-        norm_eps_of=MappingProxyType(dict(norm_eps_of or {})),
+        image_of=MappingProxyType(dict(image_of or {})),
         note=note,
     )
 
@@ -446,9 +449,8 @@ def _tinyclip(
         ),
         accuracy=Accuracy(percent, _ZERO_SHOT, _TINYCLIP_RESULTS),
         pruned_on_load=pruned,
-        note="The file is a masked ViT-B/32; the sizes in its name count transformer blocks only."
-        if pruned
-        else "The sizes in its name count transformer blocks only.",
+        note="In its name the image size is the whole tower's, the text size leaves the token table out."
+        + (" Widths follow from the file, gated or pruned already." if pruned else ""),
     )
 
 
@@ -574,7 +576,7 @@ _MOBILECLIP = (
         76.8,
         results="mobileclip_b",
         file="mobileclip_b.pt",
-        norm_eps_of=_TIMM_EPS,
+        image_of={"timm": _VIT_B16_MCI_TIMM, "open_clip": _VIT_B16_MCI_TIMM},
     ),
     _mobileclip(
         "MobileCLIP-B-LT",
@@ -584,7 +586,7 @@ _MOBILECLIP = (
         77.2,
         results="mobileclip_b_lt",
         file="mobileclip_blt.pt",
-        norm_eps_of=_TIMM_EPS,
+        image_of={"timm": _VIT_B16_MCI_TIMM, "open_clip": _VIT_B16_MCI_TIMM},
         note="MobileCLIP-B trained longer.",
     ),
     _mobileclip(
@@ -639,13 +641,12 @@ _MOBILECLIP = (
     ),
     _mobileclip(
         "MobileCLIP2-B",
-        _VIT_B16_MCI,
+        _VIT_B16_MCI_TIMM,
         _TEXT_CAUSAL,
         (86348544, 63428096),
         79.4,
         results="mobileclip2_b",
         file="mobileclip2_b.pt",
-        norm_eps_of=_TIMM_EPS,
     ),
     _mobileclip(
         "MobileCLIP2-S3",

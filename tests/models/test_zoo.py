@@ -171,10 +171,14 @@ def test_sources_are_complete_and_nothing_is_claimed_that_was_not_run() -> None:
         assert weights.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", weights.sha256)
 
 
-def test_only_mobileclip_b_names_another_eps_for_other_files() -> None:
-    special = {entry.name for entry in MODELS.values() if entry.norm_eps_of}
-    assert special == {"MobileCLIP-B", "MobileCLIP-B-LT", "MobileCLIP2-B"}
-    assert MODELS["MobileCLIP-B"].norm_eps_of["timm"] == 1e-6
+def test_only_mobileclip_b_is_computed_otherwise_from_other_files() -> None:
+    special = {entry.name for entry in MODELS.values() if entry.image_of}
+    assert special == {"MobileCLIP-B", "MobileCLIP-B-LT"}
+    for name in special:
+        apple, timm = MODELS[name].config.image, MODELS[name].image_of["open_clip"]
+        assert (apple.norm_eps, apple.stem_padding_px) == (1e-5, 1)
+        assert (timm.norm_eps, timm.stem_padding_px) == (1e-6, 0)
+        assert timm == MODELS["MobileCLIP2-B"].config.image == MODELS[name].image_of["timm"]
 
 
 def test_the_nano_image_tower_is_small_and_text_towers_fit_the_tokenizer(repo: Path) -> None:
