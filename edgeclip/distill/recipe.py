@@ -87,11 +87,13 @@ class StudentSpec(_Table, frozen=True, kw_only=True):
 
     Attributes:
         model: a name of the model zoo, built with fresh weights.
+        config: or an architecture of one's own, with the keys of ``CLIPConfig``; ``name`` is the recipe's.
         checkpoint: or the weights to start from: our checkpoint, or a published file of ``model``.
-        tokenizer: directory with a tokenizer's files; CLIP's own, or the checkpoint's, if not given.
+        tokenizer: directory with a tokenizer's files; the checkpoint's, or CLIP's own, if not given.
     """
 
     model: str | None = None
+    config: dict[str, Any] | None = None
     checkpoint: str | None = None
     tokenizer: str | None = None
 
@@ -255,6 +257,7 @@ class StageSpec(_Table, frozen=True, kw_only=True):
         group: exceptions from both.
         clip_norm: limit on the gradient's norm.
         ema: decay of the running average of the weights that is evaluated and exported; ``None`` for none.
+            The first steps of a run decay faster, ``(1 + step) / (10 + step)``, so that fresh weights fade.
         freeze_batch_norm: keep batch norms at their statistics, which makes ``parts`` exact.
         train_scale: whether the multiplier of cosines is learned.
     """
@@ -315,6 +318,7 @@ class Recipe(_Table, frozen=True, kw_only=True):
         validation: what is measured.
         seed: of weights, order, crops and captions.
         checkpoint_every: steps between two checkpoints; stages end with one.
+        licence: of the model that comes out, an SPDX identifier; what it descends from may restrict it.
     """
 
     name: str
@@ -323,8 +327,9 @@ class Recipe(_Table, frozen=True, kw_only=True):
     stage: tuple[StageSpec, ...]
     teacher: tuple[TeacherSpec, ...] = ()
     validation: tuple[ValidationSpec, ...] = ()
-    seed: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
     checkpoint_every: Count = 1000
+    licence: str = "Apache-2.0"
 
 
 def load_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
@@ -482,8 +487,12 @@ def _check(recipe: Recipe, where: str) -> None:
     """Raise where the tables contradict each other."""
     if not recipe.stage:
         raise ConfigError(f"{where}: expected one [[stage]] or more.")
-    if recipe.student.model is None and recipe.student.checkpoint is None:
-        raise ConfigError(f"{where}: [student]: expected 'model' or 'checkpoint'.")
+    said = {key for key in ("model", "config", "checkpoint") if getattr(recipe.student, key) is not None}
+    if said not in ({"model"}, {"config"}, {"checkpoint"}, {"model", "checkpoint"}):
+        raise ConfigError(
+            f"{where}: [student]: got {sorted(said)}, expected 'model', 'config' or 'checkpoint', or 'model' "
+            "beside the 'checkpoint' of a published file."
+        )
     teachers = [teacher.name for teacher in recipe.teacher]
     for names, what in (
         (teachers, "[[teacher]]"),

@@ -142,7 +142,7 @@ def test_set_takes_toml_values_bare_words_and_new_tables() -> None:
             "crop_scale = [0.9, 0.5]\npaths = ['a']",
             r"\[0.9, 0.5\], expected two rising",
         ),
-        ('model = "tiny-fastvit"', "", r"\[student\]: expected 'model' or 'checkpoint'"),
+        ('model = "tiny-fastvit"', "", r"\[student\]: got \[\], expected 'model', 'config' or"),
         ("schema = 1", "schema = 2", "expected schema = 1"),
         ('kind = "train"', 'kind = "pipeline"', "expected kind = 'train'"),
         ("batch_size = 100", "batch_size = 100\nparts = 3", r"'batch_size' 100 cannot be cut into 'parts' 3"),

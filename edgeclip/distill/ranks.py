@@ -1,0 +1,106 @@
+"""The processes that train together: who this one is, and the averages they agree on.
+
+``torchrun`` says so in the environment; without it there is one. Gradients are averaged here, in one piece,
+and not by DistributedDataParallel: one sum carries the gradients, the statistics of batch norms, the losses
+and whether somebody was asked to stop. So all ranks decide alike, also where gradients are accumulated in
+parts or parameters are frozen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from edgeclip.errors import ConfigError
+
+__all__ = ["Ranks", "ranks"]
+
+_TIMEOUT = timedelta(hours=2)  # the first rank may validate for long
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run.
+
+    Attributes:
+        world: how many.
+        rank: which one this is.
+        device: where this one computes.
+    """
+
+    world: int
+    rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes files and says things."""
+        return self.rank == 0
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace floating tensors by their mean over all ranks, in place."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        at = 0
+        for tensor in tensors:
+            tensor.detach().copy_(flat[at : at + tensor.numel()].view_as(tensor))
+            at += tensor.numel()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` started, or be the only one.
+
+    Args:
+        device: ``"cpu"`` (gloo) or ``"cuda"`` (nccl, the GPU of ``LOCAL_RANK``).
+
+    Raises:
+        ConfigError: the device is not there, or the environment is not torchrun's.
+    """
+    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', but torch sees no GPU here; use device 'cpu'.")
+        place = torch.device("cuda", _number("LOCAL_RANK", 0))
+        torch.cuda.set_device(place)
+    elif device == "cpu":
+        place = torch.device("cpu")
+    else:
+        raise ConfigError(f"device is {device!r}, expected 'cpu' or 'cuda'.")
+    if world == 1:
+        yield Ranks(1, 0, place)
+        return
+    try:
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo", init_method="env://", timeout=_TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{world} processes cannot meet: {str(error)[:200]}; start them with torchrun."
+        ) from error
+    try:
+        yield Ranks(world, rank, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    said = os.environ.get(name, str(default))
+    if not said.isdigit():
+        raise ConfigError(f"the environment says {name}={said!r}, expected a number, as torchrun sets it.")
+    return int(said)
