@@ -66,6 +66,7 @@ __all__ = [
     "ValidationSpec",
     "load_recipe",
     "parse_recipe",
+    "read_recipe_file",
     "recipe_digest",
 ]
 
@@ -343,11 +344,20 @@ def load_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
     Raises:
         ConfigError: the file cannot be read or used.
     """
+    return parse_recipe(read_recipe_file(path), where=f"recipe {str(path)!r}", changes=changes)
+
+
+def read_recipe_file(path: Path) -> bytes:
+    """Return the content of a recipe's file, at most a byte more than a recipe may have.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
-        content = path.read_bytes()[: _MAX_BYTES + 1]
+        with path.open("rb") as stream:
+            return stream.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}.") from error
-    return parse_recipe(content, where=f"recipe {str(path)!r}", changes=changes)
 
 
 def parse_recipe(content: bytes, *, where: str = "recipe", changes: Iterable[str] = ()) -> Recipe:

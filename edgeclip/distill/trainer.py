@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -52,7 +52,7 @@ from edgeclip.errors import ConfigError, EdgeClipError
 from edgeclip.models.checkpoints import CheckpointInfo, save_checkpoint
 from edgeclip.models.clip import CLIP, MAX_SCALE
 
-__all__ = ["Progress", "Result", "Run", "StagePlan", "TrainOptions", "open_run", "train"]
+__all__ = ["Progress", "Result", "Run", "StagePlan", "TrainOptions", "dry_run_of", "open_run", "train"]
 
 MAX_SKIPPED_IN_A_ROW = 10
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,6 +115,7 @@ class Result:
         model: the checkpoint, when finished.
         licence: of that.
         validation: the last numbers of each measurement.
+        rank: of this process.
     """
 
     status: Literal["finished", "present", "interrupted"]
@@ -124,7 +125,14 @@ class Result:
     broken: int = 0
     model: Path | None = None
     licence: str = ""
-    validation: Mapping[str, Mapping[str, float]] | None = None
+    validation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        said = asdict(self) | {"model": None if self.model is None else str(self.model)}
+        del said["rank"]
+        return said
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,10 @@ class StagePlan:
     frozen: int
     matrix_bytes: int
     teachers: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self) | {"teachers": list(self.teachers)}
 
 
 _Listener: TypeAlias = Callable[[Progress], None]
@@ -302,6 +314,22 @@ def open_run(recipe: Recipe, root: Path) -> Run:
         open_validation(entry, recipe.data[entry.data], data[entry.data], root) for entry in recipe.validation
     )
     return Run(recipe, student, teachers, data, validations)
+
+
+def dry_run_of(recipe: Recipe, root: Path, *, device: str = "cpu") -> tuple[list[StagePlan], str]:
+    """Check that a recipe can be run, and return what each stage will do and a remark on the licence.
+
+    Args:
+        recipe: the recipe.
+        root: what its paths are relative to.
+        device: where it shall run.
+
+    Raises:
+        EdgeClipError: something is missing or does not fit.
+    """
+    with ranks(device) as here:
+        run = open_run(recipe, root)
+        return run.check(world=here.world), run.info()[1]
 
 
 def _named(spec: Any) -> tuple[str, ...]:
@@ -618,6 +646,7 @@ class _Trainer:
             self._options.output / "model" if is_done else None,
             self._info.licence,
             self._measured,
+            self._here.rank,
         )
 
 

@@ -1,0 +1,1 @@
+"""Recipes that come with edgeclip, by name: ``edgeclip train plain-clip``."""
