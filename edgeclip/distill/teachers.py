@@ -254,7 +254,7 @@ def _open_clip(spec: OpenClipTeacher, root: Path) -> Teacher:
         )
     try:
         model = open_clip.create_model(spec.model, pretrained=str(file), weights_only=True)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
         raise ConfigError(
             f"teacher {spec.name!r}: {spec.pretrained!r} cannot be loaded as {spec.model!r}: "
             f"{str(error)[:300]}"

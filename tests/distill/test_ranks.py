@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from train_runs import (  # noqa: E402
+    FASTVIT,
+    STAGE,
+    VIT,
+    assert_same_weights,
+    log,
+    make_data,
+    recipe_text,
+    run,
+    weights,
+)
+
+from edgeclip.distill.ranks import Ranks, ranks  # noqa: E402
+from edgeclip.errors import ConfigError  # noqa: E402
+
+TOOL = Path(__file__).parents[1] / "tools" / "train_runs.py"
+# Adam divides by the root of a gradient's square: without this floor it would turn rounding of gradients
+# near zero into whole steps.
+FLOOR = "eps = 1e-4"
+TOLERANCE = 1e-4  # float32 sums in another order, over the steps of a run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def write(folder: Path, name: str, *rest: str, student: str = VIT) -> Path:
+    path = folder / name
+    text = recipe_text(folder, *rest, student=student).replace(
+        "checkpoint_every = 1000", "checkpoint_every = 2"
+    )
+    path.write_text(text.replace("learning_rate = 2e-3", f"learning_rate = 2e-3, {FLOOR}"), encoding="utf-8")
+    return path
+
+
+def start(recipe: Path, out: Path, world: int, kill_at: int = 0) -> list[int]:
+    """Run every rank in a process of its own, and return how they ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        there = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "RANK": str(rank),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(TOOL), str(recipe), str(out), str(kill_at)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(there if world > 1 else {})},
+                stderr=subprocess.DEVNULL if kill_at else None,
+            )
+        )
+    try:
+        return [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() <= TOLERANCE * (1 + value.abs().max()), name
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe whose result does not depend on how it is shared, and its run by one process."""
+    fields = "batch_size = 32\nfreeze_batch_norm = true\nparts = 2"
+    recipe = write(folder, "frozen.toml", STAGE.replace("batch_size = 32", fields), student=FASTVIT)
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert start(recipe, out, 1) == [0]
+    return recipe, out
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_weights_of_one_process(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, expected = alone
+    assert start(recipe, tmp_path, 2) == [0, 0]
+    assert_close(tmp_path, expected)
+    one, two = log(expected), log(tmp_path)
+    assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], rel=1e-4)
+    assert [entry["step"] for entry in two] == list(range(1, 11))  # only one rank writes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_the_number_of_ranks_may_change_on_the_way(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, expected = alone
+    assert start(recipe, tmp_path, 1, 5) == [-signal.SIGKILL]
+    assert start(recipe, tmp_path, 2) == [0, 0]
+    assert_close(tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_run_killed_three_times_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    recipe = write(
+        folder, "killed.toml", STAGE.replace("batch_size = 32", "batch_size = 32\nema = 0.9"), student=FASTVIT
+    )
+    assert start(recipe, tmp_path / "whole", 1) == [0]
+    for kill_at in (1, 5, 3):  # before the first state; after the second; after the third
+        assert start(recipe, tmp_path / "killed", 1, kill_at) == [-signal.SIGKILL]
+        assert not (tmp_path / "killed" / "model").exists()
+    assert start(recipe, tmp_path / "killed", 1) == [0]
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert [entry["loss"] for entry in log(tmp_path / "killed")] == [
+        entry["loss"] for entry in log(tmp_path / "whole")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_two_ranks_killed_end_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    recipe = write(folder, "two.toml", student=FASTVIT)  # batch norms learn
+    assert start(recipe, tmp_path / "whole", 2) == [0, 0]
+    assert -signal.SIGKILL in start(recipe, tmp_path / "killed", 2, 5)
+    assert start(recipe, tmp_path / "killed", 2) == [0, 0]
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_alone_nothing_is_averaged() -> None:
+    value = torch.ones(3)
+    with ranks("cpu") as here:
+        assert here == Ranks(1, 0, torch.device("cpu"))
+        here.average_([value])
+    assert torch.equal(value, torch.ones(3))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeclip.distill.recipe import parse_recipe
+    from edgeclip.distill.trainer import open_run
+
+    recipe = parse_recipe(recipe_text(folder).encode(), changes=["stage.0.parts=16"])
+    opened = open_run(recipe, folder)
+    assert opened.plan(recipe.stage[0], world=2).batch_size == 32
+    with pytest.raises(ConfigError, match=r"each of 4 processes takes 8 samples .* 'parts' 16"):
+        opened.plan(recipe.stage[0], world=4)
+    with pytest.raises(ConfigError, match="batch size 32 cannot be shared by 3 processes"):
+        opened.plan(recipe.stage[0], world=3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("RANK", "-1")])
+def test_an_environment_that_is_not_torchruns_is_named(
+    name: str, value: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}='{value}'"):
+        run(folder, tmp_path)
+
+
+def test_an_unknown_device_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device is 'tpu', expected 'cpu' or 'cuda'"):
+        run(folder, tmp_path, device="tpu")
