@@ -12,7 +12,7 @@ import pytest
 from command import Command
 
 torch = pytest.importorskip("torch")
-from train_runs import log, make_data, recipe_text  # noqa: E402
+from train_runs import STAGE, log, make_data, recipe_text  # noqa: E402
 
 from edgeclip.distill.recipe import load_recipe  # noqa: E402
 from edgeclip.distill.trainer import open_run  # noqa: E402
@@ -43,6 +43,18 @@ def test_a_recipe_is_trained_once(train, folder: Path, tmp_path: Path) -> None:
     assert load_recipe(out / "recipe.toml").name == "tiny"
     again = train(folder / "tiny.toml", "-o", out, *SHORT)
     assert (again.code, again.out) == (0, done.out.replace("finished", "finished before"))
+
+
+def test_a_person_sees_a_bar(train, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    validation = '[[validation]]\nname = "pairs"\ndata = "held_out"\nevery = 2\n'
+    recipe = folder / "watched.toml"
+    recipe.write_text(recipe_text(folder, STAGE, validation), encoding="utf-8")
+    done = train(recipe, "-o", tmp_path / "run", *SHORT)
+    assert done.code == 0, done.err
+    assert "4/4" in done.err
+    assert "step 4: pairs: image_to_text_r1" in done.err
+    assert done.out.startswith("finished: 4 steps")
 
 
 def test_json_tells_all(train, folder: Path, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from train_runs import (  # noqa: E402
 )
 
 from edgeclip.distill import trainer as trainer_module  # noqa: E402
+from edgeclip.distill.batches import BatchLoader  # noqa: E402
 from edgeclip.distill.recipe import parse_recipe  # noqa: E402
 from edgeclip.distill.state import latest_state  # noqa: E402
 from edgeclip.distill.teachers import Student  # noqa: E402
-from edgeclip.distill.trainer import MAX_SKIPPED_IN_A_ROW, Run, open_run  # noqa: E402
+from edgeclip.distill.trainer import MAX_SKIPPED_IN_A_ROW, Run, TrainOptions, open_run, train  # noqa: E402
 from edgeclip.errors import ConfigError, EdgeClipError, InputError  # noqa: E402
 from edgeclip.models.checkpoints import load_model, read_checkpoint_info  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
@@ -165,6 +166,43 @@ def test_a_finished_run_is_left_alone(folder: Path, plain: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in weights(plain).items())
 
 
+def test_a_run_killed_before_its_model_was_complete_writes_it(folder: Path, tmp_path: Path) -> None:
+    changes = ("stage.0.ema=0.9", "stage.0.samples=96")
+    run(folder, tmp_path, changes=changes)
+    before = weights(tmp_path)
+    (tmp_path / "model").rename(tmp_path / ".partial-model")
+    (tmp_path / ".partial-model" / "config.json").unlink()
+    result, heard = run(folder, tmp_path, changes=changes)
+    assert (result.status, steps(heard)) == ("finished", [])
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
+    assert read_checkpoint_info(tmp_path / "model").config.name == "tiny"
+
+
+def test_workers_that_end_with_the_signal_do_not_cost_the_state(
+    folder: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, asked = BatchLoader.batches, False
+
+    def dying(self: BatchLoader, *start: Any) -> Any:
+        for number, batch in enumerate(honest(self, *start)):
+            if number == 3:
+                nonlocal asked
+                asked = True
+                raise EdgeClipError("worker gone")
+            yield batch
+
+    monkeypatch.setattr(BatchLoader, "batches", dying)
+    recipe = parse_recipe(recipe_text(folder).encode())
+    with pytest.raises(EdgeClipError, match="worker gone"):
+        train(recipe, TrainOptions(tmp_path, folder))
+    asked = False
+    result = train(recipe, TrainOptions(tmp_path, folder), stop=lambda: asked)
+    assert (result.status, result.steps) == ("interrupted", 3)
+    monkeypatch.undo()
+    run(folder, tmp_path)
+    assert_same_weights(tmp_path, plain)
+
+
 def test_restart_begins_again(folder: Path, plain: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, changes=("seed=9",))
     with pytest.raises(ConfigError, match=r"belongs to another recipe \(digest .*--restart"):
@@ -268,6 +306,8 @@ def test_lower_precision_learns_the_same_at_first(
     found = [entry["loss"] for entry in log(tmp_path)]
     assert found != [entry["loss"] for entry in log(plain)]
     assert found[-1] == pytest.approx(log(plain)[-1]["loss"], abs=0.2)
+    run(folder, tmp_path / "whole", changes=changes)
+    assert_same_weights(tmp_path, tmp_path / "whole")
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(
