@@ -22,12 +22,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgeclip.errors import ConfigError, InputError
 from edgeclip.models.checkpoints import CheckpointInfo, save_checkpoint
 from edgeclip.models.clip import CLIP
+from edgeclip.models.state_files import write_state
 
 __all__ = [
     "Position",
@@ -164,11 +165,10 @@ def save_state(
             )
             for key, value in part.items()
         }
-        save_file(tensors, staging / _OPTIMIZER)
+        write_state(staging / _OPTIMIZER, tensors)
         if state.ema:
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in state.ema.items()}, staging / _EMA
-            )
+            average = {key: value.detach().cpu().contiguous() for key, value in state.ema.items()}
+            write_state(staging / _EMA, average)
         said = {
             "schema": SCHEMA,
             "position": asdict(state.position),

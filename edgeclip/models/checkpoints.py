@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from edgeclip.errors import ConfigError, InputError
@@ -35,6 +35,7 @@ from edgeclip.models.config import CLIPConfig, config_from_dict, config_to_dict
 from edgeclip.models.efficientnet_lite import rename_lite_pytorch_keys, rename_timm_keys
 from edgeclip.models.foreign import ForeignModel, Source, load_foreign
 from edgeclip.models.keys import Differences, KeyMismatchError
+from edgeclip.models.state_files import write_state
 
 __all__ = [
     "CheckpointInfo",
@@ -251,7 +252,7 @@ def save_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in tokenizer_files.items():
             (directory / name).write_bytes(content)
-        save_file(state, directory / _WEIGHTS, metadata={"format": "pt"})
+        write_state(directory / _WEIGHTS, state)
         text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
         (directory / _CONFIG).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:

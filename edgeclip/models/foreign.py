@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgeclip.errors import ConfigError, InputError
@@ -52,7 +51,7 @@ from edgeclip.models.naming import (
     text_map,
     text_shapes,
 )
-from edgeclip.models.state_files import read_state
+from edgeclip.models.state_files import read_state, write_state
 from edgeclip.models.zoo import MODELS, BackboneConfig, ModelEntry, model_entry
 
 __all__ = [
@@ -559,6 +558,6 @@ def save_foreign(model: CLIP, config: CLIPConfig, path: str | os.PathLike[str], 
             f"the first is {wrong[0]!r}; pass the model before reparameterize()."
         )
     try:
-        save_file(names.to_theirs(state), path, metadata={"format": "pt"})
+        write_state(path, names.to_theirs(state))
     except (OSError, SafetensorError) as error:
         raise InputError(f"weights file {str(path)!r} cannot be written: {error}.") from error

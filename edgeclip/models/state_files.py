@@ -1,4 +1,4 @@
-"""Tensors out of files from strangers: safetensors and ``torch.save``, told apart by content.
+"""Tensors out of files from strangers (safetensors and ``torch.save``, told apart by content), and into ours.
 
 Nothing in a file is ever executed: safetensors holds no code, and a pickle is read by PyTorch's restricted
 unpickler (``weights_only=True``) after its instructions were listed without running them. What else is
@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeclip.errors import InputError
 
-__all__ = ["read_state"]
+__all__ = ["read_state", "write_state"]
 
 _MAX_BYTES = 16 << 30
 _MAX_PICKLE_BYTES = 64 << 20
@@ -73,6 +74,21 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{where}: its tensors claim {claimed} bytes, but the file has {size}; it is damaged."
         )
     return state
+
+
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that may be read by whom the user's umask lets.
+
+    The library makes its files readable for their owner alone, which stops the next user or service.
+
+    Raises:
+        OSError: it cannot be written.
+        SafetensorError: likewise, as the library says it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(state), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _open(path: Path, where: str) -> tuple[bytes, int]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from edgeclip.errors import InputError  # noqa: E402
 from edgeclip.models import state_files  # noqa: E402
-from edgeclip.models.state_files import read_state  # noqa: E402
+from edgeclip.models.state_files import read_state, write_state  # noqa: E402
 
 
 @pytest.fixture
@@ -330,3 +330,11 @@ def test_the_file_may_go_after_reading_a_model(state: dict[str, Tensor], tmp_pat
     copies = {key: value.clone() for key, value in read_state(tmp_path / "w.pt").items()}
     shutil.rmtree(tmp_path)
     assert same(copies, state)
+
+
+def test_written_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    write_state(tmp_path / "weights.safetensors", {"x": torch.zeros(2)})
+    assert (tmp_path / "weights.safetensors").stat().st_mode == plain.stat().st_mode
+    assert torch.equal(read_state(tmp_path / "weights.safetensors")["x"], torch.zeros(2))
