@@ -44,7 +44,6 @@ from edgeclip.models.config import CLIPConfig, FastViTConfig, TextTransformerCon
 from edgeclip.shapes import (
     COLOURS,
     LANGUAGES,
-    POSITIONS,
     TEXTURES,
     VERSION,
     Combination,
@@ -79,9 +78,8 @@ class Recipe:
         learning_rate: the highest (AdamW).
         muon_rate: the highest of the matrices of transformer layers (Muon; Jordan et al. 2024); 0 leaves them
             to AdamW.
-        alike: of so many batches one is plain and the others hold two colours, two textures and two positions
-            only, so that shapes and counts, which are learned last, tell their pictures apart; 0 makes all of
-            them plain.
+        alike: of so many batches one is plain and the others hold two colours and two textures only, so that
+            places, shapes and counts, which are learned last, tell their pictures apart; 0 makes all plain.
         position_gain: factor on the initial positions of a ViT: as published they are a tenth of a patch, and
             for some hundred steps it would see colours and textures but no places.
         parent: the probe whose weights are inherited, without the heads and hidden units that this config
@@ -145,6 +143,8 @@ RECIPES: dict[str, Recipe] = {
             text=_text(conv_ends=True, attention="full"),
             image_size_px=(64, 64),
         ),
+        steps=1600,
+        alike=3,
     ),
     "vit": Recipe(
         config=CLIPConfig(
@@ -164,8 +164,9 @@ RECIPES: dict[str, Recipe] = {
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
         ),
-        steps=1500,
-        muon_rate=0.03,
+        steps=2200,
+        muon_rate=0.008,
+        learning_rate=1.5e-3,
         alike=3,
         position_gain=5.0,
     ),
@@ -188,10 +189,10 @@ RECIPES: dict[str, Recipe] = {
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
         ),
-        steps=300,
+        steps=400,
         warmup=20,
         learning_rate=1e-3,
-        muon_rate=0.015,
+        muon_rate=0.006,
         alike=3,
         parent="vit",
     ),
@@ -209,7 +210,7 @@ class Data:
         pictures: ``(N, S, S, 3)`` uint8; each combination comes once before any comes again.
         tokens: ``(N, languages, captions, L)``.
         combinations: number of each picture's combination.
-        looks: ``(N, 3)``, numbers of its colour, texture and position.
+        looks: ``(N, 2)``, numbers of its colour and texture.
     """
 
     pictures: Tensor
@@ -246,12 +247,7 @@ def training_data(recipe: Recipe, tokenizer: Tokenizer, *, limit: int | None = N
         pictures=_pictures(drawn, 0, recipe.size_px),
         tokens=tokens.reshape(count, len(LANGUAGES), recipe.captions, -1),
         combinations=torch.tensor([number[combination] for combination in drawn]),
-        looks=torch.tensor(
-            [
-                (COLOURS.index(each.colour), TEXTURES.index(each.texture), POSITIONS.index(each.position))
-                for each in drawn
-            ]
-        ),
+        looks=torch.tensor([(COLOURS.index(each.colour), TEXTURES.index(each.texture)) for each in drawn]),
     )
 
 
@@ -314,7 +310,7 @@ def fresh_model(recipe: Recipe, parent: CLIP | None = None) -> CLIP:
 
 @torch.no_grad()
 def inherited(model: CLIP, parent: CLIP) -> CLIP:
-    """Return ``model`` with the weights of a wider ``parent``: inheritance by hand (Wu et al. 2023, TinyCLIP).
+    """Return ``model`` with the weights of a wider ``parent``, pruned by magnitude (cf. Wu et al. 2023).
 
     Of each layer the heads and hidden units stay whose output weights are the largest; the rest is equal.
     """
@@ -422,9 +418,9 @@ def _order(count: int, every: int, random: torch.Generator) -> list[int]:
 
 
 def _look_alikes(looks: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Return pictures of two colours, two textures and two positions."""
+    """Return pictures of two colours and two textures."""
     chosen = torch.ones(len(looks), dtype=torch.bool)
-    for column, values in enumerate((COLOURS, TEXTURES, POSITIONS)):
+    for column, values in enumerate((COLOURS, TEXTURES)):
         pair = torch.randperm(len(values), generator=random)[:2]
         chosen &= torch.isin(looks[:, column], pair)
     found = chosen.nonzero().flatten()
@@ -499,6 +495,12 @@ def hashes(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _numbers(report: ZeroShotReport) -> dict[str, Any]:
+    shares = {name: dataclasses.asdict(getattr(report, name)) for name in ("top1", "top5")}
+    rounded = {name: {key: round(value, 4) for key, value in each.items()} for name, each in shares.items()}
+    return {"n": report.n, "labels": report.labels, **rounded}
+
+
 def describe(directory: Path, recipe: Recipe, training: dict[str, Any]) -> dict[str, Any]:
     """Evaluate a probe as it is stored and write its ``recipe.json``."""
     model, tokenizer = load_checkpoint(directory), Tokenizer.open(directory)
@@ -514,7 +516,7 @@ def describe(directory: Path, recipe: Recipe, training: dict[str, Any]) -> dict[
             name: sum(parameter.numel() for parameter in tower.parameters())
             for name, tower in (("image", model.image_tower), ("text", model.text_tower))
         },
-        "held_out": {language: report.to_dict() for language, report in reports.items()},
+        "held_out": {language: _numbers(report) for language, report in reports.items()},
         "median_image_cosine": round(similarity, 4),
         "training": training,
     }
