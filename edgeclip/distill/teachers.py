@@ -7,6 +7,7 @@ sees is the student's (:mod:`edgeclip.distill.inputs`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from edgeclip.tokenizer import Tokenizer
 __all__ = ["Student", "Teacher", "embed", "licence_of", "open_student", "open_teacher"]
 
 _NOT_SAID = "NOASSERTION"
+_IDENTIFIER = re.compile(r"[A-Za-z0-9.+-]+")
 _RESEARCH_ONLY = frozenset(
     entry.licence.identifier
     for entry in MODELS.values()
@@ -308,18 +310,20 @@ def licence_of(wanted: str, parents: Sequence[Mapping[str, Any]]) -> tuple[str, 
         wanted: what the recipe says.
         parents: teachers and start checkpoint, as recorded.
     """
-    said = {str(parent["name"]): str(parent["licence"]) for parent in parents}
-    research = {name: licence for name, licence in said.items() if _RESEARCH_ONLY & set(licence.split())}
+    said = [(str(parent["name"]), str(parent["licence"])) for parent in parents]
+    research = [(name, licence) for name, licence in said if _RESEARCH_ONLY & _identifiers(licence)]
     if research:
-        licences = sorted(set(research.values()))
-        return " AND ".join(licences), (
-            f"the student may be used for research only ({' AND '.join(licences)}), because it descends from "
-            f"{', '.join(sorted(research))}"
+        licences = " AND ".join(sorted({licence for _, licence in research}))
+        return licences, (
+            f"the student may be used for research only ({licences}), because it descends from "
+            f"{', '.join(sorted({name for name, _ in research}))}"
         )
-    unknown = sorted(name for name, licence in said.items() if licence == _NOT_SAID)
+    unknown = sorted({name for name, licence in said if _NOT_SAID in _identifiers(licence)})
     if unknown:
         return _NOT_SAID, f"the student's licence is open, because nobody says that of {', '.join(unknown)}"
-    licences = sorted({wanted, *said.values()})
-    if len(licences) > 1:
-        return " AND ".join(licences), f"the student's licence is {' AND '.join(licences)}, by its parents"
-    return wanted, ""
+    licences = " AND ".join(sorted({wanted, *(licence for _, licence in said)}))
+    return licences, "" if licences == wanted else f"the student's licence is {licences}, by its parents"
+
+
+def _identifiers(licence: str) -> set[str]:
+    return set(_IDENTIFIER.findall(licence))

@@ -174,3 +174,20 @@ def test_the_plain_recipe_runs_on_generated_shapes(
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "held-out-labels: top1" in done.err
+
+
+@pytest.mark.slow
+def test_the_distillation_recipe_fits_its_student_and_a_teacher(
+    train, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(folder / "tiny.toml", "-o", folder / "teacher_run", *SHORT).code == 0
+    monkeypatch.chdir(folder)
+    done = train(
+        "mobileclip", "-o", tmp_path / "run", "--dry-run",
+        "--set", 'data.train.paths=["shapes/train.jsonl"]', "--set", "teacher.0.path=teacher_run/model",
+        "--set", "stage.0.texts=1", "--set", "stage.0.batch_size=4",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    row = done.out.splitlines()[1].split()
+    assert (row[0], row[1], row[-1]) == ("distil", "3,200,000", "teacher")
+    assert int(row[4].replace(",", "")) > 70_000_000

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from edgeclip.errors import ConfigError, InputError, MissingExtraError  # noqa: 
 from edgeclip.models.checkpoints import CheckpointInfo, read_checkpoint_info, save_checkpoint  # noqa: E402
 from edgeclip.models.clip import build_clip  # noqa: E402
 from edgeclip.models.config import CLIPConfig, TextTransformerConfig, ViTConfig  # noqa: E402
+from edgeclip.models.foreign import save_foreign  # noqa: E402
+from edgeclip.models.zoo import MODELS, clip_config  # noqa: E402
 from edgeclip.pictures import decode_image  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
 
@@ -245,6 +248,19 @@ def test_a_student_may_start_from_a_checkpoint(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("licences", "expected"),
+    [
+        (["apple-amlr", "MIT"], "apple-amlr"),
+        (["(apple-amlr) AND MIT", "MIT"], "(apple-amlr) AND MIT"),
+        (["NOASSERTION", "MIT"], "NOASSERTION"),
+    ],
+)
+def test_models_of_one_name_do_not_hide_each_other_s_licence(licences: list[str], expected: str) -> None:
+    parents = [{"name": "tiny", "licence": licence} for licence in licences]
+    assert licence_of("MIT", parents)[0] == expected
+
+
+@pytest.mark.parametrize(
     ("licences", "expected", "reason"),
     [
         ([], "MIT", ""),
@@ -259,9 +275,33 @@ def test_the_strictest_licence_wins(licences: list[str], expected: str, reason: 
     found, said = licence_of("MIT", parents)
     assert found == expected
     assert bool(said) == bool(reason)
-    import re
-
     assert re.search(reason, said)
+
+
+@pytest.mark.slow
+def test_a_published_file_may_teach_and_begin(folder: Path, tmp_path: Path) -> None:
+    name = "TinyCLIP-ViT-8M-16-Text-3M"
+    config = clip_config(name)
+    torch.manual_seed(0)
+    model = build_clip(config).eval()
+    save_foreign(model, config, tmp_path / "weights.safetensors", source="hf")
+    teacher = open_teacher(CheckpointTeacher(name="t", path="weights.safetensors", model=name), tmp_path)
+    assert teacher.consumer.form.size_px == config.image_size_px
+    assert teacher.mean == config.mean
+    assert (teacher.parent["name"], teacher.parent["source"]) == (name, "hf")
+    image = torch.randint(0, 256, (1, 3, *config.image_size_px), dtype=torch.uint8)
+    tokens = torch.from_numpy(teacher.consumer.tokenizer(["a cat"]))
+    said = teacher(image, tokens[:, None])
+    with torch.no_grad():
+        wanted = model.encode_image(to_float(image, mean=config.mean, std=config.std))
+        assert torch.allclose(said.image, wanted, atol=1e-5)
+        assert torch.allclose(said.texts[0], model.encode_text(tokens), atol=1e-5)
+    text = recipe_text(folder)
+    student = f'[student]\nmodel = "{name}"\ncheckpoint = "weights.safetensors"\n'
+    text = text.split("[student]")[0] + student + text[text.index("[data.train]") :]
+    begun = open_student(parse_recipe(text.encode()), tmp_path)
+    assert begun.parents[0]["name"] == name
+    assert begun.tokenizer.digest == Tokenizer.clip().digest
 
 
 # What cannot be
@@ -297,8 +337,6 @@ def test_a_tokenizer_of_another_teacher_is_refused(folder: Path, tmp_path: Path)
 
 
 def test_our_own_models_of_the_zoo_need_a_tokenizer(folder: Path) -> None:
-    from edgeclip.models.zoo import MODELS
-
     name = next(name for name, entry in MODELS.items() if entry.tokenizer == "edgeclip-bpe")
     text = recipe_text(folder)
     text = text.split("[student]")[0] + f'[student]\nmodel = "{name}"\n' + text[text.index("[data.train]") :]
