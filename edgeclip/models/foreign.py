@@ -558,6 +558,6 @@ def save_foreign(model: CLIP, config: CLIPConfig, path: str | os.PathLike[str], 
             f"the first is {wrong[0]!r}; pass the model before reparameterize()."
         )
     try:
-        write_state(path, names.to_theirs(state))
+        write_state(Path(path), names.to_theirs(state))
     except (OSError, SafetensorError) as error:
         raise InputError(f"weights file {str(path)!r} cannot be written: {error}.") from error
