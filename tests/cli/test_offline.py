@@ -98,3 +98,19 @@ def test_the_main_job_runs_without_any_network_interface(repo: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_training_run_uses_no_socket(guard: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    shapes, run = tmp_path / "shapes", tmp_path / "run"
+    for command in (
+        ["data", "make-shapes", "-o", str(shapes), "--train", "16", "--held-out", "8"],
+        ["train", "plain-clip", "-o", str(run), "--set", f'data.train.paths=["{shapes}/train.jsonl"]',
+         "--set", f'data.held_out.paths=["{shapes}/held_out.jsonl"]', "--set", "validation=[]",
+         "--set", "stage.0.samples=16", "--set", "stage.0.batch_size=8",
+         "--set", "stage.0.schedule.warmup=0"],
+    ):  # fmt: skip
+        result = _run(guard, "-m", "edgeclip", *command)
+        assert result.returncode == 0, result.stderr
+    assert (run / "model" / "model.safetensors").is_file()
