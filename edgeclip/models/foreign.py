@@ -263,7 +263,7 @@ def _from_state(
     where: str,
     path: Path | None,
 ) -> ForeignModel:
-    source = sniff(state)
+    source = sniff(state, where=where)
     if source == "timm":
         raise InputError(
             f"{where} holds an image tower alone, by timm's names; expected both towers. Use "
@@ -351,7 +351,7 @@ def _image_tower_from_state(
     where: str,
     path: Path | None,
 ) -> ForeignImageTower:
-    source = sniff(state)
+    source = sniff(state, where=where)
     named = _named_entry(model, config)
     entries: tuple[ModelEntry, ...] = ()
     if source != "timm":

@@ -74,8 +74,12 @@ def scale_name(source: Source) -> str:
     return tinyclip.SCALE if source == "tinyclip" else _SCALE
 
 
-def sniff(state: Mapping[str, Any]) -> Source:
+def sniff(state: Mapping[str, Any], *, where: str = "weights") -> Source:
     """Return whose names these are.
+
+    Args:
+        state: anything by their names.
+        where: what is read, as messages name it.
 
     Raises:
         InputError: nobody's that is known here.
@@ -93,7 +97,7 @@ def sniff(state: Mapping[str, Any]) -> Source:
     if _any(state, "stem.0.conv_kxk.", "patch_embed.", "conv_stem.") and not _any(state, "visual."):
         return "timm"
     raise InputError(
-        f"weights: the names {sorted(state)[:3]} … are nobody's that edgeclip reads, expected those of "
+        f"{where}: the names {sorted(state)[:3]} … are nobody's that edgeclip reads, expected those of "
         "Apple, open_clip, OpenAI, Hugging Face transformers, TinyCLIP or timm; for a checkpoint of edgeclip "
         "name its folder."
     )

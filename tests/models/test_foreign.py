@@ -527,3 +527,11 @@ def test_real_weights_load(name: str, tmp_path: Path) -> None:
         ours = found.model.image_tower
         extra = 0 if found.config.image == entry.config.image else entry.config.image.embed_dim
         assert sum(value.numel() for value in ours.parameters()) - extra <= entry.image_parameters
+
+
+def test_a_file_with_nobodys_names_is_named(repo: Path) -> None:
+    ours = repo / "tests/data/probes/vit/model.safetensors"
+    with pytest.raises(
+        InputError, match=r"weights file '.*vit/model.safetensors': the names .*name its folder"
+    ):
+        load_foreign(ours)
