@@ -19,7 +19,8 @@ from edgeclip.cli._options import SCHEMA, Notes, prepare_stdout, shown
 from edgeclip.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
-    from edgeclip.distill.trainer import Progress, Result, StagePlan
+    from edgeclip.distill.run import StagePlan
+    from edgeclip.distill.trainer import Progress, Result
 
 __all__ = ["train"]
 
@@ -81,7 +82,8 @@ def train(
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("edgeclip train", extra="train", module="torch")
     from edgeclip.distill.recipe import parse_recipe
-    from edgeclip.distill.trainer import TrainOptions, dry_run_of
+    from edgeclip.distill.run import dry_run_of
+    from edgeclip.distill.trainer import TrainOptions
     from edgeclip.distill.trainer import train as run_training
 
     prepare_stdout()

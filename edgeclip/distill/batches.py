@@ -308,6 +308,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    def head(self, rows: int) -> Batch:
+        """Return the first rows of the batch."""
+        return replace(self._mapped(lambda tensor: tensor[:rows]), keys=self.keys[:rows])
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on a device."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))

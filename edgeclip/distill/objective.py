@@ -7,7 +7,7 @@ state and never exported. Embeddings come in as this rank's rows; gathering happ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,11 @@ class Embedded:
     """One batch through one model.
 
     Attributes:
-        image: ``(b, E)``, not normalized.
-        texts: one ``(b, E)`` for each caption of a picture.
+        image: ``(b, E)``, not normalized; ``None`` of a teacher without an image tower.
+        texts: one ``(b, E)`` for each caption of a picture; none of a teacher without a text tower.
     """
 
-    image: Tensor
+    image: Tensor | None
     texts: tuple[Tensor, ...]
 
 
@@ -51,10 +51,10 @@ class Objective(nn.Module):
         stage: whose loss terms.
         embed_dim: width of the student's embedding.
         teachers: the recipe's teachers by name.
-        teacher_dims: width of each teacher's embedding.
+        teacher_dims: widths of each teacher's image and text embeddings; ``None`` for a tower it lacks.
 
     Raises:
-        ConfigError: a term compares embeddings of different widths without an adapter.
+        ConfigError: a term asks a teacher for a tower that it lacks.
     """
 
     def __init__(
@@ -63,35 +63,40 @@ class Objective(nn.Module):
         *,
         embed_dim: int,
         teachers: Mapping[str, TeacherSpec],
-        teacher_dims: Mapping[str, int],
+        teacher_dims: Mapping[str, tuple[int | None, int | None]],
     ) -> None:
         super().__init__()
         self.stage = stage
         self._teachers = dict(teachers)
         self.adapters = nn.ModuleDict()
         self.biases = nn.ParameterDict()
+        self._in_pairs = dict.fromkeys(
+            name for spec in stage.loss if not isinstance(spec, FeatureLoss) for name, _ in _asked(spec)
+        )
         for index, spec in enumerate(stage.loss):
             if isinstance(spec, SigLIPLoss):
                 self.biases[str(index)] = nn.Parameter(torch.tensor(float(spec.bias_init)))
-            if isinstance(spec, FeatureLoss) and teacher_dims[spec.teacher] != embed_dim:
-                for tower in _towers(spec):
-                    self.adapters[f"{index}-{tower}"] = nn.Linear(embed_dim, teacher_dims[spec.teacher])
-            if isinstance(spec, InteractiveLoss) and teacher_dims[spec.teacher] != embed_dim:
-                raise ConfigError(
-                    f"stage {stage.name!r}: the loss 'interactive' compares embeddings of {embed_dim} "
-                    f"dimensions with {teacher_dims[spec.teacher]} of the teacher {spec.teacher!r}; "
-                    "they must be as wide."
-                )
+            for teacher, towers in _asked(spec):
+                for tower in towers:
+                    width = teacher_dims[teacher][_TOWERS.index(tower)]
+                    if width is None:
+                        raise ConfigError(
+                            f"stage {stage.name!r}: the loss {_kind(spec)!r} asks for {tower} embeddings, "
+                            f"but the teacher {teacher!r} has no {tower} tower; use kind = 'feature' with the "
+                            "tower it has, or another teacher."
+                        )
+                    key = self._adapter(teacher, tower)
+                    if (
+                        isinstance(spec, FeatureLoss | InteractiveLoss)
+                        and width != embed_dim
+                        and key not in self.adapters
+                    ):
+                        self.adapters[key] = nn.Linear(embed_dim, width)
 
     @property
     def needed_teachers(self) -> tuple[str, ...]:
         """Names of the teachers some term asks for, in the order of the recipe."""
-        asked: set[str] = set()
-        for spec in self.stage.loss:
-            if isinstance(spec, AffinityLoss):
-                asked.update(spec.teachers)
-            elif isinstance(spec, InteractiveLoss | FeatureLoss):
-                asked.add(spec.teacher)
+        asked = {teacher for spec in self.stage.loss for teacher, _ in _asked(spec)}
         return tuple(name for name in self._teachers if name in asked)
 
     def forward(
@@ -118,13 +123,14 @@ class Objective(nn.Module):
         Returns:
             the total, and every term unweighted under ``"<index>-<kind>"``, detached.
         """
+        assert student.image is not None
         total = student.image.new_zeros(())
         parts: dict[str, Tensor] = {}
         views = _pairs(student, ids)
-        told = {name: _pairs(embedded, ids) for name, embedded in teachers.items()}
+        told = {name: _pairs(teachers[name], ids) for name in self._in_pairs}
         for index, spec in enumerate(self.stage.loss):
             if isinstance(spec, FeatureLoss):
-                value = self._features(index, spec, student, teachers[spec.teacher])
+                value = self._features(spec, student, teachers[spec.teacher])
             else:
                 value = torch.stack(
                     [
@@ -170,18 +176,21 @@ class Objective(nn.Module):
                     teacher_weights=spec.teacher_weights,
                 )
             case InteractiveLoss():
-                return losses.interactive_contrastive(pairs, told[spec.teacher], scale)
+                adapted = replace(
+                    pairs,
+                    image=F.normalize(self._adapted(spec.teacher, "image", pairs.image), dim=-1),
+                    text=F.normalize(self._adapted(spec.teacher, "text", pairs.text), dim=-1),
+                )
+                return losses.interactive_contrastive(adapted, told[spec.teacher], scale)
             case _:
                 raise AssertionError(spec)
 
-    def _features(self, index: int, spec: FeatureLoss, student: Embedded, teacher: Embedded) -> Tensor:
+    def _features(self, spec: FeatureLoss, student: Embedded, teacher: Embedded) -> Tensor:
         terms = []
         for tower in _towers(spec):
-            ours = [student.image] if tower == "image" else list(student.texts)
-            theirs = [teacher.image] if tower == "image" else list(teacher.texts)
-            key = f"{index}-{tower}"
+            ours, theirs = _rows(student, tower), _rows(teacher, tower)
             for mine, other in zip(ours, theirs, strict=True):
-                adapted = self.adapters[key](mine) if key in self.adapters else mine
+                adapted = self._adapted(spec.teacher, tower, mine)
                 if spec.distance == "mse":
                     adapted, wanted = F.normalize(adapted, dim=-1), F.normalize(other, dim=-1)
                     terms.append(losses.feature_mse(adapted, wanted) / len(ours))
@@ -189,9 +198,41 @@ class Objective(nn.Module):
                     terms.append(losses.feature_smooth_l1(adapted, other, beta=spec.beta) / len(ours))
         return torch.stack(terms).sum()
 
+    def _adapted(self, teacher: str, tower: str, rows: Tensor) -> Tensor:
+        """Return the student's rows as wide as the teacher's."""
+        key = self._adapter(teacher, tower)
+        return self.adapters[key](rows) if key in self.adapters else rows
+
+    def _adapter(self, teacher: str, tower: str) -> str:
+        """Return the name of an adapter, which all terms about a teacher's tower share."""
+        return f"{list(self._teachers).index(teacher)}-{tower}"  # names of modules have no dots
+
+
+_TOWERS = ("image", "text")
+
 
 def _towers(spec: FeatureLoss) -> tuple[str, ...]:
-    return ("image", "text") if spec.tower == "both" else (spec.tower,)
+    return _TOWERS if spec.tower == "both" else (spec.tower,)
+
+
+def _rows(embedded: Embedded, tower: str) -> list[Tensor]:
+    if tower == "text":
+        return list(embedded.texts)
+    assert embedded.image is not None
+    return [embedded.image]
+
+
+def _asked(spec: LossSpec) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the teachers that a term asks, and for the embeddings of which towers."""
+    match spec:
+        case AffinityLoss():
+            return [(name, _TOWERS) for name in spec.teachers]
+        case InteractiveLoss():
+            return [(spec.teacher, _TOWERS)]
+        case FeatureLoss():
+            return [(spec.teacher, _towers(spec))]
+        case _:
+            return []
 
 
 def _kind(spec: LossSpec) -> str:
@@ -201,5 +242,6 @@ def _kind(spec: LossSpec) -> str:
 
 def _pairs(embedded: Embedded, ids: Tensor | None) -> list[Pairs]:
     """Return unit pairs, one for each caption; pictures are gathered once."""
+    assert embedded.image is not None
     first = Pairs.gather(F.normalize(embedded.image, dim=-1), F.normalize(embedded.texts[0], dim=-1), ids=ids)
     return [first, *(first.with_text(F.normalize(text, dim=-1)) for text in embedded.texts[1:])]

@@ -17,8 +17,8 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -26,37 +26,21 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from edgeclip.distill.accumulate import backward_in_parts
-from edgeclip.distill.batches import Batch, BatchLoader, BatchPlan
-from edgeclip.distill.inputs import Inputs
+from edgeclip.distill.batches import Batch, BatchLoader
 from edgeclip.distill.journal import Journal
-from edgeclip.distill.losses import MAX_MATRIX_BYTES
-from edgeclip.distill.objective import Embedded, Objective
-from edgeclip.distill.optim import build_optimizer, learning_rate_factor, parameter_groups
-from edgeclip.distill.randomness import random_stream
+from edgeclip.distill.optim import parameter_groups
 from edgeclip.distill.ranks import Ranks, ranks
-from edgeclip.distill.recipe import AffinityLoss, Recipe, StageSpec, recipe_digest
-from edgeclip.distill.samples import BrokenLimit, Samples, open_samples
-from edgeclip.distill.state import (
-    Position,
-    TrainingState,
-    latest_state,
-    load_state,
-    optimizer_moments,
-    restore_moments,
-    save_state,
-)
-from edgeclip.distill.teachers import Student, Teacher, embed, licence_of, open_student, open_teacher
-from edgeclip.distill.validation import Validation, open_validation
+from edgeclip.distill.recipe import Recipe, recipe_digest
+from edgeclip.distill.run import Run, broken_limit, open_run
+from edgeclip.distill.stage import Done, Stage
+from edgeclip.distill.state import Position, TrainingState, latest_state, load_state, save_state
 from edgeclip.errors import ConfigError, EdgeClipError
-from edgeclip.models.checkpoints import CheckpointInfo, save_checkpoint
-from edgeclip.models.clip import CLIP, MAX_SCALE
+from edgeclip.models.checkpoints import save_checkpoint
+from edgeclip.models.clip import CLIP
 
-__all__ = ["Progress", "Result", "Run", "StagePlan", "TrainOptions", "dry_run_of", "open_run", "train"]
+__all__ = ["Progress", "Result", "TrainOptions", "train"]
 
 MAX_SKIPPED_IN_A_ROW = 10
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_PROBE = 2  # pictures a dry run sends through the models
 
 
 @dataclass(frozen=True)
@@ -135,221 +119,8 @@ class Result:
         return said
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """What a stage will do, for a dry run.
-
-    Attributes:
-        name: of the stage.
-        steps: of the stage.
-        batch_size: of all processes.
-        samples: of its data.
-        trained: parameters that move.
-        frozen: parameters that do not.
-        matrix_bytes: largest matrices of similarities held at once by a process, an estimate.
-        teachers: that run beside it.
-    """
-
-    name: str
-    steps: int
-    batch_size: int
-    samples: int
-    trained: int
-    frozen: int
-    matrix_bytes: int
-    teachers: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self) | {"teachers": list(self.teachers)}
-
-
 _Listener: TypeAlias = Callable[[Progress], None]
 _Stop: TypeAlias = Callable[[], bool]
-
-
-# -- Opening ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """A recipe with everything it names opened.
-
-    Attributes:
-        recipe: the recipe.
-        student: before its first step.
-        teachers: by name.
-        data: pairs by name of their table.
-        validations: in order.
-    """
-
-    recipe: Recipe
-    student: Student
-    teachers: Mapping[str, Teacher]
-    data: Mapping[str, Samples]
-    validations: tuple[Validation, ...]
-
-    def inputs(self, stage: StageSpec) -> Inputs:
-        """Return what prepares a stage's samples, for the student and the teachers it needs."""
-        needed = self.objective(stage).needed_teachers
-        consumers = [self.student.consumer, *(self.teachers[name].consumer for name in needed)]
-        return Inputs.of(self.recipe.data[stage.data], stage.texts, consumers)
-
-    def objective(self, stage: StageSpec) -> Objective:
-        """Return a stage's loss with fresh parameters, which depend on the recipe's seed alone.
-
-        Raises:
-            ConfigError: widths that disagree.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(self.recipe.seed, self.recipe.stage.index(stage), 0))
-            return Objective(
-                stage,
-                embed_dim=self.student.config.embed_dim,
-                teachers={spec.name: spec for spec in self.recipe.teacher},
-                teacher_dims={name: teacher.embed_dim for name, teacher in self.teachers.items()},
-            )
-
-    def plan(self, stage: StageSpec, *, world: int = 1, rank: int = 0) -> BatchPlan:
-        """Return which samples are in which batch of a stage; every stage has its own order.
-
-        Raises:
-            ConfigError: a batch is larger than the data, or cannot be shared.
-        """
-        index = self.recipe.stage.index(stage)
-        seed = self.recipe.seed + (index << 32)
-        plan = BatchPlan(len(self.data[stage.data]), stage.batch_size, seed, world, rank)
-        if (stage.batch_size // world) % stage.parts:
-            raise ConfigError(
-                f"stage {stage.name!r}: each of {world} processes takes {stage.batch_size // world} samples "
-                f"a step, which cannot be cut into 'parts' {stage.parts}; choose a divisor."
-            )
-        return plan
-
-    def check(self, *, world: int = 1) -> list[StagePlan]:
-        """Prepare a batch of every stage, send some of it through all models, and return the plans.
-
-        Raises:
-            EdgeClipError: something does not fit.
-        """
-        return [self._check_stage(stage, world) for stage in self.recipe.stage]
-
-    @torch.no_grad()
-    def _check_stage(self, stage: StageSpec, world: int) -> StagePlan:
-        plan, inputs, objective = self.plan(stage, world=world), self.inputs(stage), self.objective(stage)
-        limit = _limit(self.recipe, stage)
-        batches = BatchLoader(self.data[stage.data], plan, inputs, limit=limit).batches()
-        batch = next(batches)
-        model, config = self.student.model, self.student.config
-        was_training = model.training
-        model.eval()
-        image, *texts = embed(
-            model, batch["image"][:_PROBE], batch["tokens"][:_PROBE], mean=config.mean, std=config.std
-        )
-        model.train(was_training)
-        told = {}
-        for name in objective.needed_teachers:
-            teacher = self.teachers[name]
-            told[name] = teacher(
-                batch[inputs.image_name(teacher.consumer)][:_PROBE],
-                batch[inputs.tokens_name(teacher.consumer)][:_PROBE],
-            )
-        if len(image) > 1:
-            objective(Embedded(image, tuple(texts)), told, scale=model.logit_scale.exp(), progress=0.0)
-        trained = {name for group in parameter_groups(model, stage) for name in group.names}
-        counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        moving = sum(counts[name] for name in trained)
-        rows = stage.batch_size // world
-        columns = 1 + max(
-            (len(spec.teachers) for spec in stage.loss if isinstance(spec, AffinityLoss)), default=0
-        )
-        return StagePlan(
-            stage.name,
-            stage.steps,
-            stage.batch_size,
-            len(self.data[stage.data]),
-            moving,
-            sum(counts.values()) - moving,
-            min(rows * stage.batch_size * 4 * columns, MAX_MATRIX_BYTES),
-            objective.needed_teachers,
-        )
-
-    def info(self) -> tuple[CheckpointInfo, str]:
-        """Return what the student's checkpoint says, and a remark on its licence."""
-        parents = [*self.student.parents, *(teacher.parent for teacher in self.teachers.values())]
-        licence, remark = licence_of(self.recipe.licence, parents)
-        recipe = {"role": "recipe", "name": self.recipe.name, "sha256": recipe_digest(self.recipe)}
-        config = replace(self.student.config, name=self.recipe.name)
-        info = CheckpointInfo(
-            config=config,
-            scale=1.0,
-            tokenizer_digest=self.student.tokenizer.digest,
-            tokenizer_files={},
-            licence=licence,
-            parents=(*parents, recipe),
-        )
-        return info, remark
-
-
-def open_run(recipe: Recipe, root: Path) -> Run:
-    """Open what a recipe names: data, models, labels.
-
-    Args:
-        recipe: the recipe.
-        root: what its paths are relative to.
-
-    Raises:
-        EdgeClipError: something is missing or does not fit.
-    """
-    student = open_student(recipe, root)
-    used = {stage.data for stage in recipe.stage} | {entry.data for entry in recipe.validation}
-    data = {
-        name: open_samples([root / path for path in table.paths])
-        for name, table in recipe.data.items()
-        if name in used
-    }
-    asked = {name for stage in recipe.stage for spec in stage.loss for name in _named(spec)}
-    teachers = {spec.name: open_teacher(spec, root) for spec in recipe.teacher if spec.name in asked}
-    validations = tuple(
-        open_validation(entry, recipe.data[entry.data], data[entry.data], root) for entry in recipe.validation
-    )
-    return Run(recipe, student, teachers, data, validations)
-
-
-def dry_run_of(recipe: Recipe, root: Path, *, device: str = "cpu") -> tuple[list[StagePlan], str]:
-    """Check that a recipe can be run, and return what each stage will do and a remark on the licence.
-
-    Args:
-        recipe: the recipe.
-        root: what its paths are relative to.
-        device: where it shall run.
-
-    Raises:
-        EdgeClipError: something is missing or does not fit.
-    """
-    with ranks(device) as here:
-        run = open_run(recipe, root)
-        return run.check(world=here.world), run.info()[1]
-
-
-def _named(spec: Any) -> tuple[str, ...]:
-    """Return the teachers a loss term names."""
-    if hasattr(spec, "teachers"):
-        return tuple(spec.teachers)
-    return (spec.teacher,) if hasattr(spec, "teacher") else ()
-
-
-def _limit(recipe: Recipe, stage: StageSpec) -> BrokenLimit:
-    return BrokenLimit(share=1.0, count=recipe.data[stage.data].max_broken)
-
-
-def _seed(seed: int, stage: int, step: int, rank: int = 0) -> int:
-    """Return a seed of torch's generators, from a stream of its own."""
-    stream = random_stream(seed + (stage << 32), step, rank, "model")
-    return int(stream.bit_generator.random_raw()) >> 1
-
-
-# -- Training -----------------------------------------------------------------------------------------------
 
 
 def train(
@@ -472,7 +243,7 @@ class _Trainer:
 
     def _train_stage(self, index: int, state: TrainingState | None) -> bool:
         """Do what is left of a stage; return whether it was interrupted."""
-        stage = _Stage(self._run, index, self._here)
+        stage = Stage(self._run, index, self._here)
         if state is not None and state.position.step:
             stage.restore(state)
         spec = stage.spec
@@ -485,7 +256,7 @@ class _Trainer:
             stage.plan,
             stage.inputs,
             workers=self._options.workers,
-            limit=_limit(self._recipe, spec),
+            limit=broken_limit(self._recipe, spec),
             pin_memory=self._here.device.type == "cuda",
         )
         broken = self._position.broken
@@ -519,7 +290,7 @@ class _Trainer:
         self._save(None)
         return done.stop and index + 1 < len(self._recipe.stage)
 
-    def _count(self, stage: _Stage, done: _Done, broken: int, batch: Batch) -> None:
+    def _count(self, stage: Stage, done: Done, broken: int, batch: Batch) -> None:
         """Move the position on, and the running average; stop where nothing is learned any more."""
         at = self._position
         self._position = replace(
@@ -559,7 +330,7 @@ class _Trainer:
                 "samples in skipped.jsonl."
             )
 
-    def _log(self, stage: _Stage, done: _Done, seconds: float) -> None:
+    def _log(self, stage: Stage, done: Done, seconds: float) -> None:
         step = self._position.total_steps
         entry = {
             "kind": "step",
@@ -602,7 +373,7 @@ class _Trainer:
             model.load_state_dict({**model.state_dict(), **self._average})
         return model
 
-    def _save(self, stage: _Stage | None) -> None:
+    def _save(self, stage: Stage | None) -> None:
         """Write the state, on the first rank."""
         if self._journal is None:
             return
@@ -648,161 +419,6 @@ class _Trainer:
             self._measured,
             self._here.rank,
         )
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What a step did; the same on every rank."""
-
-    loss: float
-    parts: Mapping[str, float]
-    grad_norm: float
-    learning_rate: float
-    scale: float
-    updated: bool
-    stop: bool
-
-
-class _Stage:
-    """The moving parts of one stage: loss, optimizer, scaling."""
-
-    def __init__(self, run: Run, index: int, here: Ranks) -> None:
-        self.spec = run.recipe.stage[index]
-        self._run, self._index, self._here = run, index, here
-        self._model, self._config = run.student.model, run.student.config
-        self.plan = run.plan(self.spec, world=here.world, rank=here.rank)
-        self.inputs = run.inputs(self.spec)
-        self.objective = run.objective(self.spec).to(here.device)
-        self._teachers = {name: run.teachers[name] for name in self.objective.needed_teachers}
-        self._optimizer = build_optimizer(self._model, self.spec)
-        said = self.spec.optimizer
-        for decays in (True, False):  # adapters are matrices with a bias, SigLIP's bias is a number
-            own = [p for p in self.objective.parameters() if (p.ndim >= 2) is decays]
-            if own:
-                self._optimizer.add_param_group(
-                    {
-                        "params": own,
-                        "lr": said.learning_rate,
-                        "base_lr": said.learning_rate,
-                        "weight_decay": said.weight_decay if decays else 0.0,
-                    }
-                )
-        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._names = {id(p): name for name, p in self._model.named_parameters()} | {
-            id(p): f"objective.{name}" for name, p in self.objective.named_parameters()
-        }
-        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.spec.precision == "float16")
-
-    def restore(self, state: TrainingState) -> None:
-        """Go on from a state in the middle of this stage."""
-        self.objective.load_state_dict(dict(state.objective))
-        restore_moments(self._optimizer, self._names, state.moments)
-        if state.scaler:
-            self.scaler.load_state_dict(dict(state.scaler))
-
-    def moments(self) -> dict[str, Tensor]:
-        """Return the optimizer's state by name."""
-        return optimizer_moments(self._optimizer, self._names)
-
-    def step(self, batch: Batch, number: int, *, stop: bool) -> _Done:
-        """Do step ``number`` of the stage; without an update where loss or gradient is not finite."""
-        torch.manual_seed(_seed(self._run.recipe.seed, self._index, 1 + number, self._here.rank))
-        rate = self._set_learning_rate(number)
-        self._set_modes()
-        before = [buffer.clone() for buffer in self._model.buffers()]
-        self._optimizer.zero_grad(set_to_none=True)
-        loss, parts = self._backward(batch, progress=number / max(1, self.spec.steps - 1))
-        values = torch.stack([loss, *parts.values(), loss.new_tensor(float(stop))]).float()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        statistics = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
-        self._here.average_([values, *gradients, *statistics])
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self._optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.spec.clip_norm or math.inf))
-        said = values.tolist()
-        updated = math.isfinite(said[0]) and math.isfinite(norm)
-        with torch.no_grad():
-            if updated:
-                self._optimizer.step()
-                self._model.logit_scale.clamp_(max=math.log(MAX_SCALE))
-            else:
-                # What was not finite may have reached the statistics of batch norms.
-                for buffer, value in zip(self._model.buffers(), before, strict=True):
-                    buffer.copy_(value)
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        return _Done(
-            loss=said[0],
-            parts=dict(zip(parts, said[1:-1], strict=True)),
-            grad_norm=norm,
-            learning_rate=rate,
-            scale=float(self._model.logit_scale.detach().exp()),
-            updated=updated,
-            stop=said[-1] > 0,
-        )
-
-    def _set_learning_rate(self, number: int) -> float:
-        factor = learning_rate_factor(self.spec.schedule, number, self.spec.steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        return self.spec.optimizer.learning_rate * factor
-
-    def _set_modes(self) -> None:
-        self._model.train()
-        if self.spec.freeze_batch_norm:
-            for module in self._model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.spec.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self._here.device.type, _DTYPES[self.spec.precision])
-
-    def _backward(self, batch: Batch, *, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradients of this rank's rows; return the loss and its terms, detached."""
-        told = self._ask(batch)
-        said: list[tuple[Tensor, dict[str, Tensor]]] = []
-
-        def embedded(part: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-            with self._precision():
-                return embed(self._model, *part, mean=self._config.mean, std=self._config.std)
-
-        def loss(image: Tensor, *texts: Tensor) -> Tensor:
-            total, parts = self.objective(
-                Embedded(image, texts),
-                told,
-                scale=self._model.logit_scale.exp(),
-                progress=progress,
-                ids=batch.index,
-            )
-            said.append((total.detach(), parts))
-            scaled: Tensor = self.scaler.scale(total)
-            return scaled
-
-        parts = self._cut(batch["image"], batch["tokens"])
-        if len(parts) == 1:
-            loss(*embedded(parts[0])).backward()  # type: ignore[no-untyped-call]
-        else:
-            backward_in_parts(embedded, parts, loss)
-        return said[0]
-
-    def _ask(self, batch: Batch) -> dict[str, Embedded]:
-        """Return what the teachers say, part by part as the student's."""
-        told = {}
-        for name, teacher in self._teachers.items():
-            image = batch[self.inputs.image_name(teacher.consumer)]
-            tokens = batch[self.inputs.tokens_name(teacher.consumer)]
-            with self._precision():
-                rows = [teacher(*part) for part in self._cut(image, tokens)]
-            told[name] = Embedded(
-                torch.cat([row.image for row in rows]),
-                tuple(torch.cat(column) for column in zip(*(row.texts for row in rows), strict=True)),
-            )
-        return told
-
-    def _cut(self, image: Tensor, tokens: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        return list(zip(image.chunk(self.spec.parts), tokens.chunk(self.spec.parts), strict=True))
 
 
 def _floating(model: nn.Module, *, copied: bool = True) -> dict[str, Tensor]:

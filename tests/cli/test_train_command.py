@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from train_runs import STAGE, log, make_data, recipe_text  # noqa: E402
 
 from edgeclip.distill.recipe import load_recipe  # noqa: E402
-from edgeclip.distill.trainer import open_run  # noqa: E402
+from edgeclip.distill.run import open_run  # noqa: E402
 
 SHORT = ("--set", "stage.0.samples=128", "--set", "stage.0.batch_size=32")
 

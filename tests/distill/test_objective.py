@@ -28,8 +28,9 @@ TEACHERS = {
     "near": CheckpointTeacher(name="near", path="near", scale=20.0),
     "wide": CheckpointTeacher(name="wide", path="wide", scale=30.0),
     "idle": CheckpointTeacher(name="idle", path="idle"),
+    "eyes": CheckpointTeacher(name="eyes", path="eyes"),
 }
-DIMS = {"near": 4, "wide": 6, "idle": 4}
+DIMS = {"near": (4, 4), "wide": (6, 6), "idle": (4, 4), "eyes": (3, None)}
 SCALE = torch.tensor(7.0)
 
 
@@ -97,7 +98,7 @@ def test_features_of_other_width_pass_an_adapter_that_is_trained() -> None:
     student = embedded(4, 0)
     made = objective(FeatureLoss(teacher="wide", distance="smooth-l1"))
     assert {name for name, _ in made.named_parameters()} == {
-        f"adapters.0-{tower}.{leaf}" for tower in ("image", "text") for leaf in ("weight", "bias")
+        f"adapters.1-{tower}.{leaf}" for tower in ("image", "text") for leaf in ("weight", "bias")
     }
     total, _ = made(student, {"wide": embedded(6, 2)}, scale=SCALE, progress=0.0)
     total.backward()
@@ -126,9 +127,32 @@ def test_only_teachers_that_are_asked_for_are_needed() -> None:
     assert made.needed_teachers == ("near", "wide")
 
 
-def test_interactive_needs_equal_widths() -> None:
-    with pytest.raises(ConfigError, match="embeddings of 4 dimensions with 6 of the teacher 'wide'"):
-        objective(InteractiveLoss(teacher="wide"))
+def test_interactive_compares_through_the_adapters_of_features() -> None:
     total, _ = run(objective(InteractiveLoss(teacher="near")), embedded(4, 0))
     expected = losses.interactive_contrastive(unit(embedded(4, 0)), unit(embedded(4, 1, 2)), SCALE)
     assert torch.allclose(total, expected)
+    made = objective(InteractiveLoss(teacher="wide"), FeatureLoss(teacher="wide"))
+    assert {name for name, _ in made.named_children()} == {"adapters", "biases"}
+    assert set(made.adapters) == {"1-image", "1-text"}
+    student, wide = embedded(4, 0), embedded(6, 2)
+    _, parts = made(student, {"wide": wide}, scale=SCALE, progress=0.0)
+    adapted = Embedded(
+        made.adapters["1-image"](F.normalize(student.image, dim=-1)),
+        (made.adapters["1-text"](F.normalize(student.texts[0], dim=-1)),),
+    )
+    expected = losses.interactive_contrastive(unit(adapted), unit(wide), SCALE)
+    assert torch.allclose(parts["0-interactive"], expected)
+
+
+def test_a_teacher_with_one_tower_gives_its_features_and_no_pairs() -> None:
+    student, eyes = embedded(4, 0), Embedded(rows(3, 5), ())
+    made = objective(InfoNCELoss(), FeatureLoss(teacher="eyes", tower="image"))
+    total, _ = made(student, {"eyes": eyes}, scale=SCALE, progress=0.0)
+    assert torch.isfinite(total)
+    for spec in (
+        FeatureLoss(teacher="eyes"),
+        AffinityLoss(teachers=("eyes",)),
+        InteractiveLoss(teacher="eyes"),
+    ):
+        with pytest.raises(ConfigError, match="the teacher 'eyes' has no text tower"):
+            objective(spec)

@@ -149,7 +149,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgeclip.distill.recipe import parse_recipe
-    from edgeclip.distill.trainer import open_run
+    from edgeclip.distill.run import open_run
 
     recipe = parse_recipe(recipe_text(folder).encode(), changes=["stage.0.parts=16"])
     opened = open_run(recipe, folder)

@@ -22,12 +22,13 @@ from train_runs import (  # noqa: E402
     weights,
 )
 
-from edgeclip.distill import trainer as trainer_module  # noqa: E402
+from edgeclip.distill import stage as stage_module  # noqa: E402
 from edgeclip.distill.batches import BatchLoader  # noqa: E402
 from edgeclip.distill.recipe import parse_recipe  # noqa: E402
+from edgeclip.distill.run import Run, open_run  # noqa: E402
 from edgeclip.distill.state import latest_state  # noqa: E402
-from edgeclip.distill.teachers import Student  # noqa: E402
-from edgeclip.distill.trainer import MAX_SKIPPED_IN_A_ROW, Run, TrainOptions, open_run, train  # noqa: E402
+from edgeclip.distill.student import Student  # noqa: E402
+from edgeclip.distill.trainer import MAX_SKIPPED_IN_A_ROW, TrainOptions, train  # noqa: E402
 from edgeclip.errors import ConfigError, EdgeClipError, InputError  # noqa: E402
 from edgeclip.models.checkpoints import load_model, read_checkpoint_info  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
@@ -313,7 +314,7 @@ def test_lower_precision_learns_the_same_at_first(
 def test_a_step_that_is_not_finite_is_skipped_and_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, calls = trainer_module.embed, 0
+    honest, calls = stage_module.embed, 0
 
     def poisoned(model: Any, image: Any, tokens: Any, **options: Any) -> Any:
         nonlocal calls
@@ -327,7 +328,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(
             )
         )
 
-    monkeypatch.setattr(trainer_module, "embed", poisoned)
+    monkeypatch.setattr(stage_module, "embed", poisoned)
     result, heard = run(folder, tmp_path, student=FASTVIT)
     assert result.skipped == 1
     assert [entry["updated"] for entry in steps(heard)] == [True, True, False, *[True] * 7]
@@ -338,9 +339,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(
 
 
 def test_nothing_but_nan_ends_training(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = trainer_module.embed
+    honest = stage_module.embed
     monkeypatch.setattr(
-        trainer_module,
+        stage_module,
         "embed",
         lambda *said, **options: tuple(rows * float("inf") for rows in honest(*said, **options)),
     )

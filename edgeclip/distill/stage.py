@@ -1,0 +1,181 @@
+"""One stage of a run: its loss, optimizer and scaling, and what a step does with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeclip.distill.accumulate import backward_in_parts
+from edgeclip.distill.batches import Batch
+from edgeclip.distill.forward import embed
+from edgeclip.distill.objective import Embedded
+from edgeclip.distill.optim import build_optimizer, learning_rate_factor
+from edgeclip.distill.ranks import Ranks
+from edgeclip.distill.run import Run, torch_seed
+from edgeclip.distill.state import TrainingState, optimizer_moments, restore_moments
+from edgeclip.models.clip import MAX_SCALE
+
+__all__ = ["Done", "Stage"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a step did; the same on every rank."""
+
+    loss: float
+    parts: Mapping[str, float]
+    grad_norm: float
+    learning_rate: float
+    scale: float
+    updated: bool
+    stop: bool
+
+
+class Stage:
+    """The moving parts of one stage: loss, optimizer, scaling.
+
+    Args:
+        run: what the recipe names.
+        index: of the stage.
+        here: this process.
+    """
+
+    def __init__(self, run: Run, index: int, here: Ranks) -> None:
+        self.spec = run.recipe.stage[index]
+        self._run, self._index, self._here = run, index, here
+        self._model, self._config = run.student.model, run.student.config
+        self.plan = run.plan(self.spec, world=here.world, rank=here.rank)
+        self.inputs = run.inputs(self.spec)
+        self.objective = run.objective(self.spec).to(here.device)
+        self._teachers = {name: run.teachers[name] for name in self.objective.needed_teachers}
+        self._optimizer = build_optimizer(self._model, self.spec)
+        said = self.spec.optimizer
+        for decays in (True, False):  # adapters are matrices with a bias, SigLIP's bias is a number
+            own = [p for p in self.objective.parameters() if (p.ndim >= 2) is decays]
+            if own:
+                self._optimizer.add_param_group(
+                    {
+                        "params": own,
+                        "lr": said.learning_rate,
+                        "base_lr": said.learning_rate,
+                        "weight_decay": said.weight_decay if decays else 0.0,
+                    }
+                )
+        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._names = {id(p): name for name, p in self._model.named_parameters()} | {
+            id(p): f"objective.{name}" for name, p in self.objective.named_parameters()
+        }
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.spec.precision == "float16")
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from a state in the middle of this stage."""
+        self.objective.load_state_dict(dict(state.objective))
+        restore_moments(self._optimizer, self._names, state.moments)
+        if state.scaler:
+            self.scaler.load_state_dict(dict(state.scaler))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's state by name."""
+        return optimizer_moments(self._optimizer, self._names)
+
+    def step(self, batch: Batch, number: int, *, stop: bool) -> Done:
+        """Do step ``number`` of the stage; without an update where loss or gradient is not finite."""
+        torch.manual_seed(torch_seed(self._run.recipe.seed, self._index, 1 + number, self._here.rank))
+        rate = self._set_learning_rate(number)
+        self._set_modes()
+        before = [buffer.clone() for buffer in self._model.buffers()]
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, parts = self._backward(batch, progress=number / max(1, self.spec.steps - 1))
+        values = torch.stack([loss, *parts.values(), loss.new_tensor(float(stop))]).float()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        statistics = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+        self._here.average_([values, *gradients, *statistics])
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self._optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.spec.clip_norm or math.inf))
+        said = values.tolist()
+        updated = math.isfinite(said[0]) and math.isfinite(norm)
+        with torch.no_grad():
+            if updated:
+                self._optimizer.step()
+                self._model.logit_scale.clamp_(max=math.log(MAX_SCALE))
+            else:
+                # What was not finite may have reached the statistics of batch norms.
+                for buffer, value in zip(self._model.buffers(), before, strict=True):
+                    buffer.copy_(value)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        return Done(
+            loss=said[0],
+            parts=dict(zip(parts, said[1:-1], strict=True)),
+            grad_norm=norm,
+            learning_rate=rate,
+            scale=float(self._model.logit_scale.detach().exp()),
+            updated=updated,
+            stop=said[-1] > 0,
+        )
+
+    def _set_learning_rate(self, number: int) -> float:
+        factor = learning_rate_factor(self.spec.schedule, number, self.spec.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return self.spec.optimizer.learning_rate * factor
+
+    def _set_modes(self) -> None:
+        self._model.train()
+        if self.spec.freeze_batch_norm:
+            for module in self._model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.spec.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._here.device.type, _DTYPES[self.spec.precision])
+
+    def _backward(self, batch: Batch, *, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of this rank's rows; return the loss and its terms, detached."""
+        told = self._ask(batch)
+        said: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def embedded(part: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            with self._precision():
+                return embed(self._model, *part, mean=self._config.mean, std=self._config.std)
+
+        def loss(image: Tensor, *texts: Tensor) -> Tensor:
+            total, parts = self.objective(
+                Embedded(image, texts),
+                told,
+                scale=self._model.logit_scale.exp(),
+                progress=progress,
+                ids=batch.index,
+            )
+            said.append((total.detach(), parts))
+            scaled: Tensor = self.scaler.scale(total)
+            return scaled
+
+        parts = self._cut(batch["image"], batch["tokens"])
+        if len(parts) == 1:
+            loss(*embedded(parts[0])).backward()  # type: ignore[no-untyped-call]
+        else:
+            backward_in_parts(embedded, parts, loss)
+        return said[0]
+
+    def _ask(self, batch: Batch) -> dict[str, Embedded]:
+        """Return what the teachers say."""
+        with self._precision():
+            return {
+                name: teacher.ask(batch, self.inputs, parts=self.spec.parts)
+                for name, teacher in self._teachers.items()
+            }
+
+    def _cut(self, image: Tensor, tokens: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        return list(zip(image.chunk(self.spec.parts), tokens.chunk(self.spec.parts), strict=True))

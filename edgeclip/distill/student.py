@@ -1,0 +1,96 @@
+"""Where training begins: the model that is trained, with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeclip.distill.inputs import Consumer, check_tokenizer, form_of
+from edgeclip.distill.lineage import parent_of
+from edgeclip.distill.recipe import Recipe, StudentSpec
+from edgeclip.errors import ConfigError
+from edgeclip.models.checkpoints import load_model
+from edgeclip.models.clip import CLIP, build_clip
+from edgeclip.models.config import CLIPConfig, config_from_dict
+from edgeclip.models.zoo import MODELS, clip_config
+from edgeclip.tokenizer import Tokenizer
+
+__all__ = ["Student", "open_student"]
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model that is trained, before its first step.
+
+    Attributes:
+        model: in float32.
+        config: what it was built from.
+        tokenizer: its own.
+        parents: what it descends from; empty for fresh weights.
+    """
+
+    model: CLIP
+    config: CLIPConfig
+    tokenizer: Tokenizer
+    parents: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def consumer(self) -> Consumer:
+        """What it takes in."""
+        return Consumer(form_of(self.config), self.tokenizer)
+
+
+def open_student(recipe: Recipe, root: Path) -> Student:
+    """Return the student of a recipe; fresh weights depend on the recipe's seed alone.
+
+    Args:
+        recipe: whose ``[student]``.
+        root: what paths are relative to.
+
+    Raises:
+        ConfigError: the model is not known, or its tokenizer does not fit it.
+        InputError: the checkpoint cannot be read.
+    """
+    said = recipe.student
+    parents: tuple[Mapping[str, Any], ...] = ()
+    if said.checkpoint is not None:
+        path = root / said.checkpoint
+        loaded = load_model(path, model=said.model)
+        model, config = loaded.model, loaded.config
+        own = path if loaded.source == "edgeclip" and (path / "tokenizer.json").is_file() else None
+        parents = (
+            parent_of(config.name, "start", loaded.licence, said.checkpoint, loaded.source, loaded.parents),
+        )
+    else:
+        config, own = _config(recipe.name, said), None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            model = build_clip(config)
+    tokenizer = _tokenizer(said, root, own, config)
+    check_tokenizer(config, tokenizer, who="student")
+    return Student(model, config, tokenizer, parents)
+
+
+def _config(name: str, said: StudentSpec) -> CLIPConfig:
+    if said.config is not None:
+        return config_from_dict(CLIPConfig, {"name": name, **said.config}, where="[student.config]")
+    assert said.model is not None
+    return clip_config(said.model)
+
+
+def _tokenizer(said: StudentSpec, root: Path, own: Path | None, config: CLIPConfig) -> Tokenizer:
+    if said.tokenizer is not None:
+        return Tokenizer.open(root / said.tokenizer)
+    if own is not None:
+        return Tokenizer.open(own)
+    known = MODELS.get(config.name)
+    if said.config is None and known is not None and known.tokenizer != "clip-bpe":
+        raise ConfigError(
+            f"student: the model {config.name!r} reads ids of kind {known.tokenizer!r}; expected "
+            "'tokenizer', the directory of one."
+        )
+    return Tokenizer.clip(config.text.context_length)
