@@ -82,8 +82,8 @@ class Objective(nn.Module):
                     if width is None:
                         raise ConfigError(
                             f"stage {stage.name!r}: the loss {_kind(spec)!r} asks for {tower} embeddings, "
-                            f"but the teacher {teacher!r} has no {tower} tower; use kind = 'feature' with the "
-                            "tower it has, or another teacher."
+                            f"but the teacher {teacher!r} has no {tower} tower; use kind = 'feature' with "
+                            "the tower it has, or another teacher."
                         )
                     key = self._adapter(teacher, tower)
                     if (
