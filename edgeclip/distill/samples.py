@@ -52,6 +52,7 @@ __all__ = [
     "Samples",
     "ShardSamples",
     "captions_of",
+    "captions_of_members",
     "find_shards",
     "open_samples",
 ]
@@ -280,6 +281,32 @@ def captions_of(columns: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def captions_of_members(members: Mapping[str, bytes], what: str) -> dict[str, tuple[str, ...]]:
+    """Return the captions in the files of a shard's sample, by kind.
+
+    Args:
+        members: content by extension.
+        what: names the sample in errors.
+
+    Raises:
+        InputError: a JSON member is none.
+    """
+    columns: dict[str, Any] = {}
+    for extension in ("json", "syn.json"):
+        if extension in members:
+            columns |= _described(members[extension], f"{what}.{extension}")
+    captions = captions_of(columns)
+    if alt := _texts(_decoded(members, "txt")):
+        # The .json of img2dataset repeats the .txt; captions of ours in "captions" go on after it.
+        captions["alt"] = alt + tuple(text for text in captions.get("alt", ()) if text not in alt)
+    label = _decoded(members, "cls").strip() or next(
+        (said for column in _LABEL_COLUMNS if (said := _text_or_number(columns.get(column)))), ""
+    )
+    if label:
+        captions["label"] = (label,)
+    return captions
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     # JSON can spell half a surrogate pair, which is no text and cannot be written again.
@@ -348,19 +375,7 @@ class ShardSamples:
         name = shard.key(row)
         members = _Members(self._files, shard.path, shard.members(row))
         image = next(content for extension, content in members.lazily() if is_picture(extension))()
-        columns: dict[str, Any] = {}
-        for extension in ("json", "syn.json"):
-            if extension in members:
-                columns |= _described(members[extension], f"{shard.path.name}/{name}.{extension}")
-        captions = captions_of(columns)
-        if alt := _texts(_decoded(members, "txt")):
-            # The .json of img2dataset repeats the .txt; captions of ours in "captions" go on after it.
-            captions["alt"] = alt + tuple(text for text in captions.get("alt", ()) if text not in alt)
-        label = _decoded(members, "cls").strip() or next(
-            (said for column in _LABEL_COLUMNS if (said := _text_or_number(columns.get(column)))), ""
-        )
-        if label:
-            captions["label"] = (label,)
+        captions = captions_of_members(members, f"{shard.path.name}/{name}")
         return Sample(_shown(f"{shard.path.name}/{name}"), image, captions, name, members)
 
 

@@ -45,9 +45,12 @@ __all__ = [
     "MANIFEST_NAME",
     "ShardEntry",
     "ShardManifest",
+    "ShardWriter",
     "ShardsReport",
+    "free_name",
     "is_whole",
     "read_manifest",
+    "tar_writer",
     "write_shards",
 ]
 
@@ -333,7 +336,7 @@ def _write_rest(
     samples: Samples, target: Path, manifest: ShardManifest, allowed: int, progress: Progress | None
 ) -> ShardManifest:
     """Write what follows the last shard of the manifest; return the manifest of all."""
-    tar_writer = _tar_writer()
+    make_writer = tar_writer()
     shards = list(manifest.shards)
     broken = [one for shard in shards for one in shard.broken]
     index = shards[-1].after if shards else 0
@@ -343,7 +346,7 @@ def _write_rest(
         left_out: list[_LeftOut] = []
         count = size = mute = 0
         names: set[str] = set()
-        with _new_shard(target, tar_writer) as open_shard:
+        with _new_shard(target, make_writer) as open_shard:
             while index < len(samples):
                 try:
                     sample, members = ahead or _read(samples, index)
@@ -356,7 +359,7 @@ def _write_rest(
                     if count and (count == manifest.samples_per_shard or size + needed > manifest.size_limit):
                         ahead = sample, members
                         break
-                    name = _free_name(members.pop("__key__").decode("utf-8", "surrogateescape"), names)
+                    name = free_name(members.pop("__key__").decode("utf-8", "surrogateescape"), names)
                     open_shard.write({"__key__": name, **members})
                     names.add(name)
                     count, size, mute = count + 1, size + needed, mute + (not sample.captions)
@@ -396,7 +399,7 @@ def _check_allowed(broken: Sequence[_LeftOut], allowed: int, samples: int) -> No
         )
 
 
-def _free_name(name: str, taken: set[str]) -> str:
+def free_name(name: str, taken: set[str]) -> str:
     """Return a key that the shard does not have yet: shards that are joined often count from 0 each."""
     free, number = name, 1
     while free in taken:
@@ -405,20 +408,32 @@ def _free_name(name: str, taken: set[str]) -> str:
     return free
 
 
-class _TarWriter(Protocol):
-    def write(self, obj: dict[str, Any]) -> int: ...
-    def close(self) -> None: ...
+class ShardWriter(Protocol):
+    """What ``webdataset`` writes a shard with."""
+
+    def write(self, obj: dict[str, Any]) -> int:
+        """Add a sample: ``__key__`` and its members by extension."""
+        ...
+
+    def close(self) -> None:
+        """End the archive."""
+        ...
 
 
-def _tar_writer() -> Callable[[IO[bytes]], _TarWriter]:
+def tar_writer() -> Callable[[IO[bytes]], ShardWriter]:
+    """Return what opens a writer on a stream; equal samples give equal bytes.
+
+    Raises:
+        MissingExtraError: ``webdataset`` is not installed.
+    """
     try:
         from webdataset.writer import TarWriter
     except ImportError as error:
         raise MissingExtraError("writing shards", extra="train", module="webdataset") from error
 
-    def opened(stream: IO[bytes]) -> _TarWriter:
+    def opened(stream: IO[bytes]) -> ShardWriter:
         # No time and no user: equal samples give equal bytes. pax: names of any length.
-        writer: _TarWriter = TarWriter(
+        writer: ShardWriter = TarWriter(
             stream, user="", group="", mode=0o644, mtime=0, encoder=False, format="PAX_FORMAT", compress=False
         )
         return writer
@@ -429,7 +444,7 @@ def _tar_writer() -> Callable[[IO[bytes]], _TarWriter]:
 class _OpenShard:
     """A shard that is being written under a temporary name."""
 
-    def __init__(self, path: Path, stream: IO[bytes], tar_writer: Callable[[IO[bytes]], _TarWriter]) -> None:
+    def __init__(self, path: Path, stream: IO[bytes], tar_writer: Callable[[IO[bytes]], ShardWriter]) -> None:
         self._path, self._stream = path, stream
         self._writer = tar_writer(stream)
         self.write = self._writer.write
@@ -455,7 +470,7 @@ class _OpenShard:
 
 
 @contextmanager
-def _new_shard(target: Path, tar_writer: Callable[[IO[bytes]], _TarWriter]) -> Iterator[_OpenShard]:
+def _new_shard(target: Path, tar_writer: Callable[[IO[bytes]], ShardWriter]) -> Iterator[_OpenShard]:
     path = target / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     try:
         with path.open("xb") as stream:
