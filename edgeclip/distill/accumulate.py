@@ -6,8 +6,9 @@ whole batch; then, once the loss has given the gradient of every embedding, agai
 of one micro-batch, time one more forward pass.
 
 The second pass must repeat the first: random generators are restored, so dropout and stochastic depth agree.
-Batch norms in training mode compute their statistics from the micro-batch and update their running
-averages twice; freeze them (``eval``) where exactness matters, as the recipes do.
+Batch norms in training mode compute their statistics from the micro-batch, not from the batch; freeze them
+(``eval``) where exactness matters. Their running averages would move in both passes: the trainer holds them
+in the first (:func:`edgeclip.distill.recompute.held_statistics`).
 """
 
 from __future__ import annotations

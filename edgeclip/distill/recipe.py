@@ -259,6 +259,8 @@ class StageSpec(_Table, frozen=True, kw_only=True):
         clip_norm: limit on the gradient's norm.
         ema: decay of the running average of the weights that is evaluated and exported; ``None`` for none.
             The first steps of a run decay faster, ``(1 + step) / (10 + step)``, so that fresh weights fade.
+        checkpoint_activations: compute the blocks of the towers again in the backward pass instead of keeping
+            what is inside them: less memory, the same weights.
         freeze_batch_norm: keep batch norms at their statistics, which makes ``parts`` exact.
         train_scale: whether the multiplier of cosines is learned.
     """
@@ -276,6 +278,7 @@ class StageSpec(_Table, frozen=True, kw_only=True):
     group: tuple[GroupSpec, ...] = ()
     clip_norm: Positive | None = 1.0
     ema: Share | None = None
+    checkpoint_activations: bool = False
     freeze_batch_norm: bool = False
     train_scale: bool = True
 

@@ -17,6 +17,7 @@ from edgeclip.distill.forward import embed
 from edgeclip.distill.objective import Embedded
 from edgeclip.distill.optim import build_optimizer, learning_rate_factor
 from edgeclip.distill.ranks import Ranks
+from edgeclip.distill.recompute import held_statistics, recomputed_blocks
 from edgeclip.distill.run import Run, torch_seed
 from edgeclip.distill.state import TrainingState, optimizer_moments, restore_moments
 from edgeclip.models.clip import MAX_SCALE
@@ -141,13 +142,20 @@ class Stage:
             return nullcontext()
         return torch.autocast(self._here.device.type, _DTYPES[self.spec.precision])
 
+    def _memory(self) -> AbstractContextManager[Any]:
+        return recomputed_blocks(self._model) if self.spec.checkpoint_activations else nullcontext()
+
+    def _statistics(self) -> AbstractContextManager[Any]:
+        # Of the two passes of a part, the one with gradients moves the statistics of batch norms.
+        return nullcontext() if torch.is_grad_enabled() else held_statistics(self._model)
+
     def _backward(self, batch: Batch, *, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of this rank's rows; return the loss and its terms, detached."""
         told = self._ask(batch)
         said: list[tuple[Tensor, dict[str, Tensor]]] = []
 
         def embedded(part: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-            with self._precision():
+            with self._statistics(), self._memory(), self._precision():
                 return embed(self._model, *part, mean=self._config.mean, std=self._config.std)
 
         def loss(image: Tensor, *texts: Tensor) -> Tensor:

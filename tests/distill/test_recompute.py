@@ -3,12 +3,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
+from train_runs import FASTVIT as TINY_FASTVIT  # noqa: E402
+from train_runs import make_data, run, weights  # noqa: E402
 
 from edgeclip.distill.accumulate import backward_in_parts  # noqa: E402
 from edgeclip.distill.recompute import blocks_of, held_statistics, recomputed_blocks  # noqa: E402
@@ -217,3 +220,16 @@ def test_blocks_are_the_outermost() -> None:
     }
     inside = {id(child) for block in found for child in block.modules() if child is not block}
     assert not inside & {id(block) for block in found}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_stage_that_recomputes_ends_with_the_same_weights(parts: int, tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data", train=96, held_out=8)
+    changes = (f"stage.0.parts={parts}", "stage.0.samples=96", "stage.0.schedule.warmup=0")
+    kept, again = tmp_path / "kept", tmp_path / "again"
+    run(folder, kept, student=TINY_FASTVIT, changes=changes)
+    run(folder, again, student=TINY_FASTVIT, changes=(*changes, "stage.0.checkpoint_activations=true"))
+    expected, found = weights(kept), weights(again)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    counts = {int(value) for name, value in found.items() if name.endswith("num_batches_tracked")}
+    assert counts == {3 * parts}
