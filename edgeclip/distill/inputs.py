@@ -12,16 +12,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from edgeclip.distill.augment import Augmentation, RandAugment, RandomResizedCrop, Transform
-from edgeclip.distill.batches import CaptionMix, choose_captions
+from edgeclip.distill.augment import Augmentation, Parameters, RandAugment, RandomResizedCrop, Transform
+from edgeclip.distill.batches import Caption, CaptionMix, choose_captions
 from edgeclip.distill.randomness import Randomness
 from edgeclip.distill.recipe import DataSpec
 from edgeclip.distill.samples import Sample
-from edgeclip.errors import ConfigError
+from edgeclip.distill.stored import open_stored, place_of
+from edgeclip.distill.views import VIEWS_EXTENSION, list_views, view_of
+from edgeclip.errors import ConfigError, InputError
 from edgeclip.models.config import BagTextConfig, CLIPConfig, TextTransformerConfig
 from edgeclip.pictures import DEFAULT_MAX_PIXELS, decode_image
 from edgeclip.tokenizer import Tokenizer
@@ -29,9 +31,19 @@ from edgeclip.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Consumer", "Inputs", "ViewForm", "check_tokenizer", "form_of"]
-
-_SYNTHETIC = CaptionMix({"synthetic": 1.0})
+__all__ = [
+    "STORED_IMAGE",
+    "STORED_TEXT",
+    "Consumer",
+    "Inputs",
+    "TextInput",
+    "ViewForm",
+    "StoredViews",
+    "check_tokenizer",
+    "form_of",
+    "with_form",
+]
+STORED_IMAGE, STORED_TEXT = "stored-image", "stored-text"
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,44 @@ def form_of(config: CLIPConfig) -> ViewForm:
     return ViewForm(config.image_size_px, config.interpolation)
 
 
+class TextInput(Protocol):
+    """What turns texts into the ids one model reads: a :class:`Tokenizer`, or one of another library."""
+
+    @property
+    def digest(self) -> str:
+        """Say who it is: equal digests give equal ids."""
+        ...
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.int32]:
+        """Return ``(n, L)`` int32 of ``n`` texts; ``L`` is always the same."""
+        ...
+
+
 @dataclass(frozen=True)
 class Consumer:
-    """What one model takes in: its form of views, and its tokenizer."""
+    """What one model takes in.
 
-    form: ViewForm
-    tokenizer: Tokenizer = field(repr=False)
+    Attributes:
+        form: of its views; ``None``: it has no image tower.
+        tokenizer: its own; ``None``: it has no text tower.
+    """
+
+    form: ViewForm | None
+    tokenizer: TextInput | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Views that lie in the samples with what teachers said about them.
+
+    Attributes:
+        columns: width of the stored embeddings, all teachers together.
+        upright: whether crops were drawn on pictures as :func:`~edgeclip.pictures.decode_image` gives them;
+            DataCompDR's were drawn on what Pillow's plain ``convert("RGB")`` gives.
+    """
+
+    columns: int
+    upright: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,52 +110,68 @@ class Inputs:
 
     Gives ``image`` ``(H, W, 3)`` uint8 and ``tokens`` ``(n, L)`` int32 for the student, and
     ``image:<i>`` ``(3, H, W)`` uint8 and ``tokens:<i>`` for further forms; :meth:`image_name` and
-    :meth:`tokens_name` say which array is a model's.
+    :meth:`tokens_name` say which array is a model's. With stored views also ``stored-image`` ``(K·d,)`` and
+    ``stored-text`` ``(n, K·d)`` float32, the rows that belong to the view and the captions.
 
     Attributes:
         augmentation: draws views, and makes the student's.
         captions: one mix for each caption of a picture.
         consumers: the models.
+        stored: views are not drawn but chosen among those of the sample.
         max_pixels: larger pictures count as broken.
     """
 
     augmentation: Augmentation
     captions: tuple[CaptionMix, ...]
     consumers: tuple[Consumer, ...]
+    stored: StoredViews | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     @classmethod
-    def of(cls, data: DataSpec, texts: int, consumers: Sequence[Consumer]) -> Inputs:
+    def of(
+        cls,
+        data: DataSpec,
+        texts: int,
+        consumers: Sequence[Consumer],
+        *,
+        stored: StoredViews | None = None,
+    ) -> Inputs:
         """Return what a stage of the recipe wants.
 
         Args:
             data: how views and captions are drawn.
             texts: captions a picture.
             consumers: the student first.
+            stored: where the samples hold their views.
         """
         form = consumers[0].form
+        assert form is not None
         transforms: list[Transform] = [
             RandomResizedCrop(form.size_px, scale=data.crop_scale, interpolation=form.interpolation)
         ]
         if data.rand_augment:
             transforms.append(RandAugment(num_ops=data.rand_augment, magnitude=data.rand_augment_magnitude))
-        mixes = (CaptionMix(data.captions), *[_SYNTHETIC] * (texts - 1))
-        return cls(Augmentation(tuple(transforms)), mixes, tuple(consumers))
+        mixes = (CaptionMix(data.captions), *[CaptionMix(data.synthetic)] * (texts - 1))
+        return cls(Augmentation(tuple(transforms)), mixes, tuple(consumers), stored)
 
     def image_name(self, consumer: Consumer) -> str:
         """Return the name of the array that holds a model's pictures."""
+        assert consumer.form is not None
         return _name("image", list(self._forms()).index(consumer.form))
 
     def tokens_name(self, consumer: Consumer) -> str:
         """Return the name of the array that holds a model's tokens."""
+        assert consumer.tokenizer is not None
         return _name("tokens", list(self._tokenizers()).index(consumer.tokenizer.digest))
 
     def _forms(self) -> dict[ViewForm, None]:
-        return dict.fromkeys(consumer.form for consumer in self.consumers)
+        return dict.fromkeys(consumer.form for consumer in self.consumers if consumer.form is not None)
 
-    def _tokenizers(self) -> dict[str, Tokenizer]:
-        found: dict[str, Tokenizer] = {}
+    def _tokenizers(self) -> dict[str, TextInput]:
+        found: dict[str, TextInput] = {}
         for consumer in self.consumers:
+            if consumer.tokenizer is None:
+                continue
             found.setdefault(consumer.tokenizer.digest, consumer.tokenizer)
         return found
 
@@ -119,15 +179,25 @@ class Inputs:
         """Return the arrays of a sample.
 
         Raises:
-            InputError: the picture cannot be decoded, or there is no caption of the kinds asked for.
+            InputError: the picture cannot be decoded, there is no caption of the kinds asked for, or what is
+                stored cannot be used.
         """
         chosen = choose_captions(self.captions, sample.captions, randomness.stream("caption"))
         texts = [caption.text for caption in chosen]
-        picture = decode_image(sample.image, max_pixels=self.max_pixels)
-        parameters = self.augmentation.sample(randomness.stream("view"), (picture.height, picture.width))
+        picture = decode_image(
+            sample.image,
+            max_pixels=self.max_pixels,
+            as_stored=self.stored is not None and not self.stored.upright,
+        )
         arrays: dict[str, NDArray[Any]] = {}
+        augmentation, rng = self.augmentation, randomness.stream("view")
+        if self.stored is None:
+            parameters = augmentation.sample(rng, (picture.height, picture.width))
+        else:
+            augmentation, parameters, rows = self._replay(self.stored, sample, chosen, rng)
+            arrays |= rows
         for number, form in enumerate(self._forms()):
-            view = _with_form(self.augmentation, form).apply(picture, parameters)
+            view = with_form(augmentation, form).apply(picture, parameters)
             # Collation turns the array called "image", and only that.
             arrays[_name("image", number)] = (
                 view if number == 0 else np.ascontiguousarray(view.transpose(2, 0, 1))
@@ -136,12 +206,43 @@ class Inputs:
             arrays[_name("tokens", number)] = tokenizer(texts, truncate=True)
         return arrays
 
+    def _replay(
+        self, stored: StoredViews, sample: Sample, chosen: Sequence[Caption], rng: np.random.Generator
+    ) -> tuple[Augmentation, Parameters, dict[str, NDArray[Any]]]:
+        """Return one of a sample's views, and the rows that belong to it and to the captions."""
+        embeddings = open_stored(sample.members, where=sample.key)
+        if embeddings.columns != stored.columns:
+            raise InputError(
+                f"{embeddings.where}: embeddings have {embeddings.columns} columns, expected {stored.columns}, "
+                "as in the other samples and in the teachers' slices."
+            )
+        where = f"{sample.key}.{VIEWS_EXTENSION}"
+        if VIEWS_EXTENSION not in sample.members:
+            raise InputError(f"{where}: is missing. Reinforce the sample again.")
+        views = list_views(sample.members[VIEWS_EXTENSION], where=where)
+        if len(views) != embeddings.views:
+            raise InputError(
+                f"{where}: says {len(views)} views, there are embeddings of {embeddings.views}. Reinforce the "
+                "sample again."
+            )
+        number = int(rng.random() * len(views))
+        crop = self.augmentation.transforms[0]
+        assert isinstance(crop, RandomResizedCrop)
+        augmentation, parameters = view_of(crop, views[number], where=f"{where}, view {number}")
+        places = [place_of(caption.kind, caption.number, sample.captions, embeddings) for caption in chosen]
+        arrays = {
+            STORED_IMAGE: embeddings.rows("image_emb", [number])[0],
+            STORED_TEXT: np.concatenate([embeddings.rows(place.array, [place.row]) for place in places]),
+        }
+        return augmentation, parameters, arrays
+
 
 def _name(what: str, number: int) -> str:
     return f"{what}:{number}" if number else what
 
 
-def _with_form(augmentation: Augmentation, form: ViewForm) -> Augmentation:
+def with_form(augmentation: Augmentation, form: ViewForm) -> Augmentation:
+    """Return the same augmentation with views of another form."""
     crop, *rest = augmentation.transforms
     assert isinstance(crop, RandomResizedCrop)
     return Augmentation(
