@@ -334,9 +334,34 @@ class Transformer(nn.Module):
             mask: as in ``forward``.
             picked_mask: the rows of ``mask`` for the picked tokens, broadcast to ``(B, heads, Q, L)``.
         """
-        layers = self._layers()
-        for layer in layers[: self._last_attention]:
+        return self._picked_end(self._beginning(x, mask), pick, picked_mask)
+
+    def forward_both(
+        self,
+        x: Tensor,
+        pick: Callable[[Tensor], Tensor],
+        *,
+        mask: Tensor | None = None,
+        picked_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what ``forward_picked`` returns, bit by bit, and what ``forward`` returns.
+
+        The layers before the last attention run once.
+        """
+        x = self._beginning(x, mask)
+        picked = self._picked_end(x, pick, picked_mask)
+        for layer in self._layers()[self._last_attention :]:
             x = layer(x, mask=mask)
+        return picked, x
+
+    def _beginning(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return all tokens before the last attention."""
+        for layer in self._layers()[: self._last_attention]:
+            x = layer(x, mask=mask)
+        return x
+
+    def _picked_end(self, x: Tensor, pick: Callable[[Tensor], Tensor], picked_mask: Tensor | None) -> Tensor:
+        layers = self._layers()
         tokens: Tensor = layers[self._last_attention](x, queries=pick(x), mask=picked_mask)
         for layer in layers[self._last_attention + 1 :]:
             tokens = layer(tokens)

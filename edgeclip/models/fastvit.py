@@ -262,7 +262,19 @@ class FastViT(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed ``(B, 3, H, W)`` pixels, scaled and normalized as the weights expect."""
-        embedding: Tensor = self.projection(self.forward_features(image).mean(dim=(2, 3)))
+        return self._pooled(self.forward_features(image))
+
+    def forward_with_tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding, bit by bit that of ``forward``, and the positions of the last map.
+
+        Returns:
+            ``(B, E)`` and ``(B, h·w, D)``, row by row of the map.
+        """
+        features = self.forward_features(image)
+        return self._pooled(features), features.flatten(2).transpose(1, 2)
+
+    def _pooled(self, features: Tensor) -> Tensor:
+        embedding: Tensor = self.projection(features.mean(dim=(2, 3)))
         return embedding
 
 

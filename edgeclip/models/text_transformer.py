@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -74,10 +75,22 @@ class ConvLayer(nn.Module):
         Returns:
             ``(B, L, D)``, or ``(B, 1, D)`` with ``end``.
         """
-        row = self.mixer(x.transpose(1, 2)[:, :, None])  # (B, D, 1, L)
-        x, y = (each.flatten(2).transpose(1, 2) for each in (row, self.depthwise(row)))
+        x, y = self._convolved(x)
         if end is not None:
             x, y = _token(x, end), _token(y, end)
+        return self._fed(x, y)
+
+    def forward_both(self, x: Tensor, *, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``forward`` returns with ``end``, bit by bit, and without; convolutions run once."""
+        x, y = self._convolved(x)
+        return self._fed(_token(x, end), _token(y, end)), self._fed(x, y)
+
+    def _convolved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        row = self.mixer(x.transpose(1, 2)[:, :, None])  # (B, D, 1, L)
+        x, y = (each.flatten(2).transpose(1, 2) for each in (row, self.depthwise(row)))
+        return x, y
+
+    def _fed(self, x: Tensor, y: Tensor) -> Tensor:
         y = cast(Tensor, self.fc2(F.gelu(self.fc1(y))))
         return x + (y if self.layer_scale is None else self.layer_scale * y)
 
@@ -158,14 +171,66 @@ class TextTransformer(nn.Module):
         end = tokens.argmax(dim=-1, keepdim=True)  # (B, 1)
         if self.last is not None:
             return self._projected(self.last(self.transformer(x, mask=mask), end=end))
-        end_mask = mask
-        if self.config.attention == "causal":
-            place = torch.arange(tokens.shape[1], device=tokens.device)
-            end_mask = _left_out(place > end, x)[:, None, None]  # (B, 1, 1, L)
         x = self.transformer.forward_picked(
-            x, lambda states: _token(states, end), mask=mask, picked_mask=end_mask
+            x, lambda states: _token(states, end), mask=mask, picked_mask=self._end_mask(tokens, end, x, mask)
         )
         return self._projected(x)
+
+    def forward_with_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding, bit by bit that of ``forward``, and all tokens after the final norm.
+
+        Returns:
+            ``(B, E)`` and ``(B, L, D)``; tokens of padding mean nothing.
+
+        Raises:
+            InputError: as for ``forward``.
+        """
+        x = self._embed(tokens)
+        mask = self._mask(tokens, x)
+        if self.config.pool == "mean":
+            x = self._mixed(x, mask)
+            token = _mean(x, tokens != self.config.pad_id)
+        else:
+            end = tokens.argmax(dim=-1, keepdim=True)  # (B, 1)
+            if self.last is not None:
+                token, x = cast(ConvLayer, self.last).forward_both(self.transformer(x, mask=mask), end=end)
+            else:
+                token, x = self.transformer.forward_both(
+                    x,
+                    lambda states: _token(states, end),
+                    mask=mask,
+                    picked_mask=self._end_mask(tokens, end, x, mask),
+                )
+        return self._projected(token), self.final_norm(x)
+
+    def forward_hidden(
+        self,
+        tokens: Tensor,
+        *,
+        hidden: Tensor,
+        instead: Tensor,
+        after_layer: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """Return all tokens after the final norm of texts of which some tokens are hidden, ``(B, L, D)``.
+
+        For training alone: masked language modelling with another network between the layers.
+
+        Args:
+            tokens: ``(B, L)``, with the ids that are hidden.
+            hidden: ``(B, L)`` bool, which are.
+            instead: ``(token_dim,)``, or ``(D,)`` where the table is not factorised: what stands for their
+                rows of the table.
+            after_layer: given the number of an attention layer and its tokens ``(B, L, D)``, returns what the
+                next layer sees.
+
+        Raises:
+            InputError: as for ``forward``.
+        """
+        x = self._embed(tokens, hidden=hidden, instead=instead)
+        mask = self._mask(tokens, x)
+        for index, layer in enumerate(self.transformer.layers):
+            x = after_layer(index, layer(x, mask=mask))
+        return cast(Tensor, self.final_norm(x if self.last is None else self.last(x)))
 
     def forward_tokens(self, tokens: Tensor) -> Tensor:
         """Return all tokens after the final norm, ``(B, L, D)``; those of padding mean nothing.
@@ -180,7 +245,9 @@ class TextTransformer(nn.Module):
         """Return the embedding ``(B, E)`` of pooled tokens ``(B, 1, D)``."""
         return cast(Tensor, self.projection(self.final_norm(token.flatten(1))))
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, *, hidden: Tensor | None = None, instead: Tensor | None = None
+    ) -> Tensor:
         """Return the tokens ``(B, L, D)`` the first attention layer sees."""
         length, limit = tokens.shape[1], self.config.context_length
         full = self.config.attention == "full"
@@ -194,6 +261,8 @@ class TextTransformer(nn.Module):
                 )
             )
         x = self.token_embedding(tokens)
+        if hidden is not None and instead is not None:
+            x = torch.where(hidden[..., None], instead.to(x.dtype), x)
         if self.token_projection is not None:
             x = self.token_projection(x)
         x = x + self.positions[:length]
@@ -203,6 +272,13 @@ class TextTransformer(nn.Module):
         """Return all tokens ``(B, L, D)`` of the last layer."""
         x = self.transformer(x, mask=mask)
         return cast(Tensor, x if self.last is None else self.last(x))
+
+    def _end_mask(self, tokens: Tensor, end: Tensor, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return the rows of ``mask`` for the tokens at ``end`` (B, 1)."""
+        if self.config.attention != "causal":
+            return mask
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        return _left_out(place > end, x)[:, None, None]  # (B, 1, 1, L)
 
     def _mask(self, tokens: Tensor, x: Tensor) -> Tensor | None:
         """Return what is added to the scores, broadcast to ``(B, heads, L, L)``."""

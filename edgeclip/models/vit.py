@@ -187,6 +187,15 @@ class VisionTransformer(nn.Module):
         token = self.transformer.forward_picked(self._embed(image), _class_token)  # (B, 1, D)
         return cast(Tensor, self.projection(self.final_norm(token.flatten(1))))
 
+    def forward_with_tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding, bit by bit that of ``forward``, and the patches after the final norm.
+
+        Returns:
+            ``(B, E)`` and ``(B, N, D)``, row by row of the grid.
+        """
+        token, tokens = self.transformer.forward_both(self._embed(image), _class_token)
+        return self.projection(self.final_norm(token.flatten(1))), self.final_norm(tokens[:, 1:])
+
     def forward_tokens(self, image: Tensor) -> Tensor:
         """Return all tokens after the final norm, ``(B, 1 + N, D)``, the class token first."""
         return cast(Tensor, self.final_norm(self.transformer(self._embed(image))))
