@@ -27,6 +27,7 @@ __all__ = [
     "bootstrap_interval",
     "confusions",
     "expected_calibration_error",
+    "false_positive_rate",
     "mean_per_class_recall",
     "median_similarity",
     "per_class_recall",
@@ -254,6 +255,24 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
     ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank, from 1, of each distinct score
     above = ranks[place][wanted].sum() - positives * (positives + 1) / 2  # Mann & Whitney 1947
     return float(above / (positives * negatives))
+
+
+def false_positive_rate(scores: ArrayLike, positive: ArrayLike, *, recall: float = 0.95) -> float:
+    """Return the share of negatives above the highest threshold that keeps this share of the positives.
+
+    With 0.95 it is the "FPR at 95 % TPR" of Hendrycks & Gimpel 2017 and what followed.
+
+    Raises:
+        InputError: as :func:`auroc`.
+        ConfigError: ``recall`` is not between 0 and 1.
+    """
+    check_open_interval("recall", recall, 1)
+    auroc(scores, positive)  # the same demands
+    values, wanted = np.asarray(scores, np.float64), np.asarray(positive, bool)
+    kept = np.sort(values[wanted])[::-1]
+    # 1e-9: 0.95 of 20 are 19.000000000000004
+    threshold = kept[max(0, int(np.ceil(recall * len(kept) - 1e-9)) - 1)]
+    return float(np.mean(values[~wanted] >= threshold))
 
 
 # --- embeddings --------------------------------------------------------------------------------------------

@@ -40,10 +40,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NamedConfusion",
+    "Ranking",
     "ZeroShotReport",
     "evaluate_classifier",
     "evaluate_embedder",
     "evaluate_zero_shot",
+    "rank_pictures",
+    "report_of",
 ]
 
 SCHEMA = 1
@@ -63,6 +66,38 @@ class NamedConfusion:
     of: int
 
 
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What a model says about N pictures.
+
+    Attributes:
+        best: ``(N, k)`` numbers of the most similar labels, the best first; k is 5, or all where fewer are
+            offered.
+        similarity: ``(N,)`` cosine of the best one.
+        score: ``(N,)`` float64 softmax of the best one over all labels; ``None`` without a scale.
+    """
+
+    best: NDArray[np.intp]
+    similarity: NDArray[np.floating[Any]]
+    score: NDArray[np.float64] | None = None
+
+    @property
+    def first(self) -> NDArray[np.intp]:
+        """The label of each picture."""
+        first: NDArray[np.intp] = self.best[:, 0]
+        return first
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ranking]) -> Ranking:
+        """Return one ranking of what was ranked in parts; at least one."""
+        scores = [part.score for part in parts if part.score is not None]
+        return cls(
+            np.concatenate([part.best for part in parts]),
+            np.concatenate([part.similarity for part in parts]),
+            np.concatenate(scores) if scores else None,
+        )
+
+
 @dataclass(frozen=True)
 class ZeroShotReport:
     """What an evaluation found.
@@ -77,6 +112,7 @@ class ZeroShotReport:
         groups: top-1 of each group of pictures.
         confusions: labels most often taken for another one.
         skipped: pictures that could not be read, and why; they are not part of ``n``.
+        per_class: top-1 of the pictures of each label, where asked for.
     """
 
     n: int
@@ -88,10 +124,13 @@ class ZeroShotReport:
     groups: Mapping[str, Share] = field(default_factory=dict)
     confusions: tuple[NamedConfusion, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    per_class: Mapping[str, Share] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values, with ``"schema"``."""
         said = asdict(self)
+        if not self.per_class:
+            del said["per_class"]
         said["skipped"] = [{"key": key, "reason": reason} for key, reason in self.skipped]
         said["confusions"] = list(said["confusions"])
         return {"schema": SCHEMA, **said}
@@ -161,22 +200,35 @@ def evaluate_zero_shot(
     names = tuple(map(str, range(len(texts)))) if labels is None else tuple(labels)
     if len(names) != len(texts):
         raise InputError(f"zero-shot: got {len(names)} names for {len(texts)} labels.")
-    best, scores = [], []
+    ranking = rank_pictures(images, texts, scale=scale)
+    return report_of(ranking, _numbers(targets, names), names, groups=groups, confidence=confidence)
+
+
+def rank_pictures(
+    images: NDArray[np.floating[Any]], texts: NDArray[np.floating[Any]], *, scale: float | None = None
+) -> Ranking:
+    """Return the labels most similar to each picture; of equal ones the first offered comes first.
+
+    Args:
+        images: ``(N, E)`` unit rows.
+        texts: ``(C, E)`` unit rows of the labels.
+        scale: multiplier of cosines; with it scores are given.
+
+    Raises:
+        InputError: an embedding is not finite.
+    """
+    parts = []
     for start in range(0, len(images), _CHUNK):
         cosine = images[start : start + _CHUNK] @ texts.T  # (b, C)
-        best.append(top_k(cosine, _BEST))
+        best = top_k(cosine, _BEST)
+        score = None
         if scale is not None:
             logits = scale * cosine.astype(np.float64)
-            scores.append(1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
-    return _report(
-        np.concatenate(best) if best else np.empty((0, 1), np.intp),
-        np.concatenate(scores) if scores else None,
-        _numbers(targets, names),
-        names,
-        groups,
-        (),
-        confidence,
-    )
+            score = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        parts.append(Ranking(best, np.take_along_axis(cosine, best[:, :1], axis=1)[:, 0], score))
+    if not parts:
+        return Ranking(np.empty((0, 1), np.intp), np.empty(0, np.float32))
+    return Ranking.joined(parts)
 
 
 def evaluate_classifier(
@@ -214,7 +266,7 @@ def evaluate_classifier(
             yield sample.source
 
     rows: list[list[int]] = []
-    scores, targets, grouped, skipped = [], [], list[str | None](), []
+    similarities, scores, targets, grouped, skipped = [], [], [], list[str | None](), []
     outcomes = classifier.classify_stream(sources(), top_k=_BEST, batch_size=batch_size, workers=workers)
     for done, outcome in enumerate(outcomes):
         sample, target = seen[done]
@@ -224,17 +276,21 @@ def evaluate_classifier(
             skipped.append((sample.key, str(outcome.error)))
             continue
         rows.append([known[prediction.label] for prediction in outcome.predictions])
+        similarities.append(outcome.predictions[0].similarity)
         scores.append(outcome.predictions[0].score)
         targets.append(target)
         grouped.append(None if groups is None else groups(sample))
-    return _report(
-        np.array(rows, np.intp),
-        np.array(scores) if classifier.score_kind == "softmax" else None,
+    return report_of(
+        Ranking(
+            np.array(rows, np.intp) if rows else np.empty((0, 1), np.intp),
+            np.array(similarities),
+            np.array(scores) if classifier.score_kind == "softmax" else None,
+        ),
         np.array(targets, np.intp),
         names,
-        grouped,
-        tuple(skipped),
-        confidence,
+        groups=grouped,
+        skipped=tuple(skipped),
+        confidence=confidence,
     )
 
 
@@ -349,16 +405,31 @@ def _numbers(
     return given.astype(np.intp)
 
 
-def _report(
-    best: NDArray[np.intp],
-    scores: NDArray[np.float64] | None,
+def report_of(
+    ranking: Ranking,
     targets: NDArray[np.intp],
     names: Sequence[str],
-    groups: Sequence[str | None] | None,
-    skipped: tuple[tuple[str, str], ...],
-    confidence: float,
+    *,
+    groups: Sequence[str | None] | None = None,
+    skipped: tuple[tuple[str, str], ...] = (),
+    per_class: bool = False,
+    confidence: float = CONFIDENCE,
 ) -> ZeroShotReport:
-    """Return the report of the best labels ``(N, k)`` and their first one's scores ``(N,)``."""
+    """Return the report of a ranking.
+
+    Args:
+        ranking: of N pictures.
+        targets: ``(N,)`` numbers of their labels.
+        names: of the labels offered.
+        groups: of each picture, its group; ``None`` for none.
+        skipped: pictures that are not among these, and why.
+        per_class: also report each label.
+        confidence: of the intervals.
+
+    Raises:
+        InputError: there are no pictures, or counts disagree.
+    """
+    best, scores = ranking.best, ranking.score
     if not len(best):
         raise _nothing(skipped)
     if len(targets) != len(best) or (groups is not None and len(groups) != len(best)):
@@ -384,6 +455,10 @@ def _report(
             for each in confusions(best[:, 0], targets)
         ),
         skipped=skipped,
+        per_class={
+            names[target]: share(first[targets == target], confidence=confidence)
+            for target in (np.unique(targets).tolist() if per_class else ())
+        },
     )
 
 

@@ -15,6 +15,7 @@ from edgeclip.evaluate.metrics import (
     bootstrap_interval,
     confusions,
     expected_calibration_error,
+    false_positive_rate,
     mean_per_class_recall,
     median_similarity,
     per_class_recall,
@@ -180,6 +181,32 @@ def test_auroc_is_how_often_a_positive_outscores_a_negative(rows: list[tuple[int
     pairs = list(itertools.product(positives, negatives))
     expected = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
     assert auroc(scores, positive) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("levels", [4, 10_000])  # with ties and without
+def test_auroc_and_false_positive_rate_are_scikit_learn_s(seed: int, levels: int) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(seed)
+    positive = random.random(300) < 0.4
+    scores = np.round((random.normal(size=300) + positive) * levels / 10)
+    assert auroc(scores, positive) == pytest.approx(sklearn.roc_auc_score(positive, scores))
+    rates, recalls, _ = sklearn.roc_curve(positive, scores, drop_intermediate=False)
+    for recall in (0.5, 0.9, 0.95):
+        expected = rates[np.argmax(recalls >= recall)]
+        assert false_positive_rate(scores, positive, recall=recall) == pytest.approx(expected)
+
+
+def test_false_positive_rate_of_a_perfect_and_a_blind_score() -> None:
+    positive = np.arange(40) < 20
+    assert false_positive_rate(positive.astype(float), positive) == 0.0
+    assert false_positive_rate(np.ones(40), positive) == 1.0
+    # 19 of 20 are enough: the worst positive may be anywhere
+    assert false_positive_rate([*range(21, 40), -1, *range(20)], positive) == 0.0
+    with pytest.raises(InputError, match="0 negatives"):
+        false_positive_rate([1.0, 2.0], [True, True])
+    with pytest.raises(ConfigError, match="recall"):
+        false_positive_rate([1.0, 2.0], [True, False], recall=1.5)
 
 
 def test_auroc_equals_mann_whitney() -> None:
