@@ -105,6 +105,7 @@ def decode_image(
     channels: Channels = "rgb",
     draft_size_px: tuple[int, int] | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    as_stored: bool = False,
 ) -> Image.Image:
     """Decode a picture of any kind to upright, opaque, 8-bit RGB.
 
@@ -120,6 +121,9 @@ def decode_image(
             sides of the upright picture stay at least this large. Pixels then differ a little from a full
             decode, and `reduction_of` the result tells how.
         max_pixels: pictures with more pixels are refused before they are decoded.
+        as_stored: give what Pillow's plain ``convert("RGB")`` gives: not turned upright, transparency left
+            out, 16-bit pictures clipped. Crops drawn by programs that decode so mean these pixels. For files
+            only, and not at reduced scale.
 
     Returns:
         A loaded picture of mode RGB without metadata. It may share memory with a PIL picture that was passed
@@ -152,7 +156,7 @@ def decode_image(
                 raise InputError(
                     f"{name}: expected a path, the bytes of a file, a PIL picture or a uint8 array (H, W, 3)."
                 )
-            return _decode_stream(stream, name, draft_size_px, max_pixels)
+            return _decode_stream(stream, name, draft_size_px, max_pixels, as_stored=as_stored)
     except InputError:
         raise
     # Decoders fed with damaged data raise whatever their parsing stumbles over: OSError, SyntaxError,
@@ -292,12 +296,25 @@ def sniff_format(head: bytes) -> str | None:
 
 
 def _decode_stream(
-    stream: IO[bytes], name: str, draft_size_px: tuple[int, int] | None, max_pixels: int
+    stream: IO[bytes],
+    name: str,
+    draft_size_px: tuple[int, int] | None,
+    max_pixels: int,
+    *,
+    as_stored: bool = False,
 ) -> Image.Image:
     """Decode a picture file from its header to upright RGB."""
     image = _open_picture(stream, name)
     _check_pixels(name, *image.size, max_pixels)
     _check_density(stream, image, name)
+    if as_stored:
+        if image.format == "JPEG" and image.info.get("progressive"):
+            _check_scans(stream, name)
+        image.load()
+        # The way over RGBA gives the same colours, and no warning about palettes with transparency.
+        plain = (image.convert("RGBA") if image.has_transparency_data else image).convert("RGB")
+        plain.info = {}
+        return plain
     if image.format != "JPEG":
         image.load()
         # after loading: PNG may store EXIF behind the pixels, newer Pillow has turned a TIFF and then says 1

@@ -36,13 +36,14 @@ __all__ = [
     "STORED_TEXT",
     "Consumer",
     "Inputs",
+    "StoredViews",
     "TextInput",
     "ViewForm",
-    "StoredViews",
     "check_tokenizer",
     "form_of",
     "with_form",
 ]
+
 STORED_IMAGE, STORED_TEXT = "stored-image", "stored-text"
 
 
@@ -213,8 +214,8 @@ class Inputs:
         embeddings = open_stored(sample.members, where=sample.key)
         if embeddings.columns != stored.columns:
             raise InputError(
-                f"{embeddings.where}: embeddings have {embeddings.columns} columns, expected {stored.columns}, "
-                "as in the other samples and in the teachers' slices."
+                f"{embeddings.where}: embeddings have {embeddings.columns} columns, expected "
+                f"{stored.columns}, as in the other samples. Reinforce the sample again."
             )
         where = f"{sample.key}.{VIEWS_EXTENSION}"
         if VIEWS_EXTENSION not in sample.members:
@@ -222,8 +223,8 @@ class Inputs:
         views = list_views(sample.members[VIEWS_EXTENSION], where=where)
         if len(views) != embeddings.views:
             raise InputError(
-                f"{where}: says {len(views)} views, there are embeddings of {embeddings.views}. Reinforce the "
-                "sample again."
+                f"{where}: says {len(views)} views, there are embeddings of {embeddings.views}. Reinforce "
+                "the sample again."
             )
         number = int(rng.random() * len(views))
         crop = self.augmentation.transforms[0]

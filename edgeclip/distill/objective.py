@@ -172,7 +172,7 @@ class Objective(nn.Module):
                     pairs,
                     [told[name] for name in spec.teachers],
                     scale=scale,
-                    teacher_scales=[self._teachers[name].scale for name in spec.teachers],
+                    teacher_scales=[self._teachers[name].scale or _SCALE for name in spec.teachers],
                     teacher_weights=spec.teacher_weights,
                 )
             case InteractiveLoss():
@@ -209,6 +209,7 @@ class Objective(nn.Module):
 
 
 _TOWERS = ("image", "text")
+_SCALE = 100.0  # of a stored teacher whose shards say none
 
 
 def _towers(spec: FeatureLoss) -> tuple[str, ...]:

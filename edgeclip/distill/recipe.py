@@ -105,6 +105,7 @@ class DataSpec(_Table, frozen=True, kw_only=True):
     Attributes:
         paths: shards, tables or folders.
         captions: how often each kind of caption is drawn, as weights.
+        synthetic: the same for the further captions of a picture, where a stage has ``texts`` above 1.
         crop_scale: share of the picture's area that a random crop keeps; ``[1, 1]`` takes all of it.
         rand_augment: operations of RandAugment on each view; 0 for none.
         rand_augment_magnitude: their strength, 0 to 30.
@@ -113,6 +114,7 @@ class DataSpec(_Table, frozen=True, kw_only=True):
 
     paths: Annotated[tuple[str, ...], Meta(min_length=1)]
     captions: dict[str, Positive] = msgspec.field(default_factory=lambda: {"alt": 1.0})
+    synthetic: dict[str, Positive] = msgspec.field(default_factory=lambda: {"synthetic": 1.0})
     crop_scale: tuple[Positive, Positive] = (0.9, 1.0)
     rand_augment: Annotated[int, Meta(ge=0, le=14)] = 0
     rand_augment_magnitude: Annotated[int, Meta(ge=0, le=30)] = 9
@@ -138,17 +140,22 @@ class OpenClipTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="
 
 
 class StoredTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="stored"):
-    """Embeddings that lie in the shards, made by ``edgeclip reinforce``.
+    """Embeddings that lie in the shards, made by ``edgeclip reinforce`` or by others in DataCompDR's layout.
+
+    What is not given is what ``reinforcement.json`` beside the shards says about the teacher of this name.
 
     Attributes:
         name: as losses call it.
-        slice: first and last-plus-one column of its part of the stored embeddings.
-        scale: the teacher's own multiplier of cosines.
+        slice: first and last-plus-one column of its part of the stored embeddings; needed for shards of
+            others.
+        scale: the teacher's own multiplier of cosines; 100 for shards of others.
+        licence: SPDX identifier of its weights' terms; ``NOASSERTION`` for shards of others.
     """
 
     name: str
-    slice: tuple[int, int]
-    scale: Positive = 100.0
+    slice: tuple[int, int] | None = None
+    scale: Positive | None = None
+    licence: str | None = None
 
 
 TeacherSpec: TypeAlias = CheckpointTeacher | OpenClipTeacher | StoredTeacher
@@ -532,11 +539,36 @@ def _check(recipe: Recipe, where: str) -> None:
             )
 
 
+def _check_stored(recipe: Recipe, stage: StageSpec, at: str) -> None:
+    """Raise where a stage with stored teachers asks for views that nobody has embeddings of."""
+    stored = {teacher.name for teacher in recipe.teacher if isinstance(teacher, StoredTeacher)}
+    asked = sorted(stored.intersection(name for loss in stage.loss for name in _named(loss)))
+    table = recipe.data[stage.data]
+    for key in ("crop_scale", "rand_augment", "rand_augment_magnitude"):
+        value, default = getattr(table, key), _VIEWS[key]
+        if asked and value != default:
+            raise ConfigError(
+                f"{at}: the views of the stored teachers {asked} lie in the shards, but [data.{stage.data}] "
+                f"sets {key!r} to {value!r}; leave it out, or take teachers that run beside the student."
+            )
+
+
+_VIEWS = {field.name: field.default for field in msgspec.structs.fields(DataSpec)}
+
+
+def _named(loss: LossSpec) -> tuple[str, ...]:
+    """Return the teachers a loss term names."""
+    if isinstance(loss, AffinityLoss):
+        return loss.teachers
+    return (loss.teacher,) if isinstance(loss, InteractiveLoss | FeatureLoss) else ()
+
+
 def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str) -> None:
     if stage.data not in recipe.data:
         raise ConfigError(f"{at}: 'data' is {stage.data!r}, expected one of {sorted(recipe.data)}.")
     if not stage.loss:
         raise ConfigError(f"{at}: expected one [[stage.loss]] or more.")
+    _check_stored(recipe, stage, at)
     if stage.batch_size % stage.parts:
         raise ConfigError(
             f"{at}: 'batch_size' {stage.batch_size} cannot be cut into 'parts' {stage.parts}; "
@@ -549,14 +581,7 @@ def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str)
         )
     for index, loss in enumerate(stage.loss):
         place = f"{at}: [[stage.loss]] {index}"
-        named = (
-            loss.teachers
-            if isinstance(loss, AffinityLoss)
-            else (loss.teacher,)
-            if isinstance(loss, InteractiveLoss | FeatureLoss)
-            else ()
-        )
-        unknown = [name for name in named if name not in teachers]
+        unknown = [name for name in _named(loss) if name not in teachers]
         if unknown:
             raise ConfigError(f"{place}: no [[teacher]] is called {unknown}; there are {sorted(teachers)}.")
         if (

@@ -5,23 +5,32 @@ Also what a dry run does: prepare a batch of every stage and send some of it thr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from edgeclip.distill.batches import BatchLoader, BatchPlan
 from edgeclip.distill.forward import embed
-from edgeclip.distill.inputs import Inputs
+from edgeclip.distill.inputs import Inputs, StoredViews
 from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.losses import MAX_MATRIX_BYTES
 from edgeclip.distill.objective import Embedded, Objective
+from edgeclip.distill.offline import OfflineTeacher, open_stored_teacher
 from edgeclip.distill.optim import parameter_groups
 from edgeclip.distill.randomness import random_stream
 from edgeclip.distill.ranks import ranks
-from edgeclip.distill.recipe import AffinityLoss, Recipe, StageSpec, recipe_digest
+from edgeclip.distill.recipe import (
+    AffinityLoss,
+    Recipe,
+    StageSpec,
+    StoredTeacher,
+    TeacherSpec,
+    recipe_digest,
+)
 from edgeclip.distill.samples import BrokenLimit, Samples, open_samples
 from edgeclip.distill.student import Student, open_student
 from edgeclip.distill.teachers import Teacher, open_teacher
@@ -86,7 +95,19 @@ class Run:
         needed = self.objective(stage).needed_teachers
         asked = [self.teachers[name].consumer for name in needed]
         consumers = [self.student.consumer, *(consumer for consumer in asked if consumer is not None)]
-        return Inputs.of(self.recipe.data[stage.data], stage.texts, consumers)
+        return Inputs.of(
+            self.recipe.data[stage.data], stage.texts, consumers, stored=self._stored(stage, needed)
+        )
+
+    def _stored(self, stage: StageSpec, needed: Sequence[str]) -> StoredViews | None:
+        """Return what the stage's samples hold of their views; ``None``: they are drawn."""
+        offline = [self.teachers[name] for name in needed]
+        found = {teacher.views for teacher in offline if isinstance(teacher, OfflineTeacher)}
+        if len(found) > 1:
+            raise ConfigError(
+                f"stage {stage.name!r}: its stored teachers lie in different shards; take one table of data."
+            )
+        return found.pop() if found else None
 
     def objective(self, stage: StageSpec) -> Objective:
         """Return a stage's loss with fresh parameters, which depend on the recipe's seed alone.
@@ -99,11 +120,18 @@ class Run:
             return Objective(
                 stage,
                 embed_dim=self.student.config.embed_dim,
-                teachers={spec.name: spec for spec in self.recipe.teacher},
+                teachers={spec.name: self._said(spec) for spec in self.recipe.teacher},
                 teacher_dims={
                     name: (teacher.image_dim, teacher.text_dim) for name, teacher in self.teachers.items()
                 },
             )
+
+    def _said(self, spec: TeacherSpec) -> TeacherSpec:
+        """Return what the recipe says of a teacher, with what its shards say where the recipe is silent."""
+        teacher = self.teachers.get(spec.name)
+        if isinstance(spec, StoredTeacher) and isinstance(teacher, OfflineTeacher):
+            return msgspec.structs.replace(spec, scale=teacher.scale)
+        return spec
 
     def plan(self, stage: StageSpec, *, world: int = 1, rank: int = 0) -> BatchPlan:
         """Return which samples are in which batch of a stage; every stage has its own order.
@@ -199,7 +227,13 @@ def open_run(recipe: Recipe, root: Path) -> Run:
         if name in used
     }
     asked = {name for stage in recipe.stage for spec in stage.loss for name in _named(spec)}
-    teachers = {spec.name: open_teacher(spec, root) for spec in recipe.teacher if spec.name in asked}
+    teachers = {
+        spec.name: open_stored_teacher(spec, _asked_about(recipe, spec.name, data))
+        if isinstance(spec, StoredTeacher)
+        else open_teacher(spec, root)
+        for spec in recipe.teacher
+        if spec.name in asked
+    }
     validations = tuple(
         open_validation(entry, recipe.data[entry.data], data[entry.data], root) for entry in recipe.validation
     )
@@ -220,6 +254,15 @@ def dry_run_of(recipe: Recipe, root: Path, *, device: str = "cpu") -> tuple[list
     with ranks(device) as here:
         run = open_run(recipe, root)
         return run.check(world=here.world), run.info()[1]
+
+
+def _asked_about(recipe: Recipe, teacher: str, data: Mapping[str, Samples]) -> dict[str, Samples]:
+    """Return the tables of data a teacher is asked about."""
+    return {
+        stage.data: data[stage.data]
+        for stage in recipe.stage
+        if any(teacher in _named(spec) for spec in stage.loss)
+    }
 
 
 def _named(spec: Any) -> tuple[str, ...]:

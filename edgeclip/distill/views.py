@@ -7,14 +7,23 @@ the sample's image embeddings is the teacher's of view ``i``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from edgeclip.distill.augment import Augmentation, Parameters
-from edgeclip.errors import InputError
+from edgeclip.distill.augment import (
+    Augmentation,
+    HorizontalFlip,
+    Parameters,
+    RandAugment,
+    RandomResizedCrop,
+    Transform,
+)
+from edgeclip.errors import ConfigError, InputError
 
-__all__ = ["views_from_json", "views_to_json"]
+__all__ = ["VIEWS_EXTENSION", "list_views", "view_of", "views_from_json", "views_to_json"]
 
+VIEWS_EXTENSION = "paug.json"
 _FIELD = "param_aug"
 
 
@@ -41,6 +50,21 @@ def views_from_json(
     Raises:
         InputError: no such JSON, no view, or a view that `Augmentation.from_json` refuses.
     """
+    listed = list_views(member, where=where)
+    views: list[Parameters] = []
+    try:
+        views.extend(augmentation.from_json(view) for view in listed)
+    except InputError as error:
+        raise InputError(f"{where}: view {len(views)} of {len(listed)}: {error}") from error
+    return tuple(views)
+
+
+def list_views(member: bytes, *, where: str = "paug.json") -> list[Any]:
+    """Return the views that a member says, as JSON has them: nothing in them has been checked.
+
+    Raises:
+        InputError: no such JSON, or no view.
+    """
     said = _parse(member, where)
     listed = said.get(_FIELD) if isinstance(said, dict) else None
     if isinstance(listed, str):
@@ -50,12 +74,41 @@ def views_from_json(
             f"{where}: {_FIELD!r} is {_shorten(listed)}, expected a list of one view or more. "
             "Reinforce the sample again."
         )
-    views: list[Parameters] = []
+    return listed
+
+
+def view_of(crop: RandomResizedCrop, said: object, *, where: str) -> tuple[Augmentation, Parameters]:
+    """Return one listed view with the augmentation it is of.
+
+    What follows the crop is known by its form: true or false is a flip, a list of pairs is RandAugment, and
+    ``null`` a transform that was left out. So foreign sets need no description.
+
+    Args:
+        crop: how the view is made; its size may be another than the teacher's.
+        said: the view, as :func:`list_views` gives it.
+        where: names it in errors.
+
+    Raises:
+        InputError: it is no view.
+    """
+    entries: list[Any] = said if isinstance(said, list) else [said]
+    steps = [entries[0], *(entry for entry in entries[1:] if entry is not None)] if entries else []
+    kinds: list[Transform] = [
+        crop,
+        *(
+            RandAugment(num_ops=len(entry)) if isinstance(entry, list) and entry else HorizontalFlip()
+            for entry in steps[1:]
+        ),
+    ]
+    if len(steps) != len(set(map(type, kinds))) or len(kinds) > 3:
+        raise InputError(
+            f"{where}: is {_shorten(said)}, expected a crop, a flip and operations. Draw it again."
+        )
     try:
-        views.extend(augmentation.from_json(view) for view in listed)
-    except InputError as error:
-        raise InputError(f"{where}: view {len(views)} of {len(listed)}: {error}") from error
-    return tuple(views)
+        augmentation = Augmentation(tuple(kinds))
+        return augmentation, augmentation.from_json(steps)
+    except (InputError, ConfigError) as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _parse(text: bytes | str, where: str) -> object:
