@@ -48,7 +48,8 @@ class Ranks:
         """Replace floating tensors by their mean over all ranks, in place."""
         if self.world == 1 or not tensors:
             return
-        flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
         dist.all_reduce(flat)
         flat /= self.world
         at = 0
