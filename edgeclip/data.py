@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 
 from edgeclip.errors import InputError
 
-__all__ = ["PICTURE_SUFFIXES", "Sample", "read_path_list", "read_samples"]
+__all__ = ["PICTURE_SUFFIXES", "Sample", "captions_of", "read_path_list", "read_samples", "texts_of"]
 
 # The formats `preprocess.decode_image` reads, under the names files of them have.
 PICTURE_SUFFIXES = frozenset(
@@ -34,9 +34,11 @@ _SHARD_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 # The first name that a table has is taken; as img2dataset, open_clip and Hugging Face call them.
 _IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img")
 _CAPTION_COLUMNS = ("caption", "text", "title")
+_CAPTION_KIND = re.compile(r"captions?_([A-Za-z0-9_-]+)")
 _LABEL_COLUMNS = ("label", "class", "cls", "category")
 # WebDataset: the key is everything up to the first dot of the last part of the name.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_DESCRIBING = ("txt", "cls", "json", "syn.json")
 _MAX_MEMBER_BYTES = 1 << 28
 _LIST_BLOCK_BYTES = 1 << 16
 
@@ -52,7 +54,8 @@ class Sample:
         source: its path, or its encoded bytes.
         caption: a sentence about it.
         label: the name of its class.
-        columns: the row of a table, by column. Not compared.
+        columns: the row of a table by column, or what a shard says: its ``.json``, and its ``.txt`` as
+            ``caption``; :func:`captions_of` reads it. Not compared.
     """
 
     key: str
@@ -311,7 +314,7 @@ def _shard_members(shard: Path) -> Iterator[tuple[str, str, bytes]]:
         if match is None or PurePosixPath(name).name.startswith((".", "__")):
             continue
         suffix = match[2].lower()
-        if f".{suffix}" not in PICTURE_SUFFIXES and suffix not in ("txt", "cls", "json"):
+        if f".{suffix}" not in PICTURE_SUFFIXES and suffix not in _DESCRIBING:
             continue
         if size > _MAX_MEMBER_BYTES:
             raise InputError(
@@ -325,12 +328,17 @@ def _shard_sample(shard: Path, fields: Mapping[str, tuple[str, bytes]]) -> Itera
     picture = next((field for suffix, field in fields.items() if f".{suffix}" in PICTURE_SUFFIXES), None)
     if picture is None:
         return
-    described = _described(fields["json"][1]) if "json" in fields else {}
+    described: dict[str, Any] = {}
+    for suffix in ("json", "syn.json"):
+        if suffix in fields:
+            described.update(_described(fields[suffix][1]))
+    text = _text(fields, "txt")
     yield Sample(
         key=f"{shard.as_posix()}/{picture[0]}",
         source=picture[1],
-        caption=_text(fields, "txt") or _value(described, _CAPTION_COLUMNS),
+        caption=text or _value(described, _CAPTION_COLUMNS),
         label=_text(fields, "cls") or _value(described, _LABEL_COLUMNS),
+        columns={**described, "caption": text} if text else described,
     )
 
 
@@ -348,3 +356,48 @@ def _described(content: bytes) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+# -- captions -----------------------------------------------------------------------------------------------
+
+
+def captions_of(columns: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the captions in a row of a table or a JSON object, by kind; no kind without texts.
+
+    ``caption``, ``text`` or ``title`` is of the kind ``alt``, ``caption_KIND`` of the kind ``KIND``,
+    ``rewrite`` or ``rewrites`` of ``rewrite``; ``syn_text`` and ``syn_text_TAG`` are ``synthetic`` and
+    ``synthetic_TAG``; ``captions`` holds a list (``alt``) or an object of kinds. A value is a text or a list
+    of texts.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+
+    def add(kind: str, value: Any) -> None:
+        if texts := texts_of(value):
+            kind = kind.encode("utf-8", "replace").decode()
+            found[kind] = found.get(kind, ()) + texts
+
+    for name in _CAPTION_COLUMNS:
+        if texts := texts_of(columns.get(name)):
+            found["alt"] = texts
+            break
+    for name, value in columns.items():
+        if name == "captions":
+            for kind, texts in (value if isinstance(value, Mapping) else {"alt": value}).items():
+                add(str(kind), texts)
+        elif name in ("rewrite", "rewrites"):
+            add("rewrite", value)
+        elif name == "syn_text":
+            add("synthetic", value)
+        elif name.startswith("syn_text_"):
+            add("synthetic" + name.removeprefix("syn_text"), value)
+        elif match := _CAPTION_KIND.fullmatch(name):
+            add(match[1], value)
+    return found
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """Return the texts of a value, stripped; what is empty or no text is left out."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    # JSON can spell half a surrogate pair, which is no text and cannot be written again.
+    stripped = [text.strip().encode("utf-8", "replace").decode() for text in values if isinstance(text, str)]
+    return tuple(text for text in stripped if text)

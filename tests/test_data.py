@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edgeclip.data import PICTURE_SUFFIXES, Sample, read_path_list, read_samples
+from edgeclip.data import PICTURE_SUFFIXES, Sample, captions_of, read_path_list, read_samples
 from edgeclip.errors import InputError
 
 SHIPPED = Path(__file__).parent.parent / "edgeclip/assets/photos"
@@ -450,3 +450,20 @@ def test_importing_it_costs_the_standard_library_only() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert not {"numpy", "PIL", "csv", "json", "tarfile", "msgspec"} & set(done.stdout.split())
+
+
+def test_a_shard_s_descriptions_are_columns(tmp_path: Path) -> None:
+    described = {"caption": "other", "captions": {"zh": ["一"]}, "label": "cat"}
+    shard = make_shard(
+        tmp_path / "a.tar",
+        {
+            "1.png": png(),
+            "1.txt": b"a dog\n",
+            "1.json": json.dumps(described).encode(),
+            "1.syn.json": json.dumps({"syn_text": ["x", "y"]}).encode(),
+            "2.png": png(),
+        },
+    )
+    first, second = read_samples([shard])
+    assert captions_of(first.columns) == {"alt": ("a dog",), "zh": ("一",), "synthetic": ("x", "y")}
+    assert (first.caption, first.label, second.columns) == ("a dog", "cat", {})

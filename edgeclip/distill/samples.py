@@ -39,7 +39,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from edgeclip.data import read_samples
+from edgeclip.data import captions_of, read_samples, texts_of
 from edgeclip.distill.index import Member, ShardFiles, ShardIndex, is_picture, open_index
 from edgeclip.errors import ConfigError, InputError
 
@@ -57,9 +57,7 @@ __all__ = [
     "open_samples",
 ]
 
-_COMMON_COLUMNS = ("caption", "text", "title")
 _LABEL_COLUMNS = ("label", "class", "cls", "category")
-_KIND = re.compile(r"captions?_([A-Za-z0-9_-]+)")
 _MAX_CAPTION_FILE_BYTES = 1 << 20
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_BRACES = 1_000_000
@@ -253,34 +251,6 @@ def _shards_in(folder: Path) -> list[Path]:
 # -- Captions -----------------------------------------------------------------------------------------------
 
 
-def captions_of(columns: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the captions in a row of a table or a JSON object, by kind; see the table of this module."""
-    found: dict[str, tuple[str, ...]] = {}
-
-    def add(kind: str, value: Any) -> None:
-        if texts := _texts(value):
-            kind = kind.encode("utf-8", "replace").decode()
-            found[kind] = found.get(kind, ()) + texts
-
-    for name in _COMMON_COLUMNS:
-        if texts := _texts(columns.get(name)):
-            found["alt"] = texts
-            break
-    for name, value in columns.items():
-        if name == "captions":
-            for kind, texts in (value if isinstance(value, Mapping) else {"alt": value}).items():
-                add(str(kind), texts)
-        elif name in ("rewrite", "rewrites"):
-            add("rewrite", value)
-        elif name == "syn_text":
-            add("synthetic", value)
-        elif name.startswith("syn_text_"):
-            add("synthetic" + name.removeprefix("syn_text"), value)
-        elif match := _KIND.fullmatch(name):
-            add(match[1], value)
-    return found
-
-
 def captions_of_members(members: Mapping[str, bytes], what: str) -> dict[str, tuple[str, ...]]:
     """Return the captions in the files of a shard's sample, by kind.
 
@@ -296,7 +266,7 @@ def captions_of_members(members: Mapping[str, bytes], what: str) -> dict[str, tu
         if extension in members:
             columns |= _described(members[extension], f"{what}.{extension}")
     captions = captions_of(columns)
-    if alt := _texts(_decoded(members, "txt")):
+    if alt := texts_of(_decoded(members, "txt")):
         # The .json of img2dataset repeats the .txt; captions of ours in "captions" go on after it.
         captions["alt"] = alt + tuple(text for text in captions.get("alt", ()) if text not in alt)
     label = _decoded(members, "cls").strip() or next(
@@ -307,17 +277,10 @@ def captions_of_members(members: Mapping[str, bytes], what: str) -> dict[str, tu
     return captions
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    # JSON can spell half a surrogate pair, which is no text and cannot be written again.
-    stripped = [text.strip().encode("utf-8", "replace").decode() for text in values if isinstance(text, str)]
-    return tuple(text for text in stripped if text)
-
-
 def _text_or_number(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return "".join(_texts(value)[:1])
+    return "".join(texts_of(value)[:1])
 
 
 # -- Shards -------------------------------------------------------------------------------------------------
@@ -508,7 +471,7 @@ def _sidecar(path: Path) -> tuple[str, ...]:
         raise InputError(f"caption {str(path)!r} cannot be read ({error.strerror or error}).") from error
     if len(content) > _MAX_CAPTION_FILE_BYTES:
         raise InputError(f"caption {str(path)!r}: expected at most {_MAX_CAPTION_FILE_BYTES} bytes.")
-    return _texts(content.decode("utf-8", "replace").splitlines())
+    return texts_of(content.decode("utf-8", "replace").splitlines())
 
 
 class JoinedSamples:
