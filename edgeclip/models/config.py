@@ -38,6 +38,8 @@ Resize = Literal["shortest", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
 Crop = Literal["center", "none"]
 
+_SMALLEST_STEM = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class FastViTConfig:
@@ -91,6 +93,8 @@ class ViTConfig:
         activation: of the feed-forward part.
         stem: ``"patch"``: one strided convolution; ``"conv"``: the three of MobileCLIP-B.
         stem_padding_px: zeros around the picture before the ``"conv"`` stem; 1 in Apple's code, 0 in timm's.
+        stem_dim: channels inside the ``"conv"`` stem; 0 for the published rule, a quarter of ``width`` and at
+            least 32.
         class_position: whether the class token has a position embedding.
         pre_norm: whether a norm stands before the first layer.
         norm_eps: of every layer norm.
@@ -108,11 +112,17 @@ class ViTConfig:
     activation: Activation = "gelu"
     stem: Stem = "patch"
     stem_padding_px: int = 0
+    stem_dim: int = 0
     class_position: bool = True
     pre_norm: bool = True
     norm_eps: float = 1e-5
     embed_dim: int = 512
     projection_bias: bool = False
+
+    @property
+    def stem_channels(self) -> int:
+        """Channels inside the ``"conv"`` stem."""
+        return self.stem_dim or max(_SMALLEST_STEM, self.width // 4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ _SHRINKING: Mapping[type, tuple[str, ...]] = {
     TextTransformerConfig: ("context_length", "width", "heads", "hidden_dims", "token_dim", "embed_dim"),
     FastViTConfig: ("dims", "depths", "mlp_ratio", "embed_dim"),
 }
-_WITHOUT_WEIGHTS = ("layer_scale_init",)
+_WITHOUT_WEIGHTS = ("layer_scale_init", "stem_dim")
 
 
 def inherited_layers(parent: int, child: int, layers: InheritedLayers = "even") -> tuple[int, ...]:
@@ -171,6 +171,13 @@ def _check(parent: CLIPConfig, child: CLIPConfig) -> None:
                 )
     if isinstance(parent.image, FastViTConfig) and isinstance(child.image, FastViTConfig):
         _check_fastvit(parent.image, child.image)
+    if isinstance(parent.image, ViTConfig) and isinstance(child.image, ViTConfig):
+        most, got = parent.image.stem_channels, child.image.stem_channels
+        if parent.image.stem == "conv" and got > most:
+            raise ConfigError(
+                f"inherit: 'image.stem_dim' of the child is {got}, expected at most "
+                f"{most}, what the parent has."
+            )
     factorised = [
         isinstance(text, TextTransformerConfig) and text.token_dim for text in (parent.text, child.text)
     ]

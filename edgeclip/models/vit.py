@@ -47,8 +47,6 @@ __all__ = [
     "with_grid",
 ]
 
-_SMALLEST_STEM = 32
-
 
 class _PatchStem(nn.Module):
     """One strided convolution without bias."""
@@ -78,7 +76,7 @@ class _ConvStem(nn.Module):
                 f"image tower: got stem_padding_px {config.stem_padding_px}, expected 0 to {most}: more adds "
                 "a patch to each row."
             )
-        channels = max(_SMALLEST_STEM, config.width // 4)
+        channels = config.stem_channels
         self.conv1 = nn.Conv2d(3, channels, stride, stride=stride, padding=config.stem_padding_px, bias=False)
         self.norm1: nn.Module = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 2, stride=2, bias=False)

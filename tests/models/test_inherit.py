@@ -281,6 +281,7 @@ def test_towers_of_other_kinds_are_inherited_whole() -> None:
         (VIT, text(VIT, vocab_size=39), r"'text\.vocab_size' of the child is 39, of the parent 40"),
         (VIT, image(VIT, head_dim=8), r"'image\.head_dim' of the child is 8, of the parent 16"),
         (VIT, image(VIT, activation="quick-gelu"), r"'image\.activation' of the child is 'quick-gelu'"),
+        (RICH, image(RICH, stem_dim=41), r"'image\.stem_dim' of the child is 41, expected at most 40"),
         (VIT, text(VIT, token_dim=8), r"'text\.token_dim' of the child is 8, expected at most 0"),
         (RICH, text(RICH, token_dim=0), r"'text\.token_dim' of the child is 0, of the parent 20"),
         (VIT, dataclasses.replace(VIT, mean=(0.5, 0.5, 0.5)), r"'mean' of the child is \(0\.5, 0\.5, 0\.5\)"),
