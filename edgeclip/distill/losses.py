@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,38 +45,52 @@ def info_nce(
     scale: Tensor | float,
     *,
     softness: float = 0.0,
+    spread: Literal["even", "similar"] = "even",
     max_matrix_bytes: int = MAX_MATRIX_BYTES,
 ) -> Tensor:
     """Return the symmetric cross-entropy of matching (Radford et al. 2021, figure 3).
 
+    LightCLIP (Nie et al. 2023, arXiv 2312.00674) softens the labels of negatives progressively while it
+    trains, since web captions also fit other pictures. Of the paper we know the abstract: how the softness is
+    shared, how much of it there is and that it grows linearly are ours.
+
     Args:
         pairs: unit embeddings.
         scale: multiplier of cosines.
-        softness: share of each row's target that is spread evenly over its negatives: 0 is CLIP; LightCLIP
-            (arXiv 2312.00674) raises it while training, since web captions also fit other pictures.
+        softness: share of each row's target that its negatives get: 0 is CLIP.
+        spread: how they share it: ``"even"``, or ``"similar"``: by the softmax of their own logits, taken as
+            constants, so that those that look right to the model get most.
         max_matrix_bytes: see the module.
     """
     if not 0 <= softness < 1:
         raise ConfigError(f"info_nce: softness is {softness}, expected a share from 0 and below 1.")
 
     def row_loss(rows: Tensor, targets: Tensor, columns: Tensor) -> Tensor:
-        return -(targets * (scale * rows @ columns.T).log_softmax(dim=1)).sum()
+        logits = scale * rows @ columns.T
+        if spread == "similar":
+            targets = _soften(targets, softness, logits.detach())
+        return -(targets * logits.log_softmax(dim=1)).sum()
 
-    targets = _soften(pairs.targets(), softness)
-    both = _over_rows(row_loss, (pairs.image, targets), (pairs.all_text,), max_matrix_bytes) + _over_rows(
+    targets = pairs.targets() if spread == "similar" else _soften(pairs.targets(), softness)
+    both = over_rows(row_loss, (pairs.image, targets), (pairs.all_text,), max_matrix_bytes) + over_rows(
         row_loss, (pairs.text, targets), (pairs.all_image,), max_matrix_bytes
     )
     return both / (2 * len(pairs.image))
 
 
-def _soften(targets: Tensor, softness: float) -> Tensor:
-    """Move ``softness`` of each row from its positives to its negatives; rows without negatives stay."""
+def _soften(targets: Tensor, softness: float, logits: Tensor | None = None) -> Tensor:
+    """Move ``softness`` of each row from its positives to its negatives; rows without negatives stay.
+
+    Negatives share it by the softmax of ``logits``, or evenly.
+    """
     if softness == 0:
         return targets
-    negative = (targets == 0).to(targets.dtype)
-    count = negative.sum(dim=1, keepdim=True)
-    share = (count > 0).to(targets.dtype) * softness
-    return targets * (1 - share) + negative * share / count.clamp(min=1)
+    negative = targets == 0
+    share = negative.any(dim=1, keepdim=True).to(targets.dtype) * softness
+    said = torch.zeros_like(targets) if logits is None else logits
+    # A row of nothing but positives has no softmax; its share is 0.
+    weights = said.masked_fill(~negative, float("-inf")).softmax(dim=1).nan_to_num(0.0)
+    return targets * (1 - share) + weights * share
 
 
 def decoupled_contrastive(
@@ -95,7 +110,7 @@ def decoupled_contrastive(
         return (negatives.logsumexp(dim=1) - (targets * logits).sum(dim=1)).sum()
 
     targets = pairs.targets()
-    both = _over_rows(row_loss, (pairs.image, targets), (pairs.all_text,), max_matrix_bytes) + _over_rows(
+    both = over_rows(row_loss, (pairs.image, targets), (pairs.all_text,), max_matrix_bytes) + over_rows(
         row_loss, (pairs.text, targets), (pairs.all_image,), max_matrix_bytes
     )
     return both / (2 * len(pairs.image))
@@ -121,7 +136,7 @@ def siglip(
         signs = torch.where(targets > 0, 1.0, -1.0).to(rows.dtype)
         return -F.logsigmoid(signs * (scale * rows @ columns.T + bias)).sum()
 
-    total = _over_rows(row_loss, (pairs.image, pairs.targets()), (pairs.all_text,), max_matrix_bytes)
+    total = over_rows(row_loss, (pairs.image, pairs.targets()), (pairs.all_text,), max_matrix_bytes)
     return total / len(pairs.image)
 
 
@@ -164,12 +179,12 @@ def affinity_kl(
             negative_entropy = negative_entropy + weight * (said.exp() * said).sum()
         return negative_entropy - (target * (scale * rows @ columns.T).log_softmax(dim=1)).sum()
 
-    both = _over_rows(
+    both = over_rows(
         row_loss,
         (student.image, *(teacher.image.detach() for teacher in teachers)),
         (student.all_text, *(teacher.all_text.detach() for teacher in teachers)),
         max_matrix_bytes,
-    ) + _over_rows(
+    ) + over_rows(
         row_loss,
         (student.text, *(teacher.text.detach() for teacher in teachers)),
         (student.all_image, *(teacher.all_image.detach() for teacher in teachers)),
@@ -270,7 +285,7 @@ def _same_shape(what: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _over_rows(
+def over_rows(
     row_loss: _RowLoss, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...], max_matrix_bytes: int
 ) -> Tensor:
     """Return the sum of ``row_loss`` over slices of ``rows`` small enough for ``max_matrix_bytes``."""

@@ -80,6 +80,45 @@ def test_softness_moves_that_share_to_the_negatives() -> None:
     assert float(losses.info_nce(batch, SCALE, softness=softness)) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_softness_can_follow_what_looks_similar(ids: Tensor | None) -> None:
+    batch, softness, hard = pairs(ids=ids), 0.2, one_hot(ids)
+    expected = 0.0
+    for rows, columns in ((batch.image, batch.text), (batch.text, batch.image)):
+        logits, targets = cosines(rows, columns), []
+        for row, own in zip(logits, hard, strict=True):
+            others = [math.exp(value) * (share == 0) for value, share in zip(row, own, strict=True)]
+            targets.append(
+                [0.8 * share + 0.2 * other / sum(others) for share, other in zip(own, others, strict=True)]
+            )
+        expected += cross_entropy(logits, targets) / 2
+    found = losses.info_nce(batch, SCALE, softness=softness, spread="similar")
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("spread", ["even", "similar"])
+def test_softened_targets_are_constants(spread: str) -> None:
+    image, text = unit(5, 4, 3).requires_grad_(), unit(5, 4, 4)
+    value = losses.info_nce(Pairs.gather(image, text), SCALE, softness=0.3, spread=spread)
+    (found,) = torch.autograd.grad(value, image)
+    logits = SCALE * image.detach() @ text.T
+    expected = torch.zeros_like(image)
+    for said, sign in ((logits, 1), (logits.T, 0)):
+        others = torch.zeros(5, 5).double() if spread == "even" else said.clone()
+        others.fill_diagonal_(-math.inf)
+        target = 0.7 * torch.eye(5, dtype=torch.float64) + 0.3 * others.softmax(dim=1)
+        difference = (said.softmax(dim=1) - target) * SCALE / 10
+        expected += (difference if sign else difference.T) @ text
+    assert torch.allclose(found, expected, rtol=1e-10)
+
+
+def test_a_row_of_positives_alone_stays_as_it_is() -> None:
+    batch = pairs(ids=torch.zeros(5, dtype=torch.long))
+    hard = losses.info_nce(batch, SCALE)
+    for spread in ("even", "similar"):
+        assert torch.equal(losses.info_nce(batch, SCALE, softness=0.4, spread=spread), hard)
+
+
 def test_decoupled_leaves_the_positive_out_of_the_denominator() -> None:
     batch = pairs()
     expected = 0.0
@@ -280,7 +319,8 @@ def test_two_ranks_have_the_gradients_of_one(repo: Path, tmp_path: Path) -> None
             assert rank.returncode == 0, said
     one, two = (load_file(tmp_path / f"{world}.safetensors") for world in (1, 2))
     assert set(one) == set(two)
-    assert len(one) == 6 * 2 * 6  # losses x ids x (four parameters, the scale, the loss)
+    # losses x ids x (four parameters, the scale, the loss); some do without a tower or the scale
+    assert len(one) == 8 * 2 * 6 + 2 * (5 + 3)
     for key, expected in one.items():
         assert torch.allclose(two[key], expected, rtol=1e-6, atol=1e-12), key
         assert expected.abs().max() > 0, key

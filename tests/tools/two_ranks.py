@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from edgeclip.distill import losses
 from edgeclip.distill.pairs import Pairs
+from edgeclip.distill.token_losses import TokenPairs, hidden_word_loss, token_alignment
 
 BATCH, WIDTH, EMBED = 12, 6, 5
 
@@ -42,16 +43,36 @@ def batch() -> dict[str, Tensor]:
         "teacher_text": unit(BATCH, EMBED),
         "second_image": unit(BATCH, 7),
         "second_text": unit(BATCH, 7),
+        "patches": torch.randn(BATCH, 4, WIDTH, generator=generator, dtype=torch.float64),
+        "words": torch.randn(BATCH, 5, WIDTH, generator=generator, dtype=torch.float64),
+        "kept": torch.arange(5) < torch.randint(1, 6, (BATCH, 1), generator=generator),
+        # One rank may have hidden no word at all.
+        "hidden": torch.arange(BATCH) % 3 + torch.where(torch.arange(BATCH) < BATCH // 2, 0, -3),
         "ids": torch.tensor([0, 1, 2, 0, 4, 5, 6, 1, 8, 9, 10, 11]),
     }
 
 
-def loss_of(name: str, student: Pairs, part: dict[str, Tensor], scale: Tensor) -> Tensor:
+def loss_of(
+    name: str, model: nn.ModuleDict, student: Pairs, part: dict[str, Tensor], scale: Tensor
+) -> Tensor:
+    tokens = {
+        key: F.normalize(model[tower](part[key]), dim=-1)
+        for key, tower in (("patches", "image"), ("words", "text"))
+    }
+    shown = part["hidden"] >= 0
     first = Pairs.gather(part["teacher_image"], part["teacher_text"])
     second = Pairs.gather(part["second_image"], part["second_text"])
     table: dict[str, Callable[[], Tensor]] = {
         "info_nce": lambda: losses.info_nce(student, scale),
         "soft_info_nce": lambda: losses.info_nce(student, scale, softness=0.3),
+        "similar_info_nce": lambda: losses.info_nce(student, scale, softness=0.3, spread="similar"),
+        "token_alignment": lambda: token_alignment(
+            TokenPairs.gather(tokens["patches"], tokens["words"], part["kept"], pairs=student), scale
+        ),
+        "uniformity": lambda: losses.uniformity(student.all_image) + losses.uniformity(student.all_text),
+        "hidden_words": lambda: hidden_word_loss(
+            student.text[shown], part["hidden"][shown], torch.eye(3, EMBED).double(), torch.zeros(3).double()
+        ),
         "decoupled_contrastive": lambda: losses.decoupled_contrastive(student, scale),
         "siglip": lambda: losses.siglip(student, scale, -2.0),
         "affinity_kl": lambda: losses.affinity_kl(
@@ -73,7 +94,7 @@ def gradients(name: str, rank: int, world: int, *, ids: bool) -> tuple[dict[str,
         F.normalize(model["text"](part["text"]), dim=-1),
         ids=part["ids"] if ids else None,
     )
-    value = loss_of(name, student, part, logit_scale.exp())
+    value = loss_of(name, model, student, part, logit_scale.exp())
     value.backward()
     found = {key: parameter.grad for key, parameter in model.named_parameters()}
     found["logit_scale"] = logit_scale.grad
@@ -83,6 +104,10 @@ def gradients(name: str, rank: int, world: int, *, ids: bool) -> tuple[dict[str,
 NAMES = (
     "info_nce",
     "soft_info_nce",
+    "similar_info_nce",
+    "token_alignment",
+    "uniformity",
+    "hidden_words",
     "decoupled_contrastive",
     "siglip",
     "affinity_kl",
