@@ -32,7 +32,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
@@ -46,11 +46,15 @@ else:
 
 __all__ = [
     "AffinityLoss",
+    "BundleTeacher",
     "CheckpointTeacher",
     "DataSpec",
     "DecoupledLoss",
+    "EmbeddingsTeacher",
     "FeatureLoss",
     "GroupSpec",
+    "HuggingFaceTeacher",
+    "ImageFeaturesTeacher",
     "InfoNCELoss",
     "InteractiveLoss",
     "LossSpec",
@@ -58,6 +62,7 @@ __all__ = [
     "OptimizerSpec",
     "Recipe",
     "ScheduleSpec",
+    "SentenceTeacher",
     "SigLIPLoss",
     "StageSpec",
     "StoredTeacher",
@@ -66,6 +71,7 @@ __all__ = [
     "ValidationSpec",
     "load_recipe",
     "parse_recipe",
+    "parse_teachers",
     "read_recipe_file",
     "recipe_digest",
 ]
@@ -158,7 +164,116 @@ class StoredTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="st
     licence: str | None = None
 
 
-TeacherSpec: TypeAlias = CheckpointTeacher | OpenClipTeacher | StoredTeacher
+class BundleTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="bundle"):
+    """An exported bundle, run beside the student by its own runtime, on the CPU.
+
+    Attributes:
+        name: as losses call it.
+        path: its directory; ``"default"`` is the one that comes with edgeclip.
+        variant: which of its variants; the first in float32 that runs here, if not given, else the one that
+            ``edgeclip classify`` would take.
+        scale: the teacher's own multiplier of cosines.
+    """
+
+    name: str
+    path: str = "default"
+    variant: str | None = None
+    scale: Positive = 100.0
+
+
+class HuggingFaceTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="huggingface"):
+    """A CLIP, ChineseCLIP, AltCLIP or SigLIP of transformers (extra ``hf``), run beside the student.
+
+    Attributes:
+        name: as losses call it.
+        path: local directory with ``config.json``, ``model.safetensors``, tokenizer and processor.
+        context_length: tokens a text; CLIP's 77 if not given, or what its text tower reads where that is less
+            or must be exact.
+        licence: SPDX identifier of its weights' terms, which the directory does not state in a fixed place.
+        scale: the teacher's own multiplier of cosines.
+    """
+
+    name: str
+    path: str
+    context_length: Count | None = None
+    licence: str = ""
+    scale: Positive = 100.0
+
+
+class ImageFeaturesTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="image-features"):
+    """An image tower or classifier: what it gives before its classifier, for losses of kind ``"feature"``.
+
+    Attributes:
+        name: as losses call it.
+        path: its weights: a checkpoint of ours, a published file, or for timm any file of its model.
+        model: its name, needed for timm; of the model zoo where the weights alone do not tell.
+        library: ``"edgeclip"``, or ``"timm"`` (extra ``openclip``) for what the zoo does not have.
+        licence: SPDX identifier of its weights' terms, where its file is of nobody the zoo knows.
+    """
+
+    scale: ClassVar[float] = 1.0  # it has no similarities of pictures and texts
+
+    name: str
+    path: str
+    model: str | None = None
+    library: Literal["edgeclip", "timm"] = "edgeclip"
+    licence: str = ""
+
+
+class SentenceTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="sentence"):
+    """A sentence encoder, for losses of kind ``"feature"``.
+
+    Attributes:
+        name: as losses call it.
+        path: local directory of transformers (extra ``hf``), or an ONNX file.
+        tokenizer: the ``tokenizer.json`` of an ONNX file.
+        pooling: of its tokens: the mean of those that are no padding, or the first.
+        context_length: tokens a text; 77, or what it reads where that is less, if not given.
+        licence: SPDX identifier of its weights' terms.
+    """
+
+    scale: ClassVar[float] = 1.0  # it has no similarities of pictures and texts
+
+    name: str
+    path: str
+    tokenizer: str | None = None
+    pooling: Literal["mean", "first"] = "mean"
+    context_length: Count | None = None
+    licence: str = ""
+
+
+class EmbeddingsTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="embeddings"):
+    """Embeddings computed elsewhere: row ``i`` belongs to sample ``i`` of the data.
+
+    They are of whole pictures, whatever crop the student sees, and of one caption a picture.
+
+    Attributes:
+        name: as losses call it.
+        image: ``.npy`` file with an ``(N, d)`` array of floats.
+        text: likewise.
+        digest: of the samples they belong to, as ``run.json`` of a run names it; not compared if not given.
+        licence: SPDX identifier of the terms of what made them.
+        scale: the teacher's own multiplier of cosines.
+    """
+
+    name: str
+    image: str | None = None
+    text: str | None = None
+    digest: str | None = None
+    licence: str = ""
+    scale: Positive = 100.0
+
+
+TeacherSpec: TypeAlias = (
+    CheckpointTeacher
+    | OpenClipTeacher
+    | StoredTeacher
+    | BundleTeacher
+    | HuggingFaceTeacher
+    | ImageFeaturesTeacher
+    | SentenceTeacher
+    | EmbeddingsTeacher
+)
 
 
 class InfoNCELoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="info-nce"):
@@ -388,6 +503,27 @@ def parse_recipe(content: bytes, *, where: str = "recipe", changes: Iterable[str
     return recipe
 
 
+def parse_teachers(content: bytes, *, where: str) -> tuple[TeacherSpec, ...]:
+    """Return the teachers of TOML text with ``[[teacher]]`` tables, as recipes have them, and nothing else.
+
+    Raises:
+        ConfigError: it is too large, not TOML, or holds something else.
+    """
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{where}: larger than {_MAX_BYTES} bytes; are these teachers?")
+    try:
+        said = tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}.") from error
+    others = sorted(said.keys() - {"teacher"})
+    if others or not said:
+        raise ConfigError(f"{where}: holds {others or 'nothing'}, expected [[teacher]] tables alone.")
+    return tuple(
+        _convert(table, TeacherSpec, f"{where}: [[teacher]] {index}")
+        for index, table in enumerate(_list(said["teacher"], f"{where}: teacher"))
+    )
+
+
 def recipe_digest(recipe: Recipe) -> str:
     """Return the sha256 of what the recipe means: order of keys, comments and defaults do not matter."""
     return hashlib.sha256(
@@ -522,6 +658,8 @@ def _check(recipe: Recipe, where: str) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"{where}: {what}: the names {twice} stand twice; names must differ.")
+    for index, teacher in enumerate(recipe.teacher):
+        _check_teacher(teacher, f"{where}: [[teacher]] {index}")
     for index, stage in enumerate(recipe.stage):
         _check_stage(recipe, stage, teachers, f"{where}: [[stage]] {index}")
     for index, entry in enumerate(recipe.validation):
@@ -561,6 +699,13 @@ def _named(loss: LossSpec) -> tuple[str, ...]:
     if isinstance(loss, AffinityLoss):
         return loss.teachers
     return (loss.teacher,) if isinstance(loss, InteractiveLoss | FeatureLoss) else ()
+
+
+def _check_teacher(teacher: TeacherSpec, at: str) -> None:
+    if isinstance(teacher, EmbeddingsTeacher) and teacher.image is None and teacher.text is None:
+        raise ConfigError(f"{at}: got neither 'image' nor 'text', expected the .npy file of one or both.")
+    if isinstance(teacher, ImageFeaturesTeacher) and teacher.library == "timm" and teacher.model is None:
+        raise ConfigError(f"{at}: library = 'timm' needs 'model', a name that timm knows.")
 
 
 def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str) -> None:

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from edgeclip.distill.batches import BatchLoader, BatchPlan
+from edgeclip.distill.embedding_files import EmbeddingFiles
 from edgeclip.distill.forward import embed
 from edgeclip.distill.inputs import Inputs, StoredViews
 from edgeclip.distill.lineage import licence_of
@@ -234,6 +235,11 @@ def open_run(recipe: Recipe, root: Path) -> Run:
         for spec in recipe.teacher
         if spec.name in asked
     }
+    for stage in recipe.stage:
+        for name in dict.fromkeys(name for spec in stage.loss for name in _named(spec)):
+            teacher = teachers[name]
+            if isinstance(teacher, EmbeddingFiles):
+                teacher.check(stage, recipe.data[stage.data], data[stage.data])
     validations = tuple(
         open_validation(entry, recipe.data[entry.data], data[entry.data], root) for entry in recipe.validation
     )

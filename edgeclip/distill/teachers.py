@@ -7,19 +7,31 @@ sees is the student's (:mod:`edgeclip.distill.inputs`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from edgeclip.distill.batches import Batch
-from edgeclip.distill.forward import embed
+from edgeclip.distill.bundle_teacher import open_bundle_teacher
+from edgeclip.distill.embedding_files import open_embedding_files
+from edgeclip.distill.huggingface import open_huggingface
 from edgeclip.distill.inputs import Consumer, Inputs, ViewForm, check_tokenizer, form_of
 from edgeclip.distill.lineage import parent_of
 from edgeclip.distill.objective import Embedded
-from edgeclip.distill.recipe import CheckpointTeacher, OpenClipTeacher, StoredTeacher, TeacherSpec
+from edgeclip.distill.online_teacher import OnlineTeacher
+from edgeclip.distill.recipe import (
+    BundleTeacher,
+    CheckpointTeacher,
+    EmbeddingsTeacher,
+    HuggingFaceTeacher,
+    ImageFeaturesTeacher,
+    OpenClipTeacher,
+    SentenceTeacher,
+    StoredTeacher,
+    TeacherSpec,
+)
+from edgeclip.distill.single_tower_teachers import open_image_features, open_sentence
 from edgeclip.errors import ConfigError, MissingExtraError
 from edgeclip.models.checkpoints import load_model
 from edgeclip.tokenizer import Tokenizer
@@ -62,63 +74,6 @@ class Teacher(Protocol):
         ...
 
 
-class OnlineTeacher(nn.Module):
-    """A frozen model that runs beside the student.
-
-    Args:
-        name: as losses call it.
-        model: has ``encode_image`` and ``encode_text``.
-        form: how its views are made.
-        mean: per RGB channel, on pixels in [0, 1].
-        std: likewise.
-        tokenizer: its own.
-        embed_dim: width of its embeddings.
-        parent: what the student's checkpoint records about it.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        *,
-        form: ViewForm,
-        mean: Sequence[float],
-        std: Sequence[float],
-        tokenizer: Tokenizer,
-        embed_dim: int,
-        parent: Mapping[str, Any],
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.model = model.requires_grad_(False).eval()
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.consumer = Consumer(form, tokenizer)
-        self.image_dim: int | None = embed_dim
-        self.text_dim: int | None = embed_dim
-        self.parent = dict(parent)
-
-    def train(self, mode: bool = True) -> OnlineTeacher:
-        """Stay in eval mode."""
-        super().train(False)
-        return self
-
-    @torch.no_grad()
-    def forward(self, image: Tensor, tokens: Tensor) -> Embedded:
-        """Embed ``(b, 3, H, W)`` uint8 pictures and ``(b, n, L)`` token ids."""
-        pictures, *texts = embed(self.model, image, tokens, mean=self.mean, std=self.std)
-        return Embedded(pictures, tuple(texts))
-
-    def ask(self, batch: Batch, inputs: Inputs, *, parts: int = 1) -> Embedded:
-        """Return its embeddings of a batch, see :class:`Teacher`."""
-        images = batch[inputs.image_name(self.consumer)].chunk(parts)
-        tokens = batch[inputs.tokens_name(self.consumer)].chunk(parts)
-        rows = [self(*part) for part in zip(images, tokens, strict=True)]
-        return Embedded(
-            torch.cat([row.image for row in rows]),
-            tuple(torch.cat(column) for column in zip(*(row.texts for row in rows), strict=True)),
-        )
-
-
 def open_teacher(spec: TeacherSpec, root: Path) -> Teacher:
     """Return a teacher of a recipe.
 
@@ -131,14 +86,26 @@ def open_teacher(spec: TeacherSpec, root: Path) -> Teacher:
         InputError: its checkpoint cannot be read.
         MissingExtraError: the package it needs is not installed.
     """
-    if isinstance(spec, StoredTeacher):
-        raise ConfigError(
-            f"teacher {spec.name!r}: kind = 'stored' reads embeddings from reinforced shards, which this "
-            "version does not make or read yet; use kind = 'checkpoint' or 'open-clip'."
-        )
-    if isinstance(spec, OpenClipTeacher):
-        return _open_clip(spec, root)
-    return _checkpoint(spec, root)
+    match spec:
+        case CheckpointTeacher():
+            return _checkpoint(spec, root)
+        case OpenClipTeacher():
+            return _open_clip(spec, root)
+        case BundleTeacher():
+            return open_bundle_teacher(spec, root)
+        case HuggingFaceTeacher():
+            return open_huggingface(spec, root)
+        case ImageFeaturesTeacher():
+            return open_image_features(spec, root)
+        case SentenceTeacher():
+            return open_sentence(spec, root)
+        case EmbeddingsTeacher():
+            return open_embedding_files(spec, root)
+        case StoredTeacher():
+            raise ConfigError(
+                f"teacher {spec.name!r}: kind = 'stored' reads embeddings from reinforced shards and cannot "
+                "be run on other pictures; use another kind here."
+            )
 
 
 def _checkpoint(spec: CheckpointTeacher, root: Path) -> OnlineTeacher:
