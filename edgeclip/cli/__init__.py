@@ -30,6 +30,10 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("edgeclip.cli.embed:embed", "Write image embeddings to a file."),
     "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
     "models": ("edgeclip.cli.models:models", "List the models edgeclip knows, and download their weights."),
+    "reinforce": (
+        "edgeclip.cli.reinforce:reinforce",
+        "Store what teachers say about every sample of shards.",
+    ),
     "train": ("edgeclip.cli.train:train", "Train or distil a model from a recipe."),
     "verify": ("edgeclip.cli.verify:verify", "Check that a bundle gives the right numbers on this host."),
 }

@@ -55,6 +55,7 @@ __all__ = [
     "captions_of_members",
     "find_shards",
     "open_samples",
+    "without_pictures",
 ]
 
 _LABEL_COLUMNS = ("label", "class", "cls", "category")
@@ -181,6 +182,9 @@ def open_samples(
                 parts.append(FileSamples(path))
     samples = parts[0] if len(parts) == 1 else JoinedSamples(parts)
     if not len(samples):
+        indexes = [index for part in parts if isinstance(part, ShardSamples) for index in part.indexes]
+        if any(index.samples for index in indexes):
+            raise InputError(without_pictures(indexes))
         said = ", ".join(repr(str(path)) for path in given[:3])
         raise InputError(
             f"no samples in {said or 'an empty list of paths'}: expected pictures. Check the path."
@@ -340,6 +344,18 @@ class ShardSamples:
         image = next(content for extension, content in members.lazily() if is_picture(extension))()
         captions = captions_of_members(members, f"{shard.path.name}/{name}")
         return Sample(_shown(f"{shard.path.name}/{name}"), image, captions, name, members)
+
+
+def without_pictures(indexes: Sequence[ShardIndex]) -> str:
+    """Return what to say about shards without pictures, such as DataCompDR's as they are published."""
+    count = sum(index.samples for index in indexes)
+    members = ", ".join(dict.fromkeys(name for index in indexes for name in index.extensions)) or "none"
+    return (
+        f"shard {str(indexes[0].path)!r}: {count} samples have no picture (members: {members}). Put pictures "
+        "and .txt captions of the same keys beside them in the same shard: for DataCompDR, unpack its shard "
+        "and the one of DataComp-12M with the same number into one folder, and pack that with "
+        "'tar --sort=name'."
+    )
 
 
 class _Members(Mapping[str, bytes]):

@@ -1,0 +1,468 @@
+"""What reinforcing needs, opened: shards, teachers, captions from a file; and how samples are prepared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from edgeclip.distill.augment import Augmentation, RandAugment, RandomResizedCrop, Transform
+from edgeclip.distill.inputs import TextInput, ViewForm, with_form
+from edgeclip.distill.online_teacher import OnlineTeacher
+from edgeclip.distill.randomness import random_stream
+from edgeclip.distill.recipe import TeacherSpec
+from edgeclip.distill.reinforcement import LeftOut, Reinforcement, Settings, SourceShard, TeacherRecord
+from edgeclip.distill.samples import (
+    BrokenLimit,
+    Sample,
+    ShardSamples,
+    captions_of_members,
+    find_shards,
+    without_pictures,
+)
+from edgeclip.distill.stored import EXTENSIONS, IMAGE, Precision, layout_of
+from edgeclip.distill.teachers import open_teacher
+from edgeclip.distill.views import VIEWS_EXTENSION, views_to_json
+from edgeclip.errors import ConfigError, InputError
+from edgeclip.pictures import decode_image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["CaptionFile", "Plan", "Prepared", "ReinforceOptions", "open_plan"]
+
+_SCALE = 100.0
+_MAX_CAPTION_FILE_BYTES = 1 << 34
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceOptions:
+    """How shards are reinforced; the first nine decide what is in them.
+
+    Attributes:
+        augmentations: views of each picture.
+        crop_scale: share of the picture's area that a crop keeps.
+        rand_augment: operations on each view; 0 for none.
+        rand_augment_magnitude: their strength, 0 to 30.
+        precision: of the stored embeddings.
+        batch_size: views, and texts, that a teacher takes at once.
+        seed: of the views.
+        device: ``"cpu"`` or ``"cuda"``.
+        captions: file with further captions, see :class:`CaptionFile`.
+        workers: processes that prepare views.
+        limit: samples that may be left out; each process counts its own.
+    """
+
+    augmentations: int = 10
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    rand_augment: int = 2
+    rand_augment_magnitude: int = 9
+    precision: Precision = "bfloat16"
+    batch_size: int = 64
+    seed: int = 0
+    device: str = "cpu"
+    captions: Path | None = None
+    workers: int = 0
+    limit: BrokenLimit = field(default_factory=BrokenLimit)
+
+
+# -- Captions from a file -----------------------------------------------------------------------------------
+
+
+class CaptionFile:
+    """Further captions, from a JSONL file.
+
+    A line is an object with ``key``, a sample's key in its shard or ``SHARD/KEY``, and texts by kind:
+    ``captions`` (or ``synthetic``) are synthetic ones, ``synthetic_TAG`` those of another captioner, any
+    other name is a kind of its own, such as ``zh``. They go behind those that the sample has.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: it cannot be read, or a line is no such object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found: dict[str, dict[str, tuple[str, ...]]] = {}
+        digest = hashlib.sha256()
+        try:
+            if path.stat().st_size > _MAX_CAPTION_FILE_BYTES:
+                raise InputError(f"captions {str(path)!r}: larger than {_MAX_CAPTION_FILE_BYTES:,} bytes.")
+            with path.open("rb") as stream:
+                for number, line in enumerate(stream, 1):
+                    digest.update(line)
+                    if line.strip():
+                        self._add(line, number)
+        except OSError as error:
+            raise InputError(
+                f"captions {str(path)!r} cannot be read: {error.strerror or error}. Check the path; "
+                "captioners are not run here."
+            ) from error
+        self.digest = digest.hexdigest()
+
+    def _add(self, line: bytes, number: int) -> None:
+        try:
+            said = msgspec.json.decode(line, type=dict[str, str | list[str]])
+            key = said.pop("key")
+            if not isinstance(key, str) or not said:
+                raise ValueError(f"got the key {key!r} and the kinds {sorted(said)}")
+        except (msgspec.MsgspecError, KeyError, ValueError, RecursionError) as error:
+            reason = "no 'key'" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
+            raise InputError(
+                f"captions {str(self.path)!r}, line {number}: {reason}; expected an object with 'key' and "
+                'texts by kind: {"key": "000017", "captions": ["…"], "zh": ["…"]}.'
+            ) from error
+        kinds = self._found.setdefault(key, {})
+        for kind, texts in said.items():
+            named = "synthetic" if kind == "captions" else kind
+            kinds[named] = kinds.get(named, ()) + ((texts,) if isinstance(texts, str) else tuple(texts))
+
+    def of(self, sample: Sample) -> Mapping[str, tuple[str, ...]]:
+        """Return what the file says about a sample; empty if nothing."""
+        return self._found.get(sample.key) or self._found.get(sample.name, {})
+
+
+def _with_captions(
+    members: Mapping[str, bytes], extra: Mapping[str, tuple[str, ...]], what: str
+) -> dict[str, bytes]:
+    """Return a sample's members with further captions in its ``.json`` and ``.syn.json``."""
+    changed = dict(members)
+    for extension in ("json", "syn.json"):
+        is_synthetic = extension == "syn.json"
+        kinds = {kind: texts for kind, texts in extra.items() if kind.startswith("synthetic") is is_synthetic}
+        if not kinds:
+            continue
+        said = _object(members.get(extension, b"{}"), f"{what}.{extension}")
+        if is_synthetic:
+            table = said
+        else:
+            there = said.get("captions", {})
+            table = dict(there) if isinstance(there, dict) else {"alt": there}
+            said["captions"] = table
+        for kind, texts in kinds.items():
+            name = kind.replace("synthetic", "syn_text", 1) if is_synthetic else kind
+            had = table.get(name, [])
+            had = list(had) if isinstance(had, list) else [had]
+            table[name] = had + [text for text in texts if text not in had]
+        changed[extension] = json.dumps(said, ensure_ascii=False).encode("utf-8", "replace")
+    return changed
+
+
+def _object(content: bytes, what: str) -> dict[str, Any]:
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what}: is not JSON ({error}). Make the shard again.") from error
+    return said if isinstance(said, dict) else {}
+
+
+# -- Preparing samples --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A sample before the teachers have seen it.
+
+    Attributes:
+        name: its key.
+        members: what is written of it, but for the embeddings.
+        layout: which caption each row of each array of texts is.
+        views: ``(n, 3, H, W)`` uint8 for each form.
+        tokens: ``(t, L)`` int32 for each tokenizer, in the order of the layout.
+        captioned: whether the file had captions for it.
+    """
+
+    name: str
+    members: dict[str, bytes]
+    layout: dict[str, list[tuple[str, int]]]
+    views: tuple[NDArray[np.uint8], ...]
+    tokens: tuple[NDArray[np.int32], ...]
+    captioned: bool
+
+
+class _Preparing(Dataset[Any]):
+    """Makes the views and tokens of a shard's samples: what a worker does."""
+
+    def __init__(
+        self,
+        samples: ShardSamples,
+        augmentation: Augmentation,
+        forms: Sequence[ViewForm],
+        tokenizers: Sequence[TextInput],
+        settings: Settings,
+        captions: CaptionFile | None,
+    ) -> None:
+        self._samples, self._augmentation = samples, augmentation
+        self._forms, self._tokenizers = tuple(forms), tuple(tokenizers)
+        self._settings, self._captions = settings, captions
+        # Streams of a sample depend on its own shard alone.
+        digest = hashlib.sha256(samples.indexes[0].digest.encode()).digest()
+        self._stream = int.from_bytes(digest[:4], "big") << 32
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, row: int) -> Prepared | LeftOut:
+        try:
+            return self._prepared(row)
+        except InputError as error:
+            return LeftOut(key=self._samples.key(row), reason=" ".join(str(error).split()))
+
+    def _prepared(self, row: int) -> Prepared:
+        sample = self._samples.read(row)
+        old = {VIEWS_EXTENSION, *EXTENSIONS}
+        members = {name: sample.members[name] for name in sample.members if name not in old}
+        captions = sample.captions
+        extra = self._captions.of(sample) if self._captions is not None else {}
+        if extra:
+            members = _with_captions(members, extra, sample.key)
+            captions = captions_of_members(members, sample.key)
+        layout = layout_of(captions)
+        if not layout:
+            raise InputError(f"{sample.key}: has no caption. Give some in the file of --captions.")
+        picture = decode_image(sample.image)
+        rng = random_stream(self._settings.seed, 0, self._stream | row, "view")
+        size_px = picture.height, picture.width
+        drawn = [self._augmentation.sample(rng, size_px) for _ in range(self._settings.augmentations)]
+        members[VIEWS_EXTENSION] = views_to_json(self._augmentation, drawn)
+        views = []
+        for form in self._forms:
+            augmentation = with_form(self._augmentation, form)
+            stacked = np.stack([augmentation.apply(picture, parameters) for parameters in drawn])
+            views.append(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
+        texts = [captions[kind][number] for rows in layout.values() for kind, number in rows]
+        tokens = tuple(tokenizer(texts, truncate=True) for tokenizer in self._tokenizers)
+        return Prepared(sample.name, members, layout, tuple(views), tokens, bool(extra))
+
+
+# -- Plans --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything opened that reinforcing needs.
+
+    Attributes:
+        manifest: before any shard was made.
+        shards: the input.
+        teachers: in the order of their columns.
+        captions: from the file, if there is one.
+        options: the settings.
+    """
+
+    manifest: Reinforcement
+    shards: tuple[ShardSamples, ...]
+    teachers: tuple[OnlineTeacher, ...]
+    captions: CaptionFile | None
+    options: ReinforceOptions
+
+    @property
+    def forms(self) -> tuple[ViewForm, ...]:
+        """The forms of views some teacher has, each once."""
+        return tuple(dict.fromkeys(_form(teacher) for teacher in self.teachers))
+
+    @property
+    def tokenizers(self) -> dict[str, TextInput]:
+        """The tokenizers of the teachers by digest."""
+        found = [teacher.consumer.tokenizer for teacher in self.teachers]
+        return {tokenizer.digest: tokenizer for tokenizer in found if tokenizer is not None}
+
+    def preparing(self, shard: ShardSamples) -> _Preparing:
+        """Return what prepares the samples of a shard."""
+        settings = self.manifest.settings
+        crop = RandomResizedCrop(
+            settings.image_size_px, scale=settings.crop_scale, interpolation=self.forms[0].interpolation
+        )
+        transforms: list[Transform] = [crop]
+        if settings.rand_augment:
+            transforms.append(
+                RandAugment(num_ops=settings.rand_augment, magnitude=settings.rand_augment_magnitude)
+            )
+        return _Preparing(
+            shard,
+            Augmentation(tuple(transforms)),
+            self.forms,
+            list(self.tokenizers.values()),
+            settings,
+            self.captions,
+        )
+
+    @torch.no_grad()
+    def embed(self, group: Sequence[Prepared]) -> list[dict[str, NDArray[np.float32]]]:
+        """Return the arrays of embeddings of each of some samples."""
+        forms, digests = list(self.forms), list(self.tokenizers)
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        for teacher in self.teachers:
+            assert teacher.consumer.tokenizer is not None
+            at, number = forms.index(_form(teacher)), digests.index(teacher.consumer.tokenizer.digest)
+            views = torch.from_numpy(np.concatenate([one.views[at] for one in group]))
+            tokens = torch.from_numpy(np.concatenate([one.tokens[number] for one in group]))
+            images.append(self._rows(views, lambda part, of=teacher: of(part, None).image))  # type: ignore[misc]
+            texts.append(
+                self._rows(tokens, lambda part, of=teacher: of(None, part[:, None]).texts[0])  # type: ignore[misc]
+            )
+        image, text = (torch.cat(columns, dim=1).numpy() for columns in (images, texts))
+        found = []
+        row = 0
+        for number, one in enumerate(group):
+            count = self.manifest.settings.augmentations
+            arrays = {IMAGE: image[number * count : (number + 1) * count]}
+            for name, rows in one.layout.items():
+                arrays[name] = text[row : row + len(rows)]
+                row += len(rows)
+            for name, array in arrays.items():
+                if not np.isfinite(array).all():
+                    raise InputError(
+                        f"sample {one.name!r}: a teacher's {name} are not finite; check its weights."
+                    )
+            found.append(arrays)
+        return found
+
+    def _rows(self, inputs: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return unit rows ``(n, d)`` float32, batch by batch."""
+        device = self.options.device
+        rows = [embed(part.to(device)).float().cpu() for part in torch.split(inputs, self.options.batch_size)]
+        return F.normalize(torch.cat(rows), dim=-1)
+
+
+def open_plan(
+    paths: Sequence[Path],
+    specs: Sequence[TeacherSpec],
+    options: ReinforceOptions,
+    *,
+    root: Path,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Open shards, teachers and captions.
+
+    Args:
+        paths: shards, or folders of them.
+        specs: the teachers, in the order of their columns.
+        options: the settings.
+        root: what the paths of teachers are relative to.
+        progress: called with each shard before its index is opened or made.
+
+    Raises:
+        ConfigError: a setting is out of range, or a teacher cannot be asked about single samples.
+        InputError: something is missing or cannot be read.
+    """
+    _check_options(options)
+    captions = None if options.captions is None else CaptionFile(options.captions)
+    files = find_shards(paths)
+    names = [file.name for file in files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"two shards are called {twice[0]!r}, and each goes to a file of its name; reinforce them into "
+            "different directories."
+        )
+    shards = tuple(ShardSamples([file], progress=progress) for file in files)
+    for shard in shards:
+        if not len(shard):
+            raise InputError(without_pictures(shard.indexes))
+    opened = [_opened(spec, root) for spec in specs]
+    if not opened:
+        raise ConfigError("no teacher; expected one or more.")
+    said = [teacher.name for teacher, _ in opened]
+    if len(set(said)) < len(said):
+        raise ConfigError(f"teachers are called {said}; names must differ.")
+    form = _form(opened[0][0])
+    settings = Settings(
+        augmentations=options.augmentations,
+        image_size_px=form.size_px,
+        crop_scale=options.crop_scale,
+        rand_augment=options.rand_augment,
+        rand_augment_magnitude=options.rand_augment_magnitude,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        device=options.device,
+        captions="" if captions is None else captions.digest,
+    )
+    manifest = Reinforcement(
+        settings=settings,
+        teachers=tuple(_records(opened)),
+        source=tuple(
+            SourceShard(name=file.name, digest=shard.indexes[0].digest, samples=len(shard))
+            for file, shard in zip(files, shards, strict=True)
+        ),
+    )
+    teachers = tuple(teacher for teacher, _ in opened)
+    for teacher in teachers:
+        teacher.to(torch.device(options.device))
+    return Plan(manifest, shards, teachers, captions, options)
+
+
+def _check_options(options: ReinforceOptions) -> None:
+    for name in ("augmentations", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"reinforce: {name} is {getattr(options, name)}, expected 1 or more.")
+    if options.seed < 0:
+        raise ConfigError(f"reinforce: seed is {options.seed}, expected 0 or more.")
+    if options.device not in ("cpu", "cuda"):
+        raise ConfigError(f"reinforce: device is {options.device!r}, expected 'cpu' or 'cuda'.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU here; use device 'cpu'.")
+    # Raises where the settings cannot be.
+    RandomResizedCrop((1, 1), scale=options.crop_scale)
+    RandAugment(num_ops=max(1, options.rand_augment), magnitude=options.rand_augment_magnitude)
+
+
+def _opened(spec: TeacherSpec, root: Path) -> tuple[OnlineTeacher, float]:
+    teacher = open_teacher(spec, root)
+    if not isinstance(teacher, OnlineTeacher) or not teacher.image_dim or not teacher.text_dim:
+        raise ConfigError(
+            f"teacher {spec.name!r}: cannot be asked about single samples, or lacks a tower; expected a "
+            "model with an image and a text tower that runs here."
+        )
+    return teacher, float(getattr(spec, "scale", None) or _SCALE)
+
+
+def _form(teacher: OnlineTeacher) -> ViewForm:
+    assert teacher.consumer.form is not None
+    return teacher.consumer.form
+
+
+def _records(opened: Sequence[tuple[OnlineTeacher, float]]) -> Iterator[TeacherRecord]:
+    column = 0
+    for teacher, scale in opened:
+        assert teacher.image_dim is not None
+        if teacher.image_dim != teacher.text_dim:
+            raise ConfigError(
+                f"teacher {teacher.name!r}: its embeddings are {teacher.image_dim} and {teacher.text_dim} "
+                "wide; expected the same width for pictures and texts."
+            )
+        form = _form(teacher)
+        yield TeacherRecord(
+            name=teacher.name,
+            columns=(column, column + teacher.image_dim),
+            scale=scale,
+            licence=str(teacher.parent.get("licence", "NOASSERTION")),
+            parent=teacher.parent,
+            image_size_px=form.size_px,
+            interpolation=form.interpolation,
+            sha256=_weights_digest(teacher),
+        )
+        column += teacher.image_dim
+
+
+def _weights_digest(teacher: OnlineTeacher) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+    return digest.hexdigest()
