@@ -31,6 +31,7 @@ from torch import Tensor
 
 from edgeclip.errors import InputError
 from edgeclip.models.config import CLIPConfig, TextTransformerConfig, ViTConfig
+from edgeclip.models.gates import deterministic_gates as gates
 
 __all__ = ["gates", "infer_config", "plain_names", "prune", "size_name"]
 
@@ -40,12 +41,6 @@ IMAGE, TEXT, SCALE = "_image_encoder.", "_text_encoder.", "_logit_scale.logit_sc
 _GATES = "l0_module."
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _OLD_NAMES = (("image_encoder_without_ddp.", IMAGE), ("text_encoder_without_ddp.", TEXT))
-
-# Of the published gates: stretch limits, temperature, sharpening at inference, clamp of probabilities.
-_LOW, _HIGH = -0.1, 1.1
-_TEMPERATURE = 2 / 3
-_SHARPNESS = 0.8
-_EPSILON = 1e-6
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,23 +57,6 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     olds = tuple(old for old, _ in _OLD_NAMES)
     return doubles | {key: value for key, value in plain.items() if not key.startswith(olds)}
-
-
-def gates(loga: Tensor) -> Tensor:
-    """Return the deterministic gates of one layer, ``(N,)`` or scalar.
-
-    With ``a`` the learned location: a gate's soft value is ``sigmoid(a / β · 0.8)`` with ``β = 2/3``; its
-    probability to be zero is ``sigmoid(β · log(-γ/ζ) - a)`` with the limits ``γ = -0.1`` and ``ζ = 1.1``
-    (Louizos et al. 2018, eq. 12); as many of the smallest are set to 0 as are expected to be.
-    """
-    zero = torch.sigmoid(math.log(-_LOW / _HIGH) * _TEMPERATURE - loga).clamp(_EPSILON, 1 - _EPSILON)
-    soft = torch.sigmoid(loga / _TEMPERATURE * _SHARPNESS)
-    count = round(loga.numel() - (1 - zero).sum().item())
-    if count > 0:
-        soft = soft.clone()
-        flat = soft.view(-1)
-        flat[flat.topk(count, largest=False).indices] = 0
-    return soft
 
 
 def prune(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
