@@ -101,6 +101,11 @@ def _open(spec: StoredTeacher, samples: Samples, what: str) -> OfflineTeacher:
             f"teacher {spec.name!r}: 'slice' is {list(own)}, expected two rising columns of the {columns} in "
             f"the shards of {what}."
         )
+    if record is not None and record.name == spec.name and own != record.columns:
+        raise ConfigError(
+            f"teacher {spec.name!r}: 'slice' is {list(own)}, but the manifest beside the shards of {what} "
+            f"gives it the columns {list(record.columns)}; leave 'slice' out."
+        )
     licence = spec.licence or (record.licence if record is not None else _NOT_SAID)
     parent = (
         dict(record.parent)
