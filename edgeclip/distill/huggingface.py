@@ -397,15 +397,22 @@ def _transformers(what: str, who: str) -> Any:
 
 def _load(kind: Any, path: Path, who: str, **options: Any) -> Any:
     """Return the model in float32, every weight of it from the directory."""
-    with _translated(who, f"{path.name!r} cannot be loaded"), torch.random.fork_rng(devices=[]):
-        model, info = kind.from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
+    bars = importlib.import_module("transformers.utils.logging")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        with _translated(who, f"{path.name!r} cannot be loaded"), torch.random.fork_rng(devices=[]):
+            model, info = kind.from_pretrained(
+                path,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     missing = sorted(info["missing_keys"]) + [key[0] for key in info["mismatched_keys"]]
     if missing:
         raise ConfigError(
