@@ -1,47 +1,43 @@
 """What a stage minimises: the recipe's loss terms, with the parameters that only training needs.
 
-Adapters between widths and SigLIP's bias live here and not in the model: they are stored with the optimizer's
-state and never exported. Embeddings come in as this rank's rows; gathering happens here, once a tensor.
+Adapters between widths, SigLIP's bias and what losses over tokens learn live here and not in the model: they
+are stored with the optimizer's state and never exported. Embeddings come in as this rank's rows; gathering
+happens here, once a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeclip.distill import losses
+from edgeclip.distill.forward import Embedded, Tokens, Wants
+from edgeclip.distill.hidden_words import HiddenWords, TokenShapes
 from edgeclip.distill.pairs import Pairs
 from edgeclip.distill.recipe import (
     AffinityLoss,
+    AlignmentUniformityLoss,
     DecoupledLoss,
     FeatureLoss,
     InfoNCELoss,
     InteractiveLoss,
     LossSpec,
+    MaskedTokensLoss,
     SigLIPLoss,
     StageSpec,
     TeacherSpec,
+    TokenAlignmentLoss,
 )
+from edgeclip.distill.token_losses import TokenPairs, token_alignment
 from edgeclip.errors import ConfigError
 
 __all__ = ["Embedded", "Objective"]
 
-
-@dataclass(frozen=True)
-class Embedded:
-    """One batch through one model.
-
-    Attributes:
-        image: ``(b, E)``, not normalized; ``None`` of a teacher without an image tower.
-        texts: one ``(b, E)`` for each caption of a picture; none of a teacher without a text tower.
-    """
-
-    image: Tensor | None
-    texts: tuple[Tensor, ...]
+NO_TOKENS = TokenShapes()
 
 
 class Objective(nn.Module):
@@ -52,9 +48,10 @@ class Objective(nn.Module):
         embed_dim: width of the student's embedding.
         teachers: the recipe's teachers by name.
         teacher_dims: widths of each teacher's image and text embeddings; ``None`` for a tower it lacks.
+        tokens: what the student's towers give beside embeddings.
 
     Raises:
-        ConfigError: a term asks a teacher for a tower that it lacks.
+        ConfigError: a term asks a teacher for a tower that it lacks, or the student for tokens.
     """
 
     def __init__(
@@ -64,18 +61,29 @@ class Objective(nn.Module):
         embed_dim: int,
         teachers: Mapping[str, TeacherSpec],
         teacher_dims: Mapping[str, tuple[int | None, int | None]],
+        tokens: TokenShapes = NO_TOKENS,
     ) -> None:
         super().__init__()
         self.stage = stage
         self._teachers = dict(teachers)
         self.adapters = nn.ModuleDict()
         self.biases = nn.ParameterDict()
+        self.token_heads = nn.ModuleDict()
+        self.hidden_words: HiddenWords | None = None
         self._in_pairs = dict.fromkeys(
             name for spec in stage.loss if not isinstance(spec, FeatureLoss) for name, _ in _asked(spec)
         )
         for index, spec in enumerate(stage.loss):
             if isinstance(spec, SigLIPLoss):
                 self.biases[str(index)] = nn.Parameter(torch.tensor(float(spec.bias_init)))
+            if isinstance(spec, TokenAlignmentLoss | MaskedTokensLoss):
+                _check_tokens(stage, spec, tokens)
+            if isinstance(spec, TokenAlignmentLoss):
+                for tower, own in (("image", tokens.image), ("text", tokens.text)):
+                    head = nn.Linear(own, spec.width or embed_dim, bias=False)
+                    self.token_heads[f"{index}-{tower}"] = head
+            if isinstance(spec, MaskedTokensLoss):
+                self.hidden_words = HiddenWords(tokens, share=spec.share, fusions=spec.fusions)
             for teacher, towers in _asked(spec):
                 for tower in towers:
                     width = teacher_dims[teacher][_TOWERS.index(tower)]
@@ -92,6 +100,14 @@ class Objective(nn.Module):
                         and key not in self.adapters
                     ):
                         self.adapters[key] = nn.Linear(embed_dim, width)
+
+    @property
+    def wants(self) -> Wants:
+        """What the terms want of the student besides embeddings."""
+        return Wants(
+            tokens=any(isinstance(spec, TokenAlignmentLoss) for spec in self.stage.loss),
+            hidden=self.hidden_words,
+        )
 
     @property
     def needed_teachers(self) -> tuple[str, ...]:
@@ -114,7 +130,7 @@ class Objective(nn.Module):
         (Vasu et al. 2024).
 
         Args:
-            student: this rank's embeddings.
+            student: this rank's embeddings, with the tokens that :attr:`wants` names.
             teachers: each needed teacher's, of the same batch.
             scale: the student's multiplier of cosines.
             progress: share of the stage that is done, from 0 to 1.
@@ -131,6 +147,10 @@ class Objective(nn.Module):
         for index, spec in enumerate(self.stage.loss):
             if isinstance(spec, FeatureLoss):
                 value = self._features(spec, student, teachers[spec.teacher])
+            elif isinstance(spec, TokenAlignmentLoss):
+                value = self._token_alignment(index, spec, student.tokens, views, scale)
+            elif isinstance(spec, MaskedTokensLoss):
+                value = self._hidden_words(student.tokens)
             else:
                 value = torch.stack(
                     [
@@ -162,7 +182,8 @@ class Objective(nn.Module):
         """Return one term over the pairs of one caption."""
         match spec:
             case InfoNCELoss(softness=(first, last)):
-                return losses.info_nce(pairs, scale, softness=first + (last - first) * progress)
+                softness = first + (last - first) * progress
+                return losses.info_nce(pairs, scale, softness=softness, spread=spec.spread)
             case DecoupledLoss():
                 return losses.decoupled_contrastive(pairs, scale)
             case SigLIPLoss():
@@ -182,8 +203,49 @@ class Objective(nn.Module):
                     text=F.normalize(self._adapted(spec.teacher, "text", pairs.text), dim=-1),
                 )
                 return losses.interactive_contrastive(adapted, told[spec.teacher], scale)
+            case AlignmentUniformityLoss():
+                # The rows of all ranks: the logarithm of a mean is no mean of logarithms.
+                spread = (
+                    losses.uniformity(pairs.all_image, t=spec.t) + losses.uniformity(pairs.all_text, t=spec.t)
+                ) / 2
+                return spec.alignment * losses.alignment(pairs.image, pairs.text) + spec.uniformity * spread
             case _:
                 raise AssertionError(spec)
+
+    def _token_alignment(
+        self,
+        index: int,
+        spec: TokenAlignmentLoss,
+        tokens: Tokens | None,
+        views: Sequence[Pairs],
+        scale: Tensor,
+    ) -> Tensor:
+        """Return the term, summed over captions as terms over pairs are."""
+        assert tokens is not None
+        assert tokens.patches is not None
+        assert tokens.words.kept is not None
+        patches = F.normalize(self.token_heads[f"{index}-image"](tokens.patches), dim=-1)
+        terms = []
+        for words, kept, pairs in zip(tokens.texts, tokens.words.kept.unbind(1), views, strict=True):
+            words = F.normalize(self.token_heads[f"{index}-text"](words), dim=-1)
+            terms.append(
+                token_alignment(
+                    TokenPairs.gather(patches, words, kept, pairs=pairs),
+                    scale.detach(),  # the model's scale belongs to its embeddings
+                    temperature=spec.temperature,
+                    iterations=spec.iterations,
+                )
+            )
+        return torch.stack(terms).sum()
+
+    def _hidden_words(self, tokens: Tokens | None) -> Tensor:
+        """Return the mean over the hidden words of all captions."""
+        assert tokens is not None
+        assert tokens.words.hidden is not None
+        assert self.hidden_words is not None
+        states = torch.stack(tokens.hidden, dim=1)  # (b, n, L, D)
+        hidden = tokens.words.hidden
+        return self.hidden_words.loss(states[hidden], tokens.words.ids[hidden].long())
 
     def _features(self, spec: FeatureLoss, student: Embedded, teacher: Embedded) -> Tensor:
         terms = []
@@ -210,6 +272,18 @@ class Objective(nn.Module):
 
 _TOWERS = ("image", "text")
 _SCALE = 100.0  # of a stored teacher whose shards say none
+
+
+def _check_tokens(stage: StageSpec, spec: TokenAlignmentLoss | MaskedTokensLoss, tokens: TokenShapes) -> None:
+    for tower, width, kinds in (
+        ("image", tokens.image, "a ViT or a FastViT"),
+        ("text", tokens.text, "a transformer"),
+    ):
+        if not width:
+            raise ConfigError(
+                f"stage {stage.name!r}: the loss {_kind(spec)!r} needs tokens of the student's {tower} "
+                f"tower, which gives none; expected {kinds}."
+            )
 
 
 def _towers(spec: FeatureLoss) -> tuple[str, ...]:

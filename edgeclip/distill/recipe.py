@@ -46,6 +46,7 @@ else:
 
 __all__ = [
     "AffinityLoss",
+    "AlignmentUniformityLoss",
     "BundleTeacher",
     "CheckpointTeacher",
     "DataSpec",
@@ -58,6 +59,7 @@ __all__ = [
     "InfoNCELoss",
     "InteractiveLoss",
     "LossSpec",
+    "MaskedTokensLoss",
     "OpenClipTeacher",
     "OptimizerSpec",
     "Recipe",
@@ -68,6 +70,7 @@ __all__ = [
     "StoredTeacher",
     "StudentSpec",
     "TeacherSpec",
+    "TokenAlignmentLoss",
     "ValidationSpec",
     "load_recipe",
     "parse_recipe",
@@ -82,6 +85,7 @@ _MAX_BYTES = 1 << 20
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Softness = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -277,10 +281,17 @@ TeacherSpec: TypeAlias = (
 
 
 class InfoNCELoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="info-nce"):
-    """Matching pictures and texts of the batch; ``softness`` goes linearly from first to last step."""
+    """Matching pictures and texts of the batch.
+
+    Attributes:
+        weight: of the term.
+        softness: share of each target that negatives get, linearly from the first to the last step.
+        spread: how they share it: ``"even"``, or by what the student takes for ``"similar"``.
+    """
 
     weight: Positive = 1.0
-    softness: tuple[Share, Share] = (0.0, 0.0)
+    softness: tuple[Softness, Softness] = (0.0, 0.0)
+    spread: Literal["even", "similar"] = "even"
 
 
 class DecoupledLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="decoupled"):
@@ -329,7 +340,65 @@ class FeatureLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="feat
     weight: Positive = 1.0
 
 
-LossSpec: TypeAlias = InfoNCELoss | DecoupledLoss | SigLIPLoss | AffinityLoss | InteractiveLoss | FeatureLoss
+class AlignmentUniformityLoss(
+    _Table, frozen=True, kw_only=True, tag_field="kind", tag="alignment-uniformity"
+):
+    """Pairs close together, all else spread over the sphere (Wang & Isola 2020).
+
+    Attributes:
+        weight: of the term.
+        alignment: weight of the distance of pairs in it.
+        uniformity: weight of the mean of both towers' uniformity in it.
+        t: how fast the potential of a pair of rows falls.
+    """
+
+    weight: Positive = 1.0
+    alignment: NotNegative = 1.0
+    uniformity: NotNegative = 1.0
+    t: Positive = 2.0
+
+
+class TokenAlignmentLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="token-alignment"):
+    """Words matched with patches, as embeddings are with each other (LightCLIP's second part).
+
+    Attributes:
+        weight: of the term.
+        temperature: of the relaxation, in cosines.
+        iterations: of the prices of patches; 0 lets words share a patch for nothing.
+        width: of the space tokens are compared in; the embedding's if not given.
+    """
+
+    weight: Positive = 1.0
+    temperature: Annotated[float, Meta(ge=0.02)] = 0.05
+    iterations: Annotated[int, Meta(ge=0)] = 5
+    width: Count | None = None
+
+
+class MaskedTokensLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="masked-tokens"):
+    """Hidden words, told from the others and the picture (LightCLIP's third part).
+
+    Attributes:
+        weight: of the term.
+        share: of the words that are hidden.
+        fusions: layers of the text tower behind which words look at patches, spread evenly.
+    """
+
+    weight: Positive = 1.0
+    share: Annotated[float, Meta(gt=0, lt=1)] = 0.15
+    fusions: Count = 2
+
+
+LossSpec: TypeAlias = (
+    InfoNCELoss
+    | DecoupledLoss
+    | SigLIPLoss
+    | AffinityLoss
+    | InteractiveLoss
+    | FeatureLoss
+    | AlignmentUniformityLoss
+    | TokenAlignmentLoss
+    | MaskedTokensLoss
+)
 
 
 class OptimizerSpec(_Table, frozen=True, kw_only=True):
@@ -723,6 +792,11 @@ def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str)
         raise ConfigError(
             f"{at}: 'warmup' is {stage.schedule.warmup} steps, but the stage has {stage.steps} "
             f"({stage.samples} samples in batches of {stage.batch_size}); shorten it."
+        )
+    twice = [index for index, loss in enumerate(stage.loss) if isinstance(loss, MaskedTokensLoss)][1:]
+    if twice:
+        raise ConfigError(
+            f"{at}: [[stage.loss]] {twice[0]}: kind = 'masked-tokens' stands twice; a stage hides words once."
         )
     for index, loss in enumerate(stage.loss):
         place = f"{at}: [[stage.loss]] {index}"

@@ -15,11 +15,11 @@ import torch
 
 from edgeclip.distill.batches import BatchLoader, BatchPlan
 from edgeclip.distill.embedding_files import EmbeddingFiles
-from edgeclip.distill.forward import embed
+from edgeclip.distill.forward import embed, embedded_of, token_shapes, words_of
 from edgeclip.distill.inputs import Inputs, StoredViews
 from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.losses import MAX_MATRIX_BYTES
-from edgeclip.distill.objective import Embedded, Objective
+from edgeclip.distill.objective import Objective
 from edgeclip.distill.offline import OfflineTeacher, open_stored_teacher
 from edgeclip.distill.optim import parameter_groups
 from edgeclip.distill.randomness import random_stream
@@ -125,6 +125,7 @@ class Run:
                 teacher_dims={
                     name: (teacher.image_dim, teacher.text_dim) for name, teacher in self.teachers.items()
                 },
+                tokens=token_shapes(self.student.model),
             )
 
     def _said(self, spec: TeacherSpec) -> TeacherSpec:
@@ -167,14 +168,16 @@ class Run:
         model, config = self.student.model, self.student.config
         was_training = model.training
         model.eval()
-        image, *texts = embed(
-            model, batch["image"][:_PROBE], batch["tokens"][:_PROBE], mean=config.mean, std=config.std
+        few, wants = batch.head(_PROBE), objective.wants
+        words = words_of(few, wants, self.student.tokenizer.config.special, seed=plan.seed)
+        found = embed(
+            model, few["image"], few["tokens"], words.hidden, mean=config.mean, std=config.std, wants=wants
         )
         model.train(was_training)
-        few = batch.head(_PROBE)
         told = {name: self.teachers[name].ask(few, inputs) for name in objective.needed_teachers}
-        if len(image) > 1:
-            objective(Embedded(image, tuple(texts)), told, scale=model.logit_scale.exp(), progress=0.0)
+        embedded = embedded_of(found, words, wants)
+        if len(few) > 1:
+            objective(embedded, told, scale=model.logit_scale.exp(), progress=0.0)
         trained = {name for group in parameter_groups(model, stage) for name in group.names}
         counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
         moving = sum(counts[name] for name in trained)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from edgeclip.distill.accumulate import backward_in_parts
 from edgeclip.distill.batches import Batch
-from edgeclip.distill.forward import embed
-from edgeclip.distill.objective import Embedded
+from edgeclip.distill.forward import Embedded, Words, embed, embedded_of, words_of
 from edgeclip.distill.optim import build_optimizer, learning_rate_factor
 from edgeclip.distill.ranks import Ranks
 from edgeclip.distill.recompute import held_statistics, recomputed_blocks
@@ -151,16 +150,17 @@ class Stage:
 
     def _backward(self, batch: Batch, *, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of this rank's rows; return the loss and its terms, detached."""
-        told = self._ask(batch)
+        told, wants = self._ask(batch), self.objective.wants
+        words = words_of(batch, wants, self._run.student.tokenizer.config.special, seed=self.plan.seed)
         said: list[tuple[Tensor, dict[str, Tensor]]] = []
 
-        def embedded(part: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        def embedded(part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             with self._statistics(), self._memory(), self._precision():
-                return embed(self._model, *part, mean=self._config.mean, std=self._config.std)
+                return embed(self._model, *part, mean=self._config.mean, std=self._config.std, wants=wants)
 
-        def loss(image: Tensor, *texts: Tensor) -> Tensor:
+        def loss(*found: Tensor) -> Tensor:
             total, parts = self.objective(
-                Embedded(image, texts),
+                embedded_of(found, words, wants),
                 told,
                 scale=self._model.logit_scale.exp(),
                 progress=progress,
@@ -170,7 +170,7 @@ class Stage:
             scaled: Tensor = self.scaler.scale(total)
             return scaled
 
-        parts = self._cut(batch["image"], batch["tokens"])
+        parts = self._cut(batch["image"], words)
         if len(parts) == 1:
             loss(*embedded(parts[0])).backward()  # type: ignore[no-untyped-call]
         else:
@@ -185,5 +185,7 @@ class Stage:
                 for name, teacher in self._teachers.items()
             }
 
-    def _cut(self, image: Tensor, tokens: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        return list(zip(image.chunk(self.spec.parts), tokens.chunk(self.spec.parts), strict=True))
+    def _cut(self, image: Tensor, words: Words) -> Sequence[tuple[Tensor, ...]]:
+        """Return pictures, ids and, where some are, which words are hidden, part by part."""
+        whole = [tensor for tensor in (image, words.ids, words.hidden) if tensor is not None]
+        return list(zip(*(tensor.chunk(self.spec.parts) for tensor in whole), strict=True))

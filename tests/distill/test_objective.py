@@ -132,7 +132,7 @@ def test_interactive_compares_through_the_adapters_of_features() -> None:
     expected = losses.interactive_contrastive(unit(embedded(4, 0)), unit(embedded(4, 1, 2)), SCALE)
     assert torch.allclose(total, expected)
     made = objective(InteractiveLoss(teacher="wide"), FeatureLoss(teacher="wide"))
-    assert {name for name, _ in made.named_children()} == {"adapters", "biases"}
+    assert {name for name, _ in made.named_children()} == {"adapters", "biases", "token_heads"}
     assert set(made.adapters) == {"1-image", "1-text"}
     student, wide = embedded(4, 0), embedded(6, 2)
     _, parts = made(student, {"wide": wide}, scale=SCALE, progress=0.0)
