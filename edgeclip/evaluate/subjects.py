@@ -1,0 +1,169 @@
+"""Whatever is evaluated: something that embeds pictures and texts into one space.
+
+Here is the image tower of a bundle's variant, with the text tower that goes with it. An eager model is in
+``edgeclip.distill.eager``, so that nothing here needs its framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from edgeclip.bundle import Bundle, PreprocessSpec
+from edgeclip.classify import ZeroShotClassifier
+from edgeclip.errors import BackendError, BundleError
+from edgeclip.label_sets import LabelSet, Templates
+from edgeclip.labels import BankProgress, LabelBank
+from edgeclip.runtime.session import DEFAULT_OPTIONS, RuntimeOptions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["BundleSubject", "Subject", "open_bundle"]
+
+OnProgress = Callable[[BankProgress], None]
+
+
+class Subject(Protocol):
+    """What is evaluated."""
+
+    @property
+    def name(self) -> str:
+        """How the table calls it."""
+        ...
+
+    @property
+    def preprocess(self) -> PreprocessSpec:
+        """How pictures are prepared for it."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """Its own multiplier of cosines."""
+        ...
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What it is, as JSON values."""
+        ...
+
+    def images(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return unit embeddings ``(B, E)`` of prepared pictures ``(B, H, W, 3)`` uint8 RGB."""
+        ...
+
+    def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit embeddings ``(T, E)`` of texts, cut where they are too long."""
+        ...
+
+    def bank(
+        self, labels: LabelSet, templates: Templates | None, on_progress: OnProgress | None = None
+    ) -> LabelBank:
+        """Return the bank of labels; ``None`` takes the templates it would use by itself."""
+        ...
+
+    def close(self) -> None:
+        """Give back its memory."""
+        ...
+
+
+class BundleSubject:
+    """One variant of a bundle, as :class:`~edgeclip.classify.ZeroShotClassifier` runs it; always exact.
+
+    Args:
+        name: as the table calls it.
+        classifier: an open one; closed with this.
+    """
+
+    def __init__(self, name: str, classifier: ZeroShotClassifier) -> None:
+        manifest, variant = classifier.bundle.manifest, classifier.choice.variant
+        self.name = name
+        self.preprocess = manifest.preprocess
+        self.scale = float(manifest.model.scale)
+        placement = classifier.placement
+        self.about: dict[str, Any] = {
+            "kind": "bundle",
+            "model": manifest.model.name,
+            "embedding_space": manifest.model.embedding_space,
+            "variant": variant.name,
+            "format": variant.entry.format,
+            "precision": variant.entry.precision,
+            "backend": placement.backend,
+            "device": placement.device,
+            "threads": placement.threads,
+            "embed_dim": manifest.model.embed_dim,
+            "scale": self.scale,
+            "licence": manifest.model.licence,
+        }
+        self._classifier = classifier
+
+    def images(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return unit embeddings, see :class:`Subject`."""
+        return self._classifier.embed_images(pictures)
+
+    def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit embeddings, see :class:`Subject`.
+
+        Raises:
+            BundleError: the bundle has no text tower.
+        """
+        return self._classifier.embed_texts(list(texts), truncate=True)
+
+    def bank(
+        self, labels: LabelSet, templates: Templates | None, on_progress: OnProgress | None = None
+    ) -> LabelBank:
+        """Return the bank of labels, see :class:`Subject`; kept in the host cache.
+
+        Raises:
+            BundleError: labels must be encoded, and the bundle has no text tower.
+        """
+        self._classifier.set_labels(labels, templates=templates, on_progress=on_progress)
+        return self._classifier.bank
+
+    def close(self) -> None:
+        """Close the towers."""
+        self._classifier.close()
+
+
+def open_bundle(
+    path: str, *, variants: Sequence[str] = (), options: RuntimeOptions = DEFAULT_OPTIONS
+) -> tuple[list[BundleSubject], list[tuple[str, str]]]:
+    """Return the variants of a bundle that have an image tower, opened, and those that cannot run here.
+
+    Args:
+        path: as :meth:`edgeclip.bundle.Bundle.open` takes it.
+        variants: names; none takes all, and leaves out with the reason what this host cannot run.
+        options: backend, device, threads.
+
+    Raises:
+        BundleError: the bundle is damaged, has no variant of a name, or none with an image tower.
+        BackendError: a variant that was named cannot run here, or none can.
+    """
+    bundle = Bundle.open(path)
+    names = list(variants) or [
+        name for name, entry in bundle.manifest.variants.items() if "image" in entry.towers
+    ]
+    if not names:
+        raise BundleError(f"{bundle.where}: none of its variants has an image tower.")
+    opened: list[BundleSubject] = []
+    skipped: list[tuple[str, str]] = []
+    try:
+        for name in names:
+            try:
+                classifier = ZeroShotClassifier.open(
+                    bundle, variant=name, keep_text_tower=True, options=options
+                )
+            except BackendError as error:
+                if variants:
+                    raise
+                skipped.append((f"{path}/{name}", " ".join(str(error).split())))
+                continue
+            opened.append(BundleSubject(f"{path}/{name}", classifier))
+        if not opened:
+            raise BackendError(f"{bundle.where}: none of its variants can run here: {skipped[0][1]}")
+    except BaseException:
+        for subject in opened:
+            subject.close()
+        raise
+    return opened, skipped
