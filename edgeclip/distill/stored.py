@@ -282,7 +282,8 @@ class _NpyArray:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, fortran, dtype = read(head)
-        except (ValueError, KeyError, EOFError, TypeError, RecursionError, SyntaxError) as error:
+        # numpy tries the syntax of several versions of Python on a header, with the errors of each parser.
+        except Exception as error:
             raise InputError(
                 f"{where}: {name!r} is no array ({' '.join(str(error).split())[:120]}). Make it again."
             ) from error
