@@ -158,11 +158,15 @@ def _of_timm(spec: ImageFeaturesTeacher, root: Path) -> OnlineTeacher:
     if not timm.is_model(spec.model):
         raise ConfigError(f"{who}: timm knows no model {spec.model!r}; expected one that it lists.")
     state = read_state(root / spec.path)
+    classes = _classes(state, timm.get_pretrained_cfg(spec.model))
     try:
-        # Its weights would be fetched from the hub, were they not handed over.
+        # Its weights would be fetched from the hub, were they not handed over. They are compared strictly
+        # where the file has as many classes as the model, so the classifier goes afterwards.
+        handed = {"state_dict": dict(state), "num_classes": classes, "label_offset": 0}
         model = timm.create_model(
-            spec.model, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, num_classes=0
+            spec.model, pretrained=True, pretrained_cfg_overlay=handed, num_classes=classes
         ).eval()
+        model.reset_classifier(0)
         prepared = importlib.import_module("timm.data").resolve_model_data_config(model)
     except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ConfigError(
@@ -175,6 +179,15 @@ def _of_timm(spec: ImageFeaturesTeacher, root: Path) -> OnlineTeacher:
     parent = parent_of(spec.model, "teacher", spec.licence, spec.path, "timm", ())
     form = ViewForm((height, width), interpolation)
     return _image_teacher(spec, model, form, prepared["mean"], prepared["std"], parent)
+
+
+def _classes(state: Mapping[str, Tensor], config: Any) -> int:
+    """Return how many classes weights of timm classify, 0 without a classifier."""
+    names = getattr(config, "classifier", None) or ()
+    for name in (names,) if isinstance(names, str) else names:
+        if f"{name}.weight" in state:
+            return len(state[f"{name}.weight"])
+    return 0
 
 
 # -- Texts --------------------------------------------------------------------------------------------------
