@@ -61,13 +61,17 @@ def start(recipe: Path, out: Path, world: int) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-def finish(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    try:
-        return [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
+def finish(processes: list[subprocess.Popen[bytes]], *, patience_s: float = 600) -> list[int]:
+    """Wait for all, and kill who is not done in time: torchrun ends the others where one is dead."""
+    until = time.monotonic() + patience_s
+    ends = []
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+        ends.append(process.wait())
+    return ends
 
 
 def steps_logged(out: Path) -> int:
@@ -92,9 +96,7 @@ def trial(recipe: Path, out: Path, world: int, step_s: float, rng: random.Random
     time.sleep(delay_s)
     for rank in victims:
         processes[rank].send_signal(signal.SIGKILL)
-    if world > 1:  # who is left waits for the dead one, or has seen that it is gone
-        time.sleep(0.5)
-    ends = finish(processes)
+    ends = finish(processes, patience_s=10)
     if -signal.SIGKILL not in ends or (out / "model").exists():
         raise SystemExit(f"nothing was killed: {ends}")
     logged, state = steps_logged(out), latest_state(out / "states")
