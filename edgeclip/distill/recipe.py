@@ -484,19 +484,24 @@ class ValidationSpec(_Table, frozen=True, kw_only=True):
 
     Attributes:
         name: as logs call it.
-        kind: ``"zero-shot"``: labels of pictures; ``"retrieval"``: pictures and their captions.
+        kind: ``"zero-shot"``: labels of pictures; ``"retrieval"``: pictures and their captions;
+            ``"teacher-agreement"``: whether student and teacher find the same alike.
         data: name of a ``[data.…]`` table.
-        labels: file with one label a line, for ``"zero-shot"``.
+        labels: file with one label a line, or JSON with aliases, for ``"zero-shot"``.
+        language: whose aliases are offered; the names themselves if not given.
         templates: prompt templates around the labels.
+        teacher: for ``"teacher-agreement"``; it need not be one that some loss asks.
         every: steps between two measurements; the last step is always measured.
         limit: pictures at most; 0 for all.
     """
 
     name: str
-    kind: Literal["zero-shot", "retrieval"] = "retrieval"
+    kind: Literal["zero-shot", "retrieval", "teacher-agreement"] = "retrieval"
     data: str = "validation"
     labels: str | None = None
+    language: str | None = None
     templates: str = "bare"
+    teacher: str | None = None
     every: Count = 1000
     limit: Annotated[int, Meta(ge=0)] = 0
 
@@ -737,6 +742,8 @@ def _check(recipe: Recipe, where: str) -> None:
             raise ConfigError(f"{at}: 'data' is {entry.data!r}, expected one of {sorted(recipe.data)}.")
         if entry.kind == "zero-shot" and entry.labels is None:
             raise ConfigError(f"{at}: kind = 'zero-shot' needs 'labels', a file with one label a line.")
+        if entry.kind == "teacher-agreement" and entry.teacher not in teachers:
+            raise ConfigError(f"{at}: 'teacher' is {entry.teacher!r}, expected one of {sorted(teachers)}.")
     for name, table in recipe.data.items():
         low, high = table.crop_scale
         if not low <= high <= 1:

@@ -243,8 +243,14 @@ def open_run(recipe: Recipe, root: Path) -> Run:
             teacher = teachers[name]
             if isinstance(teacher, EmbeddingFiles):
                 teacher.check(stage, recipe.data[stage.data], data[stage.data])
+    # Those that are only compared with are no parents of the student.
+    watched = {entry.teacher for entry in recipe.validation} - set(teachers)
+    compared = dict(teachers) | {
+        spec.name: open_teacher(spec, root) for spec in recipe.teacher if spec.name in watched
+    }
     validations = tuple(
-        open_validation(entry, recipe.data[entry.data], data[entry.data], root) for entry in recipe.validation
+        open_validation(entry, recipe.data[entry.data], data[entry.data], root, compared)
+        for entry in recipe.validation
     )
     return Run(recipe, student, teachers, data, validations)
 

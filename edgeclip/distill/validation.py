@@ -1,36 +1,59 @@
-"""What the student can do so far: retrieval and zero-shot classification on pictures it does not train on.
+"""What the student can do so far: retrieval, zero-shot classification, and agreement with a teacher.
 
-Pictures are prepared as on a device, without chance. Unreadable ones are left out and counted.
+Measured on pictures it does not train on, prepared as on a device, without chance. Unreadable ones are left
+out and counted. The numbers are those of :mod:`edgeclip.evaluate`, and so of ``edgeclip eval``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from edgeclip.bundle import PreprocessSpec
-from edgeclip.distill.batches import to_float
+from edgeclip.distill.batches import Batch, Position
+from edgeclip.distill.eager import EagerSubject
+from edgeclip.distill.inputs import Consumer, Inputs, ViewForm, form_of
 from edgeclip.distill.recipe import DataSpec, ValidationSpec
 from edgeclip.distill.samples import Samples
 from edgeclip.errors import ConfigError, InputError
-from edgeclip.evaluate.metrics import recall_at_k
+from edgeclip.evaluate.agreement import match_agreement, mean_cosine, neighbour_agreement
+from edgeclip.evaluate.offered import Offered, offer
+from edgeclip.evaluate.retrieval import Texts, evaluate_retrieval
 from edgeclip.evaluate.zero_shot import evaluate_zero_shot
-from edgeclip.label_sets import LabelSet, Templates, read_labels
-from edgeclip.labels import build_bank
+from edgeclip.label_sets import Templates, read_labels
 from edgeclip.models.clip import CLIP
 from edgeclip.models.config import CLIPConfig
 from edgeclip.preprocess import Preprocess
 from edgeclip.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from edgeclip.distill.teachers import Teacher
+
 __all__ = ["Validation", "open_validation"]
 
 _BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Pictures that were read.
+
+    Attributes:
+        forms: ``(N, H, W, 3)`` uint8, one array a way of preparing.
+        texts: of each picture.
+        skipped: pictures that cannot be read.
+    """
+
+    forms: tuple[NDArray[np.uint8], ...]
+    texts: tuple[tuple[str, ...], ...]
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -41,131 +64,191 @@ class Validation:
         spec: what the recipe says.
         data: the table of its pictures.
         samples: these.
-        labels: what is offered, for zero-shot.
-        templates: around the labels.
+        offered: the labels, for zero-shot.
+        teacher: whom the student should agree with.
     """
 
     spec: ValidationSpec
     data: DataSpec
     samples: Samples
-    labels: LabelSet | None = None
-    templates: Templates | None = None
+    offered: Offered | None = None
+    teacher: Teacher | None = None
 
     def measure(
         self, model: CLIP, config: CLIPConfig, tokenizer: Tokenizer, *, device: torch.device
     ) -> dict[str, float]:
         """Return the numbers of a model in eval mode.
 
-        Retrieval: ``image_to_text_r1`` (a text of the picture is the most similar), ``…_r5`` and
-        ``text_to_image_…``; equal texts are one. Zero-shot: ``top1``, ``top5``, ``mean_per_class_recall``.
+        * Retrieval: ``image_to_text_r1`` (a text of the picture is the most similar), ``…_r5``, ``…_r10`` and
+          ``text_to_image_…``; equal texts are one.
+        * Zero-shot: ``top1``, ``top5``, ``mean_per_class_recall``, ``calibration_error``.
+        * Agreement: ``image_cosine`` and ``text_cosine``, the mean cosine of the student's embedding and the
+          teacher's, where widths are equal; ``image_neighbours`` and ``text_neighbours``, the share whose
+          closest other one is the same; ``image_to_text_matches`` and ``text_to_image_matches``, the share
+          that both match with the same. What needs a tower the teacher lacks is left out.
 
         Raises:
             InputError: no picture can be used, or one has no label or caption.
         """
-        encoder = _Encoder(model, config, tokenizer, device)
-        count = min(len(self.samples), self.spec.limit or len(self.samples))
-        return self._zero_shot(encoder, count) if self.labels else self._retrieval(encoder, count)
+        student = EagerSubject("student", model, config, tokenizer, device=device)
+        if self.offered is not None:
+            return self._zero_shot(student, self.offered)
+        if self.teacher is not None:
+            return self._agreement(student, Consumer(form_of(config), tokenizer), self.teacher, device)
+        return self._retrieval(student)
 
-    def _zero_shot(self, encoder: _Encoder, count: int) -> dict[str, float]:
-        assert self.labels is not None
-        assert self.templates is not None
-        images, targets, skipped = self._pictures(encoder, count, ("label",))
+    def _zero_shot(self, student: EagerSubject, offered: Offered) -> dict[str, float]:
+        seen = self._read([Preprocess(student.preprocess)], ("label",))
+        targets = [offered.number(texts[0]) for texts in seen.texts]
+        if None in targets:
+            stray = seen.texts[targets.index(None)][0]
+            raise InputError(
+                f"validation {self.spec.name!r}: a picture has the label {stray[:80]!r}, which is not among "
+                f"the {len(offered.names)} offered."
+            )
+        ((language, labels),) = offered.languages.items()
         report = evaluate_zero_shot(
-            images, build_bank(self.labels, self.templates, encoder), [said[0] for said in targets]
+            _images(student, seen.forms[0]),
+            student.bank(labels, offered.templates[language]),
+            np.array(targets, np.intp),
+            labels=offered.names,
+            scale=student.scale,
         )
+        assert report.calibration_error is not None
         return {
             "top1": report.top1.value,
             "top5": report.top5.value,
             "mean_per_class_recall": report.mean_per_class_recall,
-            "pictures": len(images),
-            "skipped": skipped,
+            "calibration_error": report.calibration_error,
+            "pictures": float(len(seen.texts)),
+            "skipped": float(seen.skipped),
         }
 
-    def _retrieval(self, encoder: _Encoder, count: int) -> dict[str, float]:
-        images, captions, skipped = self._pictures(encoder, count, tuple(self.data.captions))
-        numbers = {text: at for at, text in enumerate(dict.fromkeys(t for said in captions for t in said))}
-        texts = np.concatenate(
-            [
-                encoder.encode(list(numbers)[start : start + _BATCH])[0]
-                for start in range(0, len(numbers), _BATCH)
-            ]
+    def _retrieval(self, student: EagerSubject) -> dict[str, float]:
+        seen = self._read([Preprocess(student.preprocess)], tuple(self.data.captions))
+        texts = Texts.of(seen.texts)
+        report = evaluate_retrieval(_images(student, seen.forms[0]), _texts(student, texts.texts), texts)
+        return {
+            "pictures": float(report.pictures),
+            "texts": float(report.texts),
+            "skipped": float(seen.skipped),
+            **{f"image_to_text_r{k}": each.value for k, each in report.image_to_text.items()},
+            **{f"text_to_image_r{k}": each.value for k, each in report.text_to_image.items()},
+        }
+
+    def _agreement(
+        self, student: EagerSubject, consumer: Consumer, teacher: Teacher, device: torch.device
+    ) -> dict[str, float]:
+        asked = teacher.consumer
+        assert asked is not None
+        # As in training, the teacher sees the student's view at its own size.
+        own = student.preprocess
+        forms = [own] if asked.form is None else [own, _as_form(own, asked.form)]
+        seen = self._read([Preprocess(form) for form in forms], tuple(self.data.captions))
+        texts = Texts.of([said[:1] for said in seen.texts])
+        images = _images(student, seen.forms[0])
+        rows = _texts(student, texts.texts)
+        told_images, told_texts = _ask(
+            teacher.to(device),
+            asked,
+            Inputs.of(self.data, 1, [consumer, asked]),
+            seen.forms[-1],
+            texts.texts,
+            device,
         )
-        relevant = np.zeros((len(images), len(numbers)), np.bool_)
-        for row, said in enumerate(captions):
-            relevant[row, [numbers[text] for text in said]] = True
-        similarity = images @ texts.T
-        found = {"pictures": float(len(images)), "texts": float(len(texts)), "skipped": float(skipped)}
-        for k in (1, 5):
-            found[f"image_to_text_r{k}"] = recall_at_k(similarity, relevant, k=min(k, len(texts)))
-            found[f"text_to_image_r{k}"] = recall_at_k(similarity.T, relevant.T, k=min(k, len(images)))
+        found = {"pictures": float(len(images)), "texts": float(len(rows)), "skipped": float(seen.skipped)}
+        for tower, ours, theirs in (("image", images, told_images), ("text", rows, told_texts)):
+            if theirs is not None and theirs.shape == ours.shape:
+                found[f"{tower}_cosine"] = mean_cosine(ours, theirs)
+            if theirs is not None and len(ours) > 1:
+                found[f"{tower}_neighbours"] = neighbour_agreement(ours, theirs)
+        if told_images is not None and told_texts is not None:
+            matches = match_agreement((images, rows), (told_images, told_texts))
+            found["image_to_text_matches"], found["text_to_image_matches"] = matches
         return found
 
-    def _pictures(
-        self, encoder: _Encoder, count: int, kinds: Sequence[str]
-    ) -> tuple[NDArray[np.float32], list[tuple[str, ...]], int]:
-        """Return unit rows of the pictures, their texts of these kinds, and how many cannot be read."""
+    def _read(self, forms: Sequence[Preprocess], kinds: Sequence[str]) -> _Seen:
+        """Return the pictures, evenly spread where there is a limit, with their texts of these kinds."""
+        total = len(self.samples)
+        count = min(total, self.spec.limit or total)
         rows, said, skipped = [], [], 0
-        waiting: list[NDArray[np.uint8]] = []
-        for index in range(count):
+        for number in range(count):
             try:
-                sample = self.samples.read(index)
-                picture = encoder.preprocess(sample.image)
+                sample = self.samples.read(number * total // count)
+                picture = forms[0].decode(sample.image)
+                prepared = [form.resize(picture) for form in forms]
             except InputError:
                 skipped += 1
-                picture = None
-            if picture is not None:
-                texts = tuple(text for kind in kinds for text in sample.captions.get(kind, ()))
-                if not texts:
-                    raise InputError(
-                        f"validation {self.spec.name!r}: the picture {sample.key!r} has "
-                        f"{', '.join(sorted(sample.captions)) or 'no texts'}, expected {' or '.join(kinds)}."
-                    )
-                waiting.append(picture)
-                said.append(texts)
-            if waiting and (len(waiting) == _BATCH or index == count - 1):
-                rows.append(encoder.images(np.stack(waiting)))
-                waiting = []
+                continue
+            texts = tuple(text for kind in kinds for text in sample.captions.get(kind, ()))
+            if not texts:
+                raise InputError(
+                    f"validation {self.spec.name!r}: the picture {sample.key!r} has "
+                    f"{', '.join(sorted(sample.captions)) or 'no texts'}, expected {' or '.join(kinds)}."
+                )
+            rows.append(prepared)
+            said.append(texts)
         if not rows:
             raise InputError(f"validation {self.spec.name!r}: none of {count} pictures can be read.")
-        return np.concatenate(rows), said, skipped
+        return _Seen(tuple(np.stack(form) for form in zip(*rows, strict=True)), tuple(said), skipped)
 
 
-class _Encoder:
-    """An eager model as :func:`edgeclip.labels.build_bank` wants it."""
-
-    digest, space = "", ""
-
-    def __init__(self, model: CLIP, config: CLIPConfig, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._model, self._config, self._tokenizer, self._device = model, config, tokenizer, device
-        self.preprocess = Preprocess(
-            PreprocessSpec(
-                image_size_px=config.image_size_px,
-                resize=config.resize,
-                interpolation=config.interpolation,
-                crop=config.crop,
-                mean=config.mean,
-                std=config.std,
-            )
-        )
-
-    @torch.no_grad()
-    def images(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        batch = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(self._device)
-        rows = self._model.encode_image(
-            to_float(batch, mean=self._config.mean, std=self._config.std), normalize=True
-        )
-        return rows.float().cpu().numpy()
-
-    @torch.no_grad()
-    def encode(
-        self, texts: Sequence[str], *, clock: Any = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        tokens = torch.from_numpy(self._tokenizer(list(texts), truncate=True)).to(self._device)
-        rows = self._model.encode_text(tokens, normalize=True)
-        return rows.float().cpu().numpy(), np.zeros(len(texts), np.bool_)
+def _images(student: EagerSubject, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.concatenate(
+        [student.images(pictures[start : start + _BATCH]) for start in range(0, len(pictures), _BATCH)]
+    )
 
 
-def open_validation(spec: ValidationSpec, data: DataSpec, samples: Samples, root: Path) -> Validation:
+def _texts(student: EagerSubject, texts: Sequence[str]) -> NDArray[np.float32]:
+    return np.concatenate(
+        [student.texts(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH)]
+    )
+
+
+def _as_form(spec: PreprocessSpec, form: ViewForm) -> PreprocessSpec:
+    return msgspec.structs.replace(spec, image_size_px=form.size_px, interpolation=form.interpolation)
+
+
+def _ask(
+    teacher: Teacher,
+    asked: Consumer,
+    inputs: Inputs,
+    pictures: NDArray[np.uint8],
+    texts: Sequence[str],
+    device: torch.device,
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """Return a teacher's embeddings ``(N, d)`` and ``(T, d)``; ``None`` where it lacks the tower."""
+    images, rows = [], []
+    for start in range(0, max(len(pictures), len(texts)), _BATCH):
+        # A row each of pictures and texts, though they do not belong together; the last ones repeat.
+        members = np.arange(start, start + _BATCH)
+        arrays: dict[str, torch.Tensor] = {}
+        if asked.form is not None:
+            some = pictures[np.minimum(members, len(pictures) - 1)].transpose(0, 3, 1, 2)
+            arrays[inputs.image_name(asked)] = torch.from_numpy(np.ascontiguousarray(some))
+        if asked.tokenizer is not None:
+            chosen = [texts[min(each, len(texts) - 1)] for each in members.tolist()]
+            tokens = asked.tokenizer(chosen, truncate=True)
+            arrays[inputs.tokens_name(asked)] = torch.from_numpy(tokens)[:, None]
+        batch = Batch(Position(), torch.from_numpy(members), tuple(map(str, members)), arrays).to(device)
+        told = teacher.ask(batch, inputs)
+        if told.image is not None:
+            images.append(told.image.float().cpu().numpy())
+        if told.texts:
+            rows.append(told.texts[0].float().cpu().numpy())
+    return (
+        np.concatenate(images)[: len(pictures)] if images else None,
+        np.concatenate(rows)[: len(texts)] if rows else None,
+    )
+
+
+def open_validation(
+    spec: ValidationSpec,
+    data: DataSpec,
+    samples: Samples,
+    root: Path,
+    teachers: Mapping[str, Teacher] | None = None,
+) -> Validation:
     """Return a measurement, with its labels read.
 
     Args:
@@ -173,17 +256,35 @@ def open_validation(spec: ValidationSpec, data: DataSpec, samples: Samples, root
         data: the table it names.
         samples: of that table.
         root: what paths are relative to.
+        teachers: by name; the one it names is among them.
 
     Raises:
-        ConfigError: the templates are not known, or a retrieval has labels.
-        InputError: the file of labels cannot be read.
+        ConfigError: the templates are not known, a key means nothing for the kind, or a teacher can only say
+            what it has stored.
+        InputError: the file of labels cannot be read, or lacks the language.
     """
-    if spec.kind == "retrieval":
-        if spec.labels is not None:
+    for key, kind in (("labels", "zero-shot"), ("language", "zero-shot"), ("teacher", "teacher-agreement")):
+        if getattr(spec, key) is not None and spec.kind != kind:
             raise ConfigError(
-                f"validation {spec.name!r}: kind = 'retrieval' got 'labels' {spec.labels!r}, expected none; "
-                "say kind = 'zero-shot' to use them."
+                f"validation {spec.name!r}: kind = {spec.kind!r} got {key!r} {getattr(spec, key)!r}, "
+                f"expected none; say kind = {kind!r} to use it."
             )
+    if spec.kind == "retrieval":
         return Validation(spec, data, samples)
+    if spec.kind == "teacher-agreement":
+        assert spec.teacher is not None
+        teacher = (teachers or {})[spec.teacher]
+        if teacher.consumer is None:
+            raise ConfigError(
+                f"validation {spec.name!r}: the teacher {spec.teacher!r} cannot be asked about other "
+                "pictures than it has stored; name one that runs."
+            )
+        return Validation(spec, data, samples, teacher=teacher)
     assert spec.labels is not None
-    return Validation(spec, data, samples, read_labels(root / spec.labels), Templates.of(spec.templates))
+    languages = () if spec.language is None else (spec.language,)
+    offered = offer(
+        [(None, read_labels(root / spec.labels))],
+        languages=languages,
+        templates=[(None, Templates.of(spec.templates))],
+    )
+    return Validation(spec, data, samples, offered)

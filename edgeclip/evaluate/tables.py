@@ -19,7 +19,7 @@ _MISSING = "-"
 
 def comparison_table(comparison: Comparison) -> str:
     """Return what was measured and how every model did."""
-    lines = [_heading(comparison), ""]
+    lines = [_heading(comparison), "numbers in %, with 95 % intervals in brackets", ""]
     if comparison.task == "zero-shot":
         lines += _zero_shot(comparison)
         if comparison.seed is not None:
@@ -97,8 +97,7 @@ def _zero_shot(comparison: Comparison) -> list[str]:
     header, groups = ["model"], []
     for language in comparison.columns:
         groups.append(len(header))
-        first = f"{language} top-1" if language else "top-1"
-        header += [f"{first} %  (95 %)", "top-5", "per class", "ECE"]
+        header += [f"{language} top-1".strip(), "top-5", "per class", "ECE"]
         header += ["as first"] if several else []
         header += ["corrupted", "retained"] if comparison.seed is not None else []
     rows = []
@@ -166,9 +165,9 @@ def _severities(found: Robustness) -> tuple[list[str], list[list[str]]]:
 def _retrieval(comparison: Comparison) -> list[str]:
     header, groups = ["model"], []
     for kind in comparison.columns:
-        groups.append(len(header))
         for way in ("i>t", "t>i"):
-            header += [f"{kind} {way} R@1 %  (95 %)" if k == 1 else f"R@{k}" for k in KS]
+            groups.append(len(header))
+            header += [f"{kind} {way} R@1" if k == 1 else f"R@{k}" for k in KS]
     rows = []
     for row in comparison.rows:
         cells = [_cut(row.name, _NAME)]
