@@ -20,6 +20,7 @@ import contextlib
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReinforceReport", "reinforce"]
 
+_WAIT_S = 0.05
 _ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -149,6 +151,7 @@ def reinforce(
             if progress is not None:
                 progress(done, total)
         complete = _complete(plan, directory)
+        _sweep(directory, [MANIFEST_NAME, *(entry.name for entry in finished)])
     status: Literal["written", "resumed", "present"] = "resumed" if kept else "written"
     return _report(
         plan, directory, "present" if kept == len(own) else status, finished, tuple(broken), complete=complete
@@ -281,14 +284,16 @@ def _differences(found: Reinforcement, wanted: Reinforcement) -> list[str]:
 def _announce(plan: Plan, directory: Path) -> None:
     """Put the manifest where there is none; of processes that do so at once the first wins."""
     path = directory / MANIFEST_NAME
-    if not path.exists():
-        temporary, _, _ = write_temporary(directory, _document(plan.manifest))
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(directory)
+    while not path.exists():
+        # Another process may hold the folder, or remove it while it is opened here.
+        with (
+            contextlib.suppress(BlockingIOError, FileNotFoundError),
+            _staging(directory, MANIFEST_NAME) as staging,
+        ):
+            if path.exists():
+                break
+            _put(staging, path, _document(plan.manifest))
+        time.sleep(_WAIT_S)
     _check_directory(plan, directory)
 
 
@@ -329,6 +334,14 @@ def _staging(directory: Path, name: str) -> Iterator[Path]:
                 path.unlink(missing_ok=True)
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(directory: Path, names: Sequence[str]) -> None:
+    """Remove what was left by processes that were killed when they had all but finished."""
+    for name in names:
+        if (directory / f"{TEMPORARY_PREFIX}{name}").exists():
+            with contextlib.suppress(BlockingIOError), _staging(directory, name):
+                pass
 
 
 def _make(
@@ -454,9 +467,10 @@ def _complete(plan: Plan, directory: Path) -> bool:
     whole = msgspec.structs.replace(plan.manifest, complete=True, shards=tuple(entries))
     found = read_reinforcement(directory)
     if found != whole:
-        try:
-            with _staging(directory, MANIFEST_NAME) as staging:
-                _put(staging, directory / MANIFEST_NAME, _document(whole))
-        except BlockingIOError:  # another process has seen the last shard too, and writes the same
-            return True
+        # Where another process holds the folder it has seen the last shard too, and writes the same.
+        with (
+            contextlib.suppress(BlockingIOError, FileNotFoundError),
+            _staging(directory, MANIFEST_NAME) as staging,
+        ):
+            _put(staging, directory / MANIFEST_NAME, _document(whole))
     return True
