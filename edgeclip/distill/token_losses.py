@@ -12,6 +12,7 @@ not fit is cut, and computed again in the backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from edgeclip.errors import ConfigError, InputError
 
 __all__ = ["TokenPairs", "hidden_word_loss", "matched_similarity", "token_alignment"]
 
-# Similarities, their exponentials, and what the reduction over patches keeps for the backward pass.
-_MATRICES = 4
+# Products, their exponentials, and the plan of the backward pass.
+_MATRICES = 3
 
 
 @dataclass(frozen=True)
@@ -156,32 +157,49 @@ def matched_similarity(
     rows, places, width = patches.shape
     texts, length, _ = words.shape
     # One product of matrices for all pairs.
-    cosines = words.reshape(-1, width) @ patches.reshape(-1, width).T
-    scores = cosines.view(texts, length, rows, places).permute(2, 0, 1, 3) / temperature  # (b, B, L, N)
+    products = (words / temperature).reshape(-1, width) @ patches.reshape(-1, width).T
+    scores = products.view(texts, length, rows, places).permute(2, 0, 1, 3)  # (b, B, L, N)
     count = kept.sum(dim=1).to(scores.dtype)  # (B,)
     capacity = (count / places).clamp(min=1)
-    log_prices = _log_prices(scores.detach(), kept, capacity, iterations)  # (b, B, N), −h/ε
-    paid = (scores + log_prices[:, :, None]).logsumexp(dim=3)  # (b, B, L)
-    total = (paid * kept).sum(dim=2) - count * torch.log(scores.new_tensor(float(places)))
-    total = total - capacity * log_prices.sum(dim=2)
+    total: Tensor = _Assignment.apply(scores, kept, capacity, iterations)  # type: ignore[no-untyped-call]
+    total = total - count * torch.log(scores.new_tensor(float(places)))
     return temperature * total / count.clamp(min=1)
 
 
-@torch.no_grad()
-def _log_prices(scores: Tensor, kept: Tensor, capacity: Tensor, iterations: int) -> Tensor:
-    """Return ``−h/ε`` of the dual, ``(b, B, N)``: coordinate ascent, words and patches in turn."""
-    rows, texts, _, places = scores.shape
-    tiny = torch.finfo(scores.dtype).tiny
-    free = scores.new_ones(rows, texts, places)
-    if not iterations:
-        return free.zero_()
-    # The best patch of a word counts 1, so that no row underflows as a whole.
-    kernel = (scores - scores.amax(dim=3, keepdim=True)).exp_().mul_(kept[:, :, None])
-    for _ in range(iterations):
-        of_words = torch.where(kept, 1 / (kernel @ free[..., None])[..., 0].clamp(min=tiny), 0)  # (b, B, L)
-        demand = (of_words[:, :, None] @ kernel)[:, :, 0]  # (b, B, N)
-        free = (capacity[:, None] / demand.clamp(min=tiny)).clamp(min=tiny, max=1)
-    return free.log_()
+class _Assignment(torch.autograd.Function):
+    """The dual in units of the temperature, without ``ln N``; its gradient is the plan.
+
+    ``Σ_l ln Σ_p exp(x_lp − h_p) + capacity · Σ_p h_p`` of scores ``x`` ``(b, B, L, N)``, to ``(b, B)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, kept: Tensor, capacity: Tensor, iterations: int) -> Tensor:
+        tiny = torch.finfo(scores.dtype).tiny
+        # The best patch of a word counts 1, so that no row underflows as a whole.
+        best = scores.amax(dim=3)
+        kernel = scores.contiguous() if not scores.is_contiguous() else scores.clone()
+        kernel.sub_(best[..., None]).exp_().mul_(kept[:, :, None])
+        free = scores.new_ones(len(kernel), kernel.shape[1], kernel.shape[3])  # exp(−h), (b, B, N)
+        # Words and patches in turn, each set to what is best given the other.
+        sums = _weighted(kernel, free, kept, tiny)
+        for _ in range(iterations):
+            demand = (sums.reciprocal()[:, :, None] @ kernel)[:, :, 0]
+            free = (capacity[:, None] / demand.clamp(min=tiny)).clamp(min=tiny, max=1)
+            sums = _weighted(kernel, free, kept, tiny)  # (b, B, L)
+        ctx.save_for_backward(kernel, free, sums)
+        paid = torch.where(kept, best + sums.log(), 0).sum(dim=2)
+        return paid - capacity * free.log().sum(dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        kernel, free, sums = ctx.saved_tensors
+        plan = kernel * free[:, :, None]
+        return plan.mul_((gradients[0][:, :, None] / sums)[..., None]), None, None, None
+
+
+def _weighted(kernel: Tensor, free: Tensor, kept: Tensor, tiny: float) -> Tensor:
+    """Return the row sums of the kernel with prices, ``(b, B, L)``; 1 where there is no word."""
+    return torch.where(kept, (kernel @ free[..., None])[..., 0].clamp(min=tiny), 1)
 
 
 def _all_scores(pairs: TokenPairs, temperature: float, iterations: int, max_matrix_bytes: int) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,19 +10,25 @@ import torch.nn.functional as F  # noqa: E402, N812
 from torch import Tensor  # noqa: E402
 
 from edgeclip.distill import losses  # noqa: E402
+from edgeclip.distill.forward import Tokens, Words  # noqa: E402
+from edgeclip.distill.hidden_words import TokenShapes  # noqa: E402
 from edgeclip.distill.objective import Embedded, Objective  # noqa: E402
 from edgeclip.distill.pairs import Pairs  # noqa: E402
 from edgeclip.distill.recipe import (  # noqa: E402
     AffinityLoss,
+    AlignmentUniformityLoss,
     CheckpointTeacher,
     DecoupledLoss,
     FeatureLoss,
     InfoNCELoss,
     InteractiveLoss,
     LossSpec,
+    MaskedTokensLoss,
     SigLIPLoss,
     StageSpec,
+    TokenAlignmentLoss,
 )
+from edgeclip.distill.token_losses import TokenPairs, token_alignment  # noqa: E402
 from edgeclip.errors import ConfigError  # noqa: E402
 
 TEACHERS = {
@@ -156,3 +163,123 @@ def test_a_teacher_with_one_tower_gives_its_features_and_no_pairs() -> None:
     ):
         with pytest.raises(ConfigError, match="the teacher 'eyes' has no text tower"):
             objective(spec)
+
+
+# Tokens
+
+SHAPES = TokenShapes(image=3, text=8, pieces=8, vocabulary=11, layers=2)
+
+
+def with_tokens(texts: int = 1, rows_: int = 5) -> Embedded:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 11, (rows_, texts, 6), generator=generator, dtype=torch.int32)
+    kept = torch.arange(6) < torch.randint(1, 6, (rows_, texts, 1), generator=generator)
+    hidden = kept & (torch.arange(6) < 1)
+    return Embedded(
+        rows(4, 0),
+        tuple(rows(4, 10 + text) for text in range(texts)),
+        Tokens(
+            Words(ids, kept, hidden),
+            torch.randn(rows_, 7, 3, generator=generator),
+            tuple(torch.randn(rows_, 6, 8, generator=generator) for _ in range(texts)),
+            tuple(torch.randn(rows_, 6, 8, generator=generator) for _ in range(texts)),
+        ),
+    )
+
+
+def token_objective(*specs: LossSpec) -> Objective:
+    stage = StageSpec(name="one", data="train", samples=10, batch_size=5, loss=specs)
+    torch.manual_seed(0)
+    return Objective(stage, embed_dim=4, teachers={}, teacher_dims={}, tokens=SHAPES)
+
+
+def test_only_what_some_term_asks_for_is_wanted() -> None:
+    plain = token_objective(InfoNCELoss()).wants
+    assert (plain.tokens, plain.hidden) == (False, None)
+    aligned = token_objective(InfoNCELoss(), TokenAlignmentLoss()).wants
+    assert (aligned.tokens, aligned.hidden) == (True, None)
+    made = token_objective(MaskedTokensLoss(share=0.3))
+    assert made.wants.tokens is False
+    assert made.wants.hidden is made.hidden_words
+    assert made.hidden_words is not None
+    assert made.hidden_words.share == 0.3
+
+
+@pytest.mark.parametrize("width", [None, 9])
+def test_tokens_are_aligned_in_a_space_of_their_own_caption_by_caption(width: int | None) -> None:
+    made = token_objective(TokenAlignmentLoss(temperature=0.2, iterations=3, width=width))
+    student = with_tokens(texts=2)
+    tokens = student.tokens
+    assert tokens is not None
+    assert tokens.patches is not None
+    assert tokens.words.kept is not None
+    scale = torch.tensor(7.0, requires_grad=True)
+    total, parts = made(student, {}, scale=scale, progress=0.0)
+    heads = dict(made.named_parameters())
+    assert {name: tuple(value.shape) for name, value in heads.items()} == {
+        "token_heads.0-image.weight": (width or 4, 3),
+        "token_heads.0-text.weight": (width or 4, 8),
+    }
+    expected = torch.zeros(())
+    for caption in (0, 1):
+        pairs = TokenPairs.gather(
+            F.normalize(tokens.patches @ heads["token_heads.0-image.weight"].T, dim=-1),
+            F.normalize(tokens.texts[caption] @ heads["token_heads.0-text.weight"].T, dim=-1),
+            tokens.words.kept[:, caption],
+            pairs=unit(student, caption),
+        )
+        expected = expected + token_alignment(pairs, 7.0, temperature=0.2, iterations=3)
+    assert torch.allclose(total, expected)
+    assert torch.allclose(parts["0-token-alignment"], expected)
+    total.backward()
+    assert scale.grad is None  # the model's scale belongs to its embeddings
+    assert all(value.grad is not None for value in heads.values())
+
+
+def test_hidden_words_of_all_captions_count_alike() -> None:
+    made, student = token_objective(MaskedTokensLoss(weight=0.5)), with_tokens(texts=2)
+    tokens = student.tokens
+    assert tokens is not None
+    assert tokens.words.hidden is not None
+    assert made.hidden_words is not None
+    total, parts = made(student, {}, scale=SCALE, progress=0.0)
+    said, asked = [], []
+    for caption in (0, 1):
+        for row in range(5):
+            for place in range(6):
+                if tokens.words.hidden[row, caption, place]:
+                    said.append(tokens.hidden[caption][row, place])
+                    asked.append(int(tokens.words.ids[row, caption, place]))
+    network = made.hidden_words
+    states = network.norm(F.gelu(network.transform(torch.stack(said))))
+    expected = F.cross_entropy(network.predict(states), torch.tensor(asked))
+    assert torch.allclose(parts["0-masked-tokens"], expected)
+    assert torch.allclose(total, 0.5 * expected)
+
+
+@pytest.mark.parametrize("spec", [TokenAlignmentLoss(), MaskedTokensLoss()])
+@pytest.mark.parametrize("missing", ["image", "text"])
+def test_tokens_that_a_tower_cannot_give_are_named(spec: LossSpec, missing: str) -> None:
+    stage = StageSpec(name="three", data="train", samples=10, batch_size=5, loss=(spec,))
+    shapes = replace(SHAPES, **{missing: 0})
+    kind = "token-alignment" if isinstance(spec, TokenAlignmentLoss) else "masked-tokens"
+    with pytest.raises(ConfigError, match=f"stage 'three': .*'{kind}' .* the student's {missing} tower"):
+        Objective(stage, embed_dim=4, teachers={}, teacher_dims={}, tokens=shapes)
+
+
+def test_alignment_and_uniformity_are_weighted_in_one_term() -> None:
+    student = embedded(4, 0, texts=2)
+    made = objective(AlignmentUniformityLoss(alignment=0.5, uniformity=2.0, t=3.0))
+    _, parts = run(made, student)
+    expected = torch.zeros(())
+    for text in (0, 1):
+        pairs = unit(student, text)
+        spread = losses.uniformity(pairs.image, t=3.0) + losses.uniformity(pairs.text, t=3.0)
+        expected = expected + 0.5 * losses.alignment(pairs.image, pairs.text) + 2.0 * spread / 2
+    assert torch.allclose(parts["0-alignment-uniformity"], expected)
+
+
+def test_softness_can_be_shared_by_similarity() -> None:
+    student, made = embedded(4, 0), objective(InfoNCELoss(softness=(0.3, 0.3), spread="similar"))
+    total, _ = run(made, student)
+    assert torch.allclose(total, losses.info_nce(unit(student), SCALE, softness=0.3, spread="similar"))
