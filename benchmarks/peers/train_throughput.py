@@ -293,7 +293,7 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
             min_blocks=options.blocks,
             min_duration_s=options.seconds,
             max_duration_s=options.seconds,
-            warmup=8,
+            warmup=4,
         )
     finally:
         for side in sides:
@@ -314,7 +314,7 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=";".join(MODELS))
-    parser.add_argument("--seconds", type=float, default=150.0, help="for each model")
+    parser.add_argument("--seconds", type=float, default=130.0, help="for each model")
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0)
