@@ -115,7 +115,7 @@ def eval_(
 
     A MODEL is a bundle ("default", a directory, hf:ORG/NAME@REV), whose variants are a row each; a checkpoint
     of ours; or NAME:FILE, a published weights file of a model in `edgeclip models`. The last two need torch.
-    The first row is the reference of "as first": the share of pictures on which both say the same.
+    The first row is the reference of "agree": the share of pictures on which both say the same.
 
     \b
     zero-shot  top-1 and top-5, mean recall of the classes, calibration error (ECE)

@@ -12,7 +12,7 @@ from edgeclip.evaluate.retrieval import KS
 __all__ = ["comparison_table", "per_class_table"]
 
 WIDTH = 100
-_NAME = 34  # longest name of a model
+_NAME = 30  # longest name of a model
 _LABEL = 40
 _MISSING = "-"
 
@@ -97,9 +97,9 @@ def _zero_shot(comparison: Comparison) -> list[str]:
     header, groups = ["model"], []
     for language in comparison.columns:
         groups.append(len(header))
-        header += [f"{language} top-1".strip(), "top-5", "per class", "ECE"]
-        header += ["as first"] if several else []
-        header += ["corrupted", "retained"] if comparison.seed is not None else []
+        header += [f"{language} top-1".strip(), "top-5", "recall", "ECE"]
+        header += ["agree"] if several else []
+        header += ["corr.", "kept"] if comparison.seed is not None else []
     rows = []
     for row in comparison.rows:
         cells = [_cut(row.name, _NAME)]
@@ -119,6 +119,11 @@ def _zero_shot(comparison: Comparison) -> list[str]:
                 cells += [_percent(robustness.mean), _percent(robustness.retained)]
         rows.append(cells)
     lines = grid(header, rows, groups=groups)
+    lines += ["", "recall: mean over the labels; ECE: expected calibration error at the model's own scale"]
+    if several:
+        lines.append("agree: pictures whose first label is that of the first row")
+    if comparison.seed is not None:
+        lines.append("corr.: top-1 on corrupted pictures, mean; kept: as a share of top-1")
     if comparison.ood is not None:
         lines += ["", *_out_of_distribution(comparison)]
     return lines
@@ -134,8 +139,8 @@ def _out_of_distribution(comparison: Comparison) -> list[str]:
                 cells += [f"{found.auroc[kind]:.3f}", _percent(found.fpr95[kind])]
             rows.append(cells)
     counts = comparison.ood
-    path = "" if counts is None else f"{counts.measured:,} pictures of {_cut(counts.path, 40)}"
-    title = f"told from {path}, by largest probability (p) and similarity (s)"
+    path = "" if counts is None else f"{counts.measured:,} pictures of {_cut(counts.path, 30)}"
+    title = f"told from {path} by probability (p) and similarity (s)"
     return [title, *grid(["model", "AUROC p", "FPR95 p", "AUROC s", "FPR95 s"], rows)]
 
 
@@ -143,7 +148,7 @@ def _robustness(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     for row in comparison.rows:
         for language, found in row.robustness.items():
-            name = row.name + (f", {language}" if language else "")
+            name = _cut(row.name, _LABEL) + (f", {language}" if language else "")
             lines += ["", f"{name}: top-1 on corrupted pictures, % (clean {_percent(found.clean.value)})"]
             lines += grid(*_severities(found))
     return lines
@@ -159,7 +164,7 @@ def _severities(found: Robustness) -> tuple[list[str], list[list[str]]]:
         rows[-1] += [_percent(mean), _percent(retained)]
     blank = [""] * len(severities)
     rows.append(["all", *blank, _percent(found.mean), _percent(found.retained)])
-    return ["corruption", *map(str, severities), "mean", "retained"], rows
+    return ["corruption", *map(str, severities), "mean", "kept"], rows
 
 
 def _retrieval(comparison: Comparison) -> list[str]:

@@ -213,6 +213,33 @@ def test_what_means_nothing_is_said(shapes: Path, tmp_path: Path) -> None:
         open_validation(spec, DataSpec(paths=("x",)), [], shapes, {"s": stored})  # type: ignore[arg-type]
 
 
+def test_a_recipe_must_name_its_teacher(shapes: Path) -> None:
+    text = """
+schema = 1
+kind = "train"
+name = "tiny"
+[student]
+model = "tiny-vit"
+[data.held_out]
+paths = ["held_out.jsonl"]
+[[stage]]
+name = "a"
+data = "held_out"
+samples = 16
+batch_size = 8
+loss = [{ kind = "info-nce" }]
+[[validation]]
+name = "like"
+data = "held_out"
+kind = "teacher-agreement"
+teacher = "nobody"
+"""
+    with pytest.raises(
+        ConfigError, match=r"\[\[validation\]\] 0: 'teacher' is 'nobody', expected one of \[\]"
+    ):
+        parse_recipe(text.encode())
+
+
 def test_a_label_that_is_not_offered_is_named(
     shapes: Path, probe: tuple[Any, Any, Tokenizer], tmp_path: Path
 ) -> None:
