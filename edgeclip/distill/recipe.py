@@ -62,6 +62,7 @@ __all__ = [
     "MaskedTokensLoss",
     "OpenClipTeacher",
     "OptimizerSpec",
+    "PruneSpec",
     "Recipe",
     "ScheduleSpec",
     "SentenceTeacher",
@@ -86,6 +87,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Softness = Annotated[float, Meta(ge=0, lt=1)]
+KeptShare = Annotated[float, Meta(gt=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -100,12 +102,19 @@ class StudentSpec(_Table, frozen=True, kw_only=True):
         model: a name of the model zoo, built with fresh weights.
         config: or an architecture of one's own, with the keys of ``CLIPConfig``; ``name`` is the recipe's.
         checkpoint: or the weights to start from: our checkpoint, or a published file of ``model``.
+        inherit: a larger model to cut the weights of ``model`` or ``config`` out of: our checkpoint, or a
+            published file.
+        inherit_model: name in the model zoo of that file, where its weights alone do not tell.
+        inherit_layers: which layers of the larger model are taken.
         tokenizer: directory with a tokenizer's files; the checkpoint's, or CLIP's own, if not given.
     """
 
     model: str | None = None
     config: dict[str, Any] | None = None
     checkpoint: str | None = None
+    inherit: str | None = None
+    inherit_model: str | None = None
+    inherit_layers: Literal["even", "first"] = "even"
     tokenizer: str | None = None
 
 
@@ -432,6 +441,31 @@ class GroupSpec(_Table, frozen=True, kw_only=True):
     weight_decay: NotNegative | None = None
 
 
+class PruneSpec(_Table, frozen=True, kw_only=True):
+    """Gates that are learned in a stage; at its end, what they close is taken out of the model.
+
+    Attributes:
+        image: share of the parameters in the image tower's layers that stay, of those at the beginning of the
+            stage; ``None``: all.
+        text: likewise of the text tower.
+        gates: on what: channels of the residual stream, attention heads, hidden units, whole parts of layers.
+        warmup: steps in which the share asked for falls from 1.
+        learning_rate: of the gates; the stage's schedule does not touch it.
+        multiplier_learning_rate: of the two factors of the penalty.
+    """
+
+    image: KeptShare | None = None
+    text: KeptShare | None = None
+    gates: Annotated[tuple[Literal["channels", "heads", "neurons", "layers"], ...], Meta(min_length=1)] = (
+        "channels",
+        "heads",
+        "neurons",
+    )
+    warmup: Annotated[int, Meta(ge=0)] = 0
+    learning_rate: Positive = 0.02
+    multiplier_learning_rate: Positive = 0.02
+
+
 class StageSpec(_Table, frozen=True, kw_only=True):
     """One stage of training.
 
@@ -454,6 +488,7 @@ class StageSpec(_Table, frozen=True, kw_only=True):
             what is inside them: less memory, the same weights.
         freeze_batch_norm: keep batch norms at their statistics, which makes ``parts`` exact.
         train_scale: whether the multiplier of cosines is learned.
+        prune: gates that make the model smaller at the end of the stage.
     """
 
     name: str
@@ -472,6 +507,7 @@ class StageSpec(_Table, frozen=True, kw_only=True):
     checkpoint_activations: bool = False
     freeze_batch_norm: bool = False
     train_scale: bool = True
+    prune: PruneSpec | None = None
 
     @property
     def steps(self) -> int:
@@ -723,6 +759,16 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: [student]: got {sorted(said)}, expected 'model', 'config' or 'checkpoint', or 'model' "
             "beside the 'checkpoint' of a published file."
         )
+    if recipe.student.inherit is None:
+        if recipe.student.inherit_model is not None:
+            raise ConfigError(
+                f"{where}: [student]: 'inherit_model' stands without 'inherit', the larger model."
+            )
+    elif "checkpoint" in said:
+        raise ConfigError(
+            f"{where}: [student]: got 'inherit' beside 'checkpoint'; expected it beside 'model' or "
+            "'config', which say what is cut out."
+        )
     teachers = [teacher.name for teacher in recipe.teacher]
     for names, what in (
         (teachers, "[[teacher]]"),
@@ -805,6 +851,16 @@ def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str)
         raise ConfigError(
             f"{at}: [[stage.loss]] {twice[0]}: kind = 'masked-tokens' stands twice; a stage hides words once."
         )
+    if stage.prune is not None:
+        if stage.prune.image is None and stage.prune.text is None:
+            raise ConfigError(
+                f"{at}: 'prune' asks for nothing; expected a share for 'image', 'text' or both."
+            )
+        if stage.prune.warmup >= stage.steps:
+            raise ConfigError(
+                f"{at}: 'prune.warmup' is {stage.prune.warmup} steps, but the stage has {stage.steps}; "
+                "shorten it."
+            )
     for index, loss in enumerate(stage.loss):
         place = f"{at}: [[stage.loss]] {index}"
         unknown = [name for name in _named(loss) if name not in teachers]

@@ -33,6 +33,7 @@ from edgeclip.distill.recipe import (
     recipe_digest,
 )
 from edgeclip.distill.samples import BrokenLimit, Samples, open_samples
+from edgeclip.distill.sparsity import Sparsity
 from edgeclip.distill.student import Student, open_student
 from edgeclip.distill.teachers import Teacher, open_teacher
 from edgeclip.distill.validation import Validation, open_validation
@@ -128,6 +129,24 @@ class Run:
                 tokens=token_shapes(self.student.model),
             )
 
+    def sparsity(self, stage: StageSpec) -> Sparsity | None:
+        """Return a stage's masks at their beginning; ``None`` where it prunes nothing.
+
+        Raises:
+            ConfigError: the student has no gates of the kinds asked for, or a loss compares tokens, whose
+                width gates would change.
+        """
+        if stage.prune is None:
+            return None
+        where = f"stage {stage.name!r}"
+        wants = self.objective(stage).wants
+        if wants.tokens or wants.hidden is not None:
+            raise ConfigError(
+                f"{where}: 'prune' stands beside a loss over patches or words, whose width gates change; "
+                "prune in a stage of its own."
+            )
+        return Sparsity(self.student.config, stage.prune, where=where)
+
     def _said(self, spec: TeacherSpec) -> TeacherSpec:
         """Return what the recipe says of a teacher, with what its shards say where the recipe is silent."""
         teacher = self.teachers.get(spec.name)
@@ -162,6 +181,7 @@ class Run:
     @torch.no_grad()
     def _check_stage(self, stage: StageSpec, world: int) -> StagePlan:
         plan, inputs, objective = self.plan(stage, world=world), self.inputs(stage), self.objective(stage)
+        self.sparsity(stage)
         limit = broken_limit(self.recipe, stage)
         batches = BatchLoader(self.data[stage.data], plan, inputs, limit=limit).batches()
         batch = next(batches)

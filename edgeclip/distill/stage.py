@@ -15,15 +15,18 @@ from edgeclip.distill.accumulate import backward_in_parts
 from edgeclip.distill.batches import Batch
 from edgeclip.distill.forward import Embedded, Words, embed, embedded_of, words_of
 from edgeclip.distill.optim import build_optimizer, learning_rate_factor
+from edgeclip.distill.randomness import random_stream
 from edgeclip.distill.ranks import Ranks
 from edgeclip.distill.recompute import held_statistics, recomputed_blocks
 from edgeclip.distill.run import Run, torch_seed
+from edgeclip.distill.sparsity import Noise, Sparsity
 from edgeclip.distill.state import TrainingState, optimizer_moments, restore_moments
-from edgeclip.models.clip import MAX_SCALE
+from edgeclip.models.clip import CLIP, MAX_SCALE
 
 __all__ = ["Done", "Stage"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPARSITY = "sparsity."  # before the names of masks, among those of the objective
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,53 @@ class Stage:
         self._names = {id(p): name for name, p in self._model.named_parameters()} | {
             id(p): f"objective.{name}" for name, p in self.objective.named_parameters()
         }
+        self.sparsity = run.sparsity(self.spec)
+        self._masks: list[nn.Parameter] = []
+        self._noise: Mapping[str, Noise] = {}
+        if self.sparsity is not None:
+            self._add_masks(self.sparsity.to(here.device))
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.spec.precision == "float16")
+
+    def _add_masks(self, sparsity: Sparsity) -> None:
+        """Let the masks descend and their multipliers ascend, at rates that no schedule touches."""
+        said = sparsity.spec
+        self._masks = [*sparsity.masks(), *sparsity.multipliers()]
+        for own, rate in (
+            (sparsity.masks(), said.learning_rate),
+            (sparsity.multipliers(), said.multiplier_learning_rate),
+        ):
+            self._optimizer.add_param_group(
+                {
+                    "params": own,
+                    "lr": rate,
+                    "base_lr": rate,
+                    "scheduled": False,
+                    "betas": (0.9, 0.999),
+                    "weight_decay": 0.0,
+                    "maximize": own[0] is sparsity.multipliers()[0],
+                }
+            )
+        self._names |= {id(p): f"{_SPARSITY}{name}" for name, p in sparsity.named_parameters()}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return what only this stage has: parameters of the objective, and masks."""
+        masks = {} if self.sparsity is None else self.sparsity.state_dict()
+        return dict(self.objective.state_dict()) | {
+            f"{_SPARSITY}{name}": each for name, each in masks.items()
+        }
 
     def restore(self, state: TrainingState) -> None:
         """Go on from a state in the middle of this stage."""
-        self.objective.load_state_dict(dict(state.objective))
+        masks = {
+            name.removeprefix(_SPARSITY): value
+            for name, value in state.objective.items()
+            if name.startswith(_SPARSITY)
+        }
+        self.objective.load_state_dict(
+            {name: value for name, value in state.objective.items() if not name.startswith(_SPARSITY)}
+        )
+        if self.sparsity is not None:
+            self.sparsity.load_state_dict(masks)
         restore_moments(self._optimizer, self._names, state.moments)
         if state.scaler:
             self.scaler.load_state_dict(dict(state.scaler))
@@ -93,20 +138,25 @@ class Stage:
         self._set_modes()
         before = [buffer.clone() for buffer in self._model.buffers()]
         self._optimizer.zero_grad(set_to_none=True)
-        loss, parts = self._backward(batch, progress=number / max(1, self.spec.steps - 1))
+        if self.sparsity is not None:  # the same on every rank
+            seed = self._run.recipe.seed + (self._index << 32)
+            self._noise = self.sparsity.noise(random_stream(seed, 1 + number, 0, "gates"))
+        loss, parts = self._backward(batch, number)
         values = torch.stack([loss, *parts.values(), loss.new_tensor(float(stop))]).float()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in (*self._parameters, *self._masks) if p.grad is not None]
         statistics = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
         self._here.average_([values, *gradients, *statistics])
         if self.scaler.is_enabled():
             self.scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self.spec.clip_norm or math.inf))
         said = values.tolist()
-        updated = math.isfinite(said[0]) and math.isfinite(norm)
+        updated = math.isfinite(said[0]) and math.isfinite(norm) and _are_finite(self._masks)
         with torch.no_grad():
             if updated:
                 self._optimizer.step()
                 self._model.logit_scale.clamp_(max=math.log(MAX_SCALE))
+                if self.sparsity is not None:
+                    self.sparsity.clamp_()
             else:
                 # What was not finite may have reached the statistics of batch norms.
                 for buffer, value in zip(self._model.buffers(), before, strict=True):
@@ -126,7 +176,7 @@ class Stage:
     def _set_learning_rate(self, number: int) -> float:
         factor = learning_rate_factor(self.spec.schedule, number, self.spec.steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * (factor if group.get("scheduled", True) else 1.0)
         return self.spec.optimizer.learning_rate * factor
 
     def _set_modes(self) -> None:
@@ -141,31 +191,40 @@ class Stage:
             return nullcontext()
         return torch.autocast(self._here.device.type, _DTYPES[self.spec.precision])
 
-    def _memory(self) -> AbstractContextManager[Any]:
-        return recomputed_blocks(self._model) if self.spec.checkpoint_activations else nullcontext()
+    def _seen(self) -> CLIP:
+        """Return the model that pictures and captions go through in this step."""
+        return self._model if self.sparsity is None else self.sparsity.view(self._model, self._noise)
+
+    def _memory(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return recomputed_blocks(model) if self.spec.checkpoint_activations else nullcontext()
 
     def _statistics(self) -> AbstractContextManager[Any]:
         # Of the two passes of a part, the one with gradients moves the statistics of batch norms.
         return nullcontext() if torch.is_grad_enabled() else held_statistics(self._model)
 
-    def _backward(self, batch: Batch, *, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of this rank's rows; return the loss and its terms, detached."""
         told, wants = self._ask(batch), self.objective.wants
         words = words_of(batch, wants, self._run.student.tokenizer.config.special, seed=self.plan.seed)
         said: list[tuple[Tensor, dict[str, Tensor]]] = []
 
         def embedded(part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            with self._statistics(), self._memory(), self._precision():
-                return embed(self._model, *part, mean=self._config.mean, std=self._config.std, wants=wants)
+            with self._statistics():
+                model = self._seen()
+                with self._memory(model), self._precision():
+                    return embed(model, *part, mean=self._config.mean, std=self._config.std, wants=wants)
 
         def loss(*found: Tensor) -> Tensor:
             total, parts = self.objective(
                 embedded_of(found, words, wants),
                 told,
                 scale=self._model.logit_scale.exp(),
-                progress=progress,
+                progress=number / max(1, self.spec.steps - 1),
                 ids=batch.index,
             )
+            if self.sparsity is not None:
+                penalty, shares = self.sparsity.penalty(number)
+                total, parts = total + penalty, parts | shares
             said.append((total.detach(), parts))
             scaled: Tensor = self.scaler.scale(total)
             return scaled
@@ -189,3 +248,7 @@ class Stage:
         """Return pictures, ids and, where some are, which words are hidden, part by part."""
         whole = [tensor for tensor in (image, words.ids, words.hidden) if tensor is not None]
         return list(zip(*(tensor.chunk(self.spec.parts) for tensor in whole), strict=True))
+
+
+def _are_finite(parameters: Sequence[nn.Parameter]) -> bool:
+    return all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)

@@ -219,7 +219,9 @@ def load_state(path: Path, model: nn.Module, *, recipe_digest: str) -> TrainingS
             f"{where} belongs to another recipe (digest {str(digest)[:8]}, now {recipe_digest[:8]}); undo "
             "the change, or train into another directory."
         )
-    difference = set(weights) ^ set(model.state_dict())
+    expected = model.state_dict()
+    difference = set(weights) ^ set(expected)
+    difference |= {name for name in set(weights) - difference if weights[name].shape != expected[name].shape}
     if difference:
         raise InputError(f"{where}: weights and model disagree about {sorted(difference)[:5]}.")
     model.load_state_dict(weights)

@@ -16,6 +16,7 @@ from edgeclip.errors import ConfigError
 from edgeclip.models.checkpoints import load_model
 from edgeclip.models.clip import CLIP, build_clip
 from edgeclip.models.config import CLIPConfig, config_from_dict
+from edgeclip.models.inherit import inherit
 from edgeclip.models.zoo import MODELS, clip_config
 from edgeclip.tokenizer import Tokenizer
 
@@ -52,19 +53,22 @@ def open_student(recipe: Recipe, root: Path) -> Student:
         root: what paths are relative to.
 
     Raises:
-        ConfigError: the model is not known, or its tokenizer does not fit it.
+        ConfigError: the model is not known, its tokenizer does not fit it, or it cannot be cut out of the
+            larger one.
         InputError: the checkpoint cannot be read.
     """
     said = recipe.student
     parents: tuple[Mapping[str, Any], ...] = ()
-    if said.checkpoint is not None:
-        path = root / said.checkpoint
-        loaded = load_model(path, model=said.model)
+    given = said.checkpoint if said.inherit is None else said.inherit
+    if given is not None:
+        path = root / given
+        loaded = load_model(path, model=said.model if said.inherit is None else said.inherit_model)
         model, config = loaded.model, loaded.config
         own = path if loaded.source == "edgeclip" and (path / "tokenizer.json").is_file() else None
-        parents = (
-            parent_of(config.name, "start", loaded.licence, said.checkpoint, loaded.source, loaded.parents),
-        )
+        parents = (parent_of(config.name, "start", loaded.licence, given, loaded.source, loaded.parents),)
+        if said.inherit is not None:
+            config = _config(recipe.name, said)
+            model = inherit(loaded.model, loaded.config, config, layers=said.inherit_layers)
     else:
         config, own = _config(recipe.name, said), None
         with torch.random.fork_rng(devices=[]):

@@ -32,11 +32,13 @@ from edgeclip.distill.optim import parameter_groups
 from edgeclip.distill.ranks import Ranks, ranks
 from edgeclip.distill.recipe import Recipe, recipe_digest
 from edgeclip.distill.run import Run, broken_limit, open_run
+from edgeclip.distill.sparsity import Sparsity
 from edgeclip.distill.stage import Done, Stage
 from edgeclip.distill.state import Position, TrainingState, latest_state, load_state, save_state
 from edgeclip.errors import ConfigError, EdgeClipError
-from edgeclip.models.checkpoints import save_checkpoint
-from edgeclip.models.clip import CLIP
+from edgeclip.models.checkpoints import read_checkpoint_info, save_checkpoint
+from edgeclip.models.clip import CLIP, build_clip
+from edgeclip.models.config import CLIPConfig
 
 __all__ = ["Progress", "Result", "TrainOptions", "train"]
 
@@ -146,6 +148,7 @@ def train(
         for stage in recipe.stage:  # before anything is written
             run.plan(stage, world=here.world)
             run.objective(stage)
+            run.sparsity(stage)
             parameter_groups(run.student.model, stage)
         journal: Journal | None = None
         if here.is_first:
@@ -211,6 +214,8 @@ class _Trainer:
         found = latest_state(states)
         state: TrainingState | None = None
         if found is not None:
+            if any(stage.prune is not None for stage in self._recipe.stage):
+                self._take_shape(found)
             state = load_state(found, self._model, recipe_digest=self._digest)
             self._position = state.position
         if state is not None and state.position.stage == len(self._recipe.stage):
@@ -276,7 +281,7 @@ class _Trainer:
                 self._count(stage, done, broken + len(loader.broken), batch)
                 self._log(stage, done, (time.perf_counter_ns() - began) / 1e9)
                 is_end = self._position.step == spec.steps
-                self._validate(is_last=is_end and index == len(self._recipe.stage) - 1)
+                self._validate(stage, is_last=is_end and index == len(self._recipe.stage) - 1)
                 if is_end:
                     break
                 if done.stop:
@@ -287,8 +292,37 @@ class _Trainer:
         finally:
             batches.close()  # type: ignore[attr-defined]
         self._position = replace(self._position, stage=index + 1, step=0)
+        if stage.sparsity is not None:
+            self._prune(stage, stage.sparsity)
         self._save(None)
         return done.stop and index + 1 < len(self._recipe.stage)
+
+    def _take_shape(self, state: Path) -> None:
+        """Go on with a model of the shape that a state has: a stage before it may have pruned it."""
+        config = read_checkpoint_info(state).config
+        if config != self._info.config:
+            self._take(build_clip(config), config)
+
+    def _take(self, model: CLIP, config: CLIPConfig) -> None:
+        """Go on with another model."""
+        self._run = replace(self._run, student=replace(self._run.student, model=model, config=config))
+        self._model, (self._info, _) = model, self._run.info()
+
+    def _prune(self, stage: Stage, sparsity: Sparsity) -> None:
+        """Take out of the model, and of its running average, what a stage's masks close."""
+        before, config = self._model, self._run.student.config
+        if self._average:
+            self._average = _floating(sparsity.pruned(self._averaged(), config)[0])
+        self._take(*sparsity.pruned(before, config))
+        towers = {name: asdict(each) for name, each in sparsity.report(before, self._model).items()}
+        if self._journal is not None:
+            step = self._position.total_steps
+            self._journal.log({"kind": "prune", "step": step, "stage": stage.spec.name, "towers": towers})
+        for name, each in towers.items():
+            self._remark(
+                f"stage {stage.spec.name!r} left {each['share']:.3f} of the {name} tower's layers, "
+                f"{each['parameters'][1]} of its {each['parameters'][0]} parameters"
+            )
 
     def _count(self, stage: Stage, done: Done, broken: int, batch: Batch) -> None:
         """Move the position on, and the running average; stop where nothing is learned any more."""
@@ -350,13 +384,15 @@ class _Trainer:
                 self._journal.log(entry)
             self._listen(Progress("step", step, self._steps, entry))
 
-    def _validate(self, *, is_last: bool) -> None:
+    def _validate(self, stage: Stage, *, is_last: bool) -> None:
         """Measure on the first rank what is due; the others wait for it with their next step."""
         step = self._position.total_steps
         due = [each for each in self._run.validations if is_last or step % each.spec.every == 0]
         if self._journal is None or not due:
             return
-        model = self._evaluated()
+        model = self._averaged()
+        if stage.sparsity is not None:
+            model, _ = stage.sparsity.pruned(model, self._run.student.config)
         for each in due:
             values = each.measure(
                 model, self._run.student.config, self._run.student.tokenizer, device=self._here.device
@@ -366,7 +402,7 @@ class _Trainer:
             self._journal.log(entry)
             self._listen(Progress("validation", step, self._steps, entry))
 
-    def _evaluated(self) -> CLIP:
+    def _averaged(self) -> CLIP:
         """Return a copy of the model with the weights that count."""
         model = copy.deepcopy(self._model).requires_grad_(False).eval()
         if self._average:
@@ -385,7 +421,7 @@ class _Trainer:
                 self._position,
                 self._digest,
                 moments={} if stage is None else stage.moments(),
-                objective={} if stage is None else dict(stage.objective.state_dict()),
+                objective={} if stage is None else stage.own_state(),
                 ema=self._average,
                 scaler={} if stage is None else stage.scaler.state_dict(),
             ),
@@ -398,7 +434,7 @@ class _Trainer:
         staged = self._journal.staged_model
         shutil.rmtree(staged, ignore_errors=True)
         save_checkpoint(
-            self._evaluated().cpu(), staged, self._info, tokenizer_files=self._run.student.tokenizer.files
+            self._averaged().cpu(), staged, self._info, tokenizer_files=self._run.student.tokenizer.files
         )
         staged.rename(self._journal.model)
 

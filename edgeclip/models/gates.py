@@ -25,7 +25,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from edgeclip.models.text_transformer import TextTransformer
 from edgeclip.models.vit import VisionTransformer
 
 __all__ = [
+    "GateableTower",
     "Gates",
     "chance_of_open",
     "deterministic_gates",
@@ -52,7 +53,8 @@ _TEMPERATURE = 2 / 3
 _SHARPNESS = 0.8
 _EPSILON = 1e-6
 
-_Tower = TypeVar("_Tower", VisionTransformer, TextTransformer)
+GateableTower: TypeAlias = VisionTransformer | TextTransformer
+"""Towers whose parts can be gated."""
 
 
 # Hard concrete gates
@@ -152,7 +154,7 @@ def _any(chance: Tensor) -> Tensor:
     return 1 - (1 - chance).prod()
 
 
-def gated(tower: _Tower, gates: Gates) -> _Tower:
+def gated(tower: GateableTower, gates: Gates) -> GateableTower:
     """Return a tower of what the gates leave, whose weights are functions of the tower's and of the gates.
 
     Its tensors are no parameters: gradients flow on to the tower and the gates, and running statistics of
@@ -182,7 +184,7 @@ def gated(tower: _Tower, gates: Gates) -> _Tower:
 
 
 @torch.no_grad()
-def pruned(tower: _Tower, gates: Gates) -> _Tower:
+def pruned(tower: GateableTower, gates: Gates) -> GateableTower:
     """Return :func:`gated` as a tower of its own, in the same mode as a whole.
 
     Raises:
@@ -193,7 +195,7 @@ def pruned(tower: _Tower, gates: Gates) -> _Tower:
     return made.train(tower.training)
 
 
-def _smaller(tower: _Tower, gates: Gates) -> tuple[_Tower, dict[str, Tensor]]:
+def _smaller(tower: GateableTower, gates: Gates) -> tuple[GateableTower, dict[str, Tensor]]:
     """Return a tower without data and the tensors that belong into it."""
     config: ViTConfig | TextTransformerConfig = tower.config
     kept = None if gates.channels is None else _open(gates.channels)
@@ -223,7 +225,7 @@ def _smaller(tower: _Tower, gates: Gates) -> tuple[_Tower, dict[str, Tensor]]:
             made = build_text_tower(dataclasses.replace(config, **sizes))
     state = dict(tower.named_parameters()) | dict(tower.named_buffers())
     cut = _cut(state, config, gates, kept)
-    return cast(_Tower, made), {name: cut[name] for name in made.state_dict()}
+    return cast(GateableTower, made), {name: cut[name] for name in made.state_dict()}
 
 
 def _cut(

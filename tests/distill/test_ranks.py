@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,65 +10,25 @@ torch = pytest.importorskip("torch")
 from train_runs import (  # noqa: E402
     FASTVIT,
     STAGE,
-    VIT,
     assert_same_weights,
     log,
     make_data,
     recipe_text,
     run,
+    start,
     weights,
+    write,
 )
 
 from edgeclip.distill.ranks import Ranks, ranks  # noqa: E402
 from edgeclip.errors import ConfigError  # noqa: E402
 
-TOOL = Path(__file__).parents[1] / "tools" / "train_runs.py"
-# Adam divides by the root of a gradient's square: without this floor it would turn rounding of gradients
-# near zero into whole steps.
-FLOOR = "eps = 1e-4"
 TOLERANCE = 1e-4  # float32 sums in another order, over the steps of a run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
-
-
-def write(folder: Path, name: str, *rest: str, student: str = VIT) -> Path:
-    path = folder / name
-    text = recipe_text(folder, *rest, student=student).replace(
-        "checkpoint_every = 1000", "checkpoint_every = 2"
-    )
-    path.write_text(text.replace("learning_rate = 2e-3", f"learning_rate = 2e-3, {FLOOR}"), encoding="utf-8")
-    return path
-
-
-def start(recipe: Path, out: Path, world: int, kill_at: int = 0) -> list[int]:
-    """Run every rank in a process of its own, and return how they ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        there = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(world),
-            "RANK": str(rank),
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(TOOL), str(recipe), str(out), str(kill_at)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(there if world > 1 else {})},
-                stderr=subprocess.DEVNULL if kill_at else None,
-            )
-        )
-    try:
-        return [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def assert_close(found: Path, expected: Path) -> None:

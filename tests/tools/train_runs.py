@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from edgeclip.shape_files import write_shapes
 from edgeclip.tokenizer import train_bpe
 
 SIZE_PX, CONTEXT, EMBED = 32, 16, 32
+# Adam divides by the root of a gradient's square: without this floor it would turn rounding of gradients
+# near zero into whole steps.
+FLOOR = "eps = 1e-4"
 
 VIT = f"""
 [student.config]
@@ -139,6 +144,44 @@ def run_recipe(recipe: Recipe, folder: Path, out: Path, **options: Any) -> tuple
         stop=lambda: stop_after is not None and len(steps(heard)) >= stop_after - 1,
     )
     return result, heard
+
+
+def write(folder: Path, name: str, *rest: str, student: str = VIT) -> Path:
+    """Write a recipe that saves its state in every second step, for :func:`start`."""
+    path = folder / name
+    text = recipe_text(folder, *rest, student=student).replace(
+        "checkpoint_every = 1000", "checkpoint_every = 2"
+    )
+    path.write_text(text.replace("learning_rate = 2e-3", f"learning_rate = 2e-3, {FLOOR}"), encoding="utf-8")
+    return path
+
+
+def start(recipe: Path, out: Path, world: int, kill_at: int = 0) -> list[int]:
+    """Run every rank in a process of its own, and return how they ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        there = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "RANK": str(rank),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, str(recipe), str(out), str(kill_at)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(there if world > 1 else {})},
+                stderr=subprocess.DEVNULL if kill_at else None,
+            )
+        )
+    try:
+        return [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def steps(heard: list[Progress]) -> list[dict[str, Any]]:
