@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ _LINE_EVERY_S = 10.0
     show_default=True,
     help="Steps between two lines of log.jsonl.",
 )
+@click.option("--tensorboard", is_flag=True, help="Write DIR/tensorboard too (extra tensorboard).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.pass_context
 def train(
@@ -70,6 +71,7 @@ def train(
     device: str,
     restart: bool,
     log_every: int,
+    tensorboard: bool,
     as_json: bool,
 ) -> None:
     """Train the student of RECIPE; the same command again goes on where it stopped.
@@ -109,7 +111,13 @@ def train(
         log_every=log_every,
         recipe_text=record + content.decode("utf-8"),
     )
-    with _stopping(notes) as stop, _reporting(notes) as listen:
+    with _stopping(notes) as stop, _reporting(notes) as report, ExitStack() as opened:
+        listen = report
+        if tensorboard:
+            from edgeclip.distill.tensorboard import written_scalars
+
+            write = opened.enter_context(written_scalars(output / "tensorboard", every=log_every))
+            listen = _both(report, write)
         result = run_training(parsed, options, listen=listen, stop=stop)
     if result.rank == 0:
         if as_json:
@@ -205,6 +213,16 @@ def _reporting(notes: Notes) -> Iterator[Callable[[Progress], None]]:
             )
 
     yield say
+
+
+def _both(
+    first: Callable[[Progress], None], second: Callable[[Progress], None]
+) -> Callable[[Progress], None]:
+    def hear(progress: Progress) -> None:
+        first(progress)
+        second(progress)
+
+    return hear
 
 
 def _numbers(entry: Any) -> str:

@@ -8,6 +8,7 @@
     skipped.jsonl   steps without an update: the keys of their samples
     states/         where training stands (edgeclip/distill/state.py)
     model/          the checkpoint that comes out; there only when training is done
+    tensorboard/    scalars, where they are asked for
 
 Lines beyond the state that a run goes on from are removed, so that no step stands in the log twice.
 """
@@ -27,7 +28,7 @@ __all__ = ["Journal"]
 
 SCHEMA = 1
 _RUN, _RECIPE, _LOG, _SKIPPED = "run.json", "recipe.toml", "log.jsonl", "skipped.jsonl"
-_STATES, _MODEL, _STAGED_MODEL = "states", "model", ".partial-model"
+_STATES, _MODEL, _STAGED_MODEL, _SCALARS = "states", "model", ".partial-model", "tensorboard"
 
 
 class Journal:
@@ -121,7 +122,7 @@ class Journal:
 
     def _clear(self) -> None:
         (self.directory / _RUN).unlink(missing_ok=True)  # first: a rest without it is no run
-        for name in (_STATES, _MODEL, _STAGED_MODEL):
+        for name in (_STATES, _MODEL, _STAGED_MODEL, _SCALARS):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         for name in (_RECIPE, _LOG, _SKIPPED):
             (self.directory / name).unlink(missing_ok=True)
