@@ -161,7 +161,8 @@ def validate(
     """Decode every sample and list the broken ones.
 
     SHARDS may also be tables and folders of pictures. Shards that edgeclip wrote are compared with the hashes
-    in shards.json. Exit code 1: more broken samples than --max-broken, or a damaged shard.
+    in shards.json or reinforcement.json; what teachers left in samples is read too. Exit code 1: more broken
+    samples than --max-broken, or a damaged shard.
 
     Example: edgeclip data validate shards
     """
@@ -217,6 +218,12 @@ def _described(found: Inspection) -> list[str]:
         lines.append(
             f"captions of {_counted(found.looked_at, 'sample')}{unreadable}: {', '.join(kinds)}; "
             f"a picture has {_bytes(found.picture_bytes)} (median)"
+        )
+    if found.stored is not None:
+        count, views, columns = found.stored
+        lines.append(
+            f"stored by teachers: {_counted(views, 'view')} and embeddings of {columns:,} columns "
+            f"(first of {count:,} looked at)"
         )
     if found.first is not None:
         key, captions = found.first

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReinforceReport", "reinforce"]
 
-_WAIT_S = 0.05
+_WAIT_S, _ATTEMPTS = 0.05, 600
 _ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -284,15 +284,17 @@ def _differences(found: Reinforcement, wanted: Reinforcement) -> list[str]:
 def _announce(plan: Plan, directory: Path) -> None:
     """Put the manifest where there is none; of processes that do so at once the first wins."""
     path = directory / MANIFEST_NAME
-    while not path.exists():
+    for _ in range(_ATTEMPTS):
+        if path.exists():
+            break
         # Another process may hold the folder, or remove it while it is opened here.
         with (
             contextlib.suppress(BlockingIOError, FileNotFoundError),
             _staging(directory, MANIFEST_NAME) as staging,
         ):
-            if path.exists():
+            if not path.exists():
+                _put(staging, path, _document(plan.manifest))
                 break
-            _put(staging, path, _document(plan.manifest))
         time.sleep(_WAIT_S)
     _check_directory(plan, directory)
 

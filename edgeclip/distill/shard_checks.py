@@ -12,9 +12,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from edgeclip.distill.augment import RandomResizedCrop
+from edgeclip.distill.reinforcement import MANIFEST_NAME as REINFORCEMENT_NAME
+from edgeclip.distill.reinforcement import read_reinforcement
 from edgeclip.distill.samples import (
     Broken,
     JoinedSamples,
+    Sample,
     Samples,
     ShardSamples,
     expanded,
@@ -23,8 +27,11 @@ from edgeclip.distill.samples import (
     open_samples,
 )
 from edgeclip.distill.shards import MANIFEST_NAME, Progress, is_whole, read_manifest
+from edgeclip.distill.stored import check_stored, open_stored, stored_member
+from edgeclip.distill.views import VIEWS_EXTENSION, list_views, view_of
 from edgeclip.errors import InputError
 from edgeclip.pictures import decode_image
+from edgeclip.storage import hash_stream
 
 __all__ = ["Inspection", "ShardSummary", "Validation", "inspect_shards", "validate_samples"]
 
@@ -66,6 +73,8 @@ class Inspection:
         unreadable: how many of them could not be read.
         picture_bytes: median size of their picture files.
         first: key and captions of the first of them.
+        stored: samples among them that hold what teachers said, and the views and columns of the first of
+            these; ``None`` where none does.
     """
 
     shards: tuple[ShardSummary, ...]
@@ -75,6 +84,7 @@ class Inspection:
     unreadable: int
     picture_bytes: int
     first: tuple[str, Mapping[str, tuple[str, ...]]] | None
+    stored: tuple[int, int, int] | None = None
 
     @property
     def samples(self) -> int:
@@ -98,6 +108,9 @@ class Inspection:
                 "captions": {
                     kind: {"samples": count, "mean": mean} for kind, (count, mean) in self.captions.items()
                 },
+                "stored": None
+                if self.stored is None
+                else dict(zip(("samples", "views", "columns"), self.stored, strict=True)),
                 "first": None
                 if self.first is None
                 else {"key": self.first[0], "captions": dict(self.first[1])},
@@ -119,10 +132,17 @@ def inspect_shards(
     texts: Counter[str] = Counter()
     sizes: list[int] = []
     first: tuple[str, Mapping[str, tuple[str, ...]]] | None = None
+    reinforced = 0
+    shape: tuple[int, int] | None = None
     looked = range(0, len(samples), step)
     for index in looked:
         try:
             sample = samples.read(index)
+            if stored_member(sample.members) is not None:
+                reinforced += 1
+                if shape is None:
+                    stored = open_stored(sample.members, where=sample.key)
+                    shape = stored.views, stored.columns
         except InputError:
             continue
         sizes.append(len(sample.image) if isinstance(sample.image, bytes) else 0)
@@ -147,6 +167,7 @@ def inspect_shards(
         unreadable=len(looked) - len(sizes),
         picture_bytes=int(median(sizes)) if sizes else 0,
         first=first,
+        stored=None if shape is None else (reinforced, *shape),
     )
 
 
@@ -184,8 +205,8 @@ def validate_samples(
 ) -> Validation:
     """Decode every picture and parse every JSON member of shards, tables or folders.
 
-    Shards beside a manifest of ours are compared with it: all there, hashes right. Stored embeddings are not
-    looked into.
+    Shards beside a manifest of ours are compared with it: all there, hashes right. What teachers left in a
+    sample is read in full: views, embeddings, and that there are as many as captions.
 
     Args:
         paths: as for :func:`~edgeclip.distill.samples.open_samples`.
@@ -240,6 +261,7 @@ def _compare(given: Path, shards: Sequence[Path], damaged: dict[str, str]) -> No
     folder = given if given.is_dir() else given.parent
     manifest = read_manifest(folder)
     if manifest is None:
+        _compare_reinforced(given, folder, shards, damaged)
         return
     known = {shard.name: shard for shard in manifest.shards}
     for shard in shards:
@@ -258,6 +280,30 @@ def _compare(given: Path, shards: Sequence[Path], damaged: dict[str, str]) -> No
             )
 
 
+def _compare_reinforced(given: Path, folder: Path, shards: Sequence[Path], damaged: dict[str, str]) -> None:
+    """Compare shards with the manifest that 'edgeclip reinforce' has left beside them, if there is one."""
+    manifest = read_reinforcement(folder)
+    if manifest is None:
+        return
+    known = {shard.name: shard for shard in manifest.shards}
+    for shard in shards if manifest.complete else ():
+        entry = known.get(shard.name)
+        if entry is None:
+            damaged[str(shard)] = f"is not in {REINFORCEMENT_NAME}, which has {len(known)} shards"
+            continue
+        with shard.open("rb", buffering=0) as stream:
+            if hash_stream(stream) != (entry.size_bytes, entry.sha256):
+                damaged[str(shard)] = f"is not what {REINFORCEMENT_NAME} says (sha256 {entry.sha256[:16]}…)"
+    if given.is_dir():
+        here = {shard.name for shard in shards}
+        damaged.update({str(folder / name): "is missing" for name in known if name not in here})
+        if not manifest.complete:
+            damaged[str(folder / REINFORCEMENT_NAME)] = (
+                f"says that not all of {len(manifest.source)} shards were made: reinforce was stopped; run "
+                "it again"
+            )
+
+
 def _checked(samples: Samples, index: int) -> tuple[str, ...] | str:
     """Return the kinds of captions of a sample, or why it is broken."""
     try:
@@ -266,6 +312,8 @@ def _checked(samples: Samples, index: int) -> tuple[str, ...] | str:
         for extension in sample.members:
             if extension.endswith(".json") and extension != "syn.json":  # that one was read with the captions
                 _check_json(extension, sample.members[extension])
+        if stored_member(sample.members) is not None or VIEWS_EXTENSION in sample.members:
+            _check_reinforced(sample)
     except InputError as error:
         return str(error)
     return tuple(sample.captions)
@@ -276,3 +324,19 @@ def _check_json(extension: str, content: bytes) -> None:
         json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"its member {extension!r} is not JSON ({error}). Make it again.") from error
+
+
+def _check_reinforced(sample: Sample) -> None:
+    """Read all that teachers left in a sample."""
+    check_stored(sample.members, sample.captions, where=sample.key)
+    where = f"{sample.key}.{VIEWS_EXTENSION}"
+    if VIEWS_EXTENSION not in sample.members:
+        raise InputError(f"{where}: is missing. Reinforce the sample again.")
+    views = list_views(sample.members[VIEWS_EXTENSION], where=where)
+    for number, view in enumerate(views):
+        view_of(RandomResizedCrop((1, 1)), view, where=f"{where}, view {number}")
+    stored = open_stored(sample.members, where=sample.key).views
+    if len(views) != stored:
+        raise InputError(
+            f"{where}: says {len(views)} views, there are embeddings of {stored}. Reinforce the sample again."
+        )

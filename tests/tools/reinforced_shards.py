@@ -82,11 +82,6 @@ def shipped(folder: Path, name: str, *changes: str) -> Recipe:
 [data.held_out]
 paths = ["shapes/held_out.jsonl"]
 [[validation]]
-name = "labels"
-kind = "zero-shot"
-data = "held_out"
-labels = "shapes/labels.json"
-[[validation]]
 name = "pairs"
 data = "held_out"
 """
