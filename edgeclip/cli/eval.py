@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import SCHEMA, Notes, bundle_directory, prepare_stdout
+from ._options import SCHEMA, Notes, bundle_directory, prepare_stdout, quiet_broken_pipe
 
 if TYPE_CHECKING:
     from edgeclip.evaluate.comparison import Settings
@@ -172,7 +172,10 @@ def eval_(
         notes.done()
         opened.close()
     document = _document(comparison, opened, ctx.meta[_ARGUMENTS], time.perf_counter() - began)
-    _print(comparison, document, json_to, per_class)
+    try:
+        _print(comparison, document, json_to, per_class)
+    except BrokenPipeError:
+        quiet_broken_pipe()  # the reader has what it wanted
 
 
 # --- what is asked -----------------------------------------------------------------------------------------
@@ -392,11 +395,11 @@ def _print(comparison: Comparison, document: dict[str, Any], json_to: str | None
     from edgeclip.labels import write_atomic
 
     text = json.dumps(document, ensure_ascii=False, indent=1)
+    if json_to not in (None, "-"):
+        write_atomic(Path(str(json_to)), (text + "\n").encode("utf-8", "backslashreplace"))
     if json_to == "-":
         click.echo(text)
         return
     click.echo(comparison_table(comparison))
     if per_class:
         click.echo("\n" + per_class_table(comparison))
-    if json_to is not None:
-        write_atomic(Path(json_to), (text + "\n").encode("utf-8", "backslashreplace"))
