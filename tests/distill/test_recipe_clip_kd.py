@@ -1,0 +1,94 @@
+"""The shipped recipe clip-kd, at a size for one core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from click.testing import CliRunner  # noqa: E402
+from shipped_recipes import PROBE_TEXT, SMALL_IMAGE, commands_of, measured, recall, recipe_of, trained  # noqa: E402
+
+from edgeclip.cli import cli  # noqa: E402
+from edgeclip.distill.recipe import AffinityLoss, FeatureLoss, InfoNCELoss, InteractiveLoss  # noqa: E402
+from edgeclip.models.checkpoints import read_checkpoint_info  # noqa: E402
+from edgeclip.shape_files import write_shapes  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_losses_are_the_published_ones() -> None:
+    (stage,) = recipe_of("clip-kd").stage
+    assert [(type(spec), spec.weight) for spec in stage.loss] == [
+        (InfoNCELoss, 1.0),
+        (AffinityLoss, 1.0),
+        (InteractiveLoss, 1.0),
+        (FeatureLoss, 2000.0),
+    ]
+    assert (stage.optimizer.learning_rate, stage.optimizer.weight_decay) == (1e-3, 0.1)
+
+
+@pytest.mark.slow
+def test_it_beats_its_starting_point(repo: Path, tmp_path: Path) -> None:
+    write_shapes(tmp_path / "shapes", train=600, held_out=100, size_px=64)
+    probe = repo / "tests" / "data" / "probes" / "vit"
+    recipe = recipe_of(
+        "clip-kd",
+        f"teacher.0.path={probe}",
+        f"student.tokenizer={probe}",
+        *PROBE_TEXT,
+        *SMALL_IMAGE,
+        "stage.0.samples=2800",
+        "stage.0.batch_size=40",
+        "stage.0.schedule.warmup=5",
+        "stage.0.optimizer.learning_rate=2e-3",
+    )
+    before = measured(recipe, tmp_path)["held-out-pairs"]
+    after, steps = trained(recipe, tmp_path, tmp_path / "run")
+    # Of 100 pictures and captions; chance finds 5 % among the first five.
+    assert recall(before, 5) < 0.1
+    assert recall(after["held-out-pairs"], 5) > recall(before, 5) + 0.15
+    assert after["held-out-labels"]["pictures"] == 100
+    parts = steps[-1]["parts"]
+    assert sorted(parts) == ["0-info-nce", "1-affinity", "2-interactive", "3-feature"]
+    assert all(parts[name] < 0.8 * steps[0]["parts"][name] for name in parts)
+    info = read_checkpoint_info(tmp_path / "run" / "model")
+    assert [(parent["role"], parent["name"]) for parent in info.parents] == [
+        ("teacher", "probe-vit"),
+        ("recipe", "clip-kd"),
+    ]
+
+
+@pytest.mark.slow
+def test_the_commands_of_its_comment_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, teacher, student, published = commands_of("clip-kd")
+    assert shapes == ["edgeclip", "data", "make-shapes", "-o", "shapes"]
+    monkeypatch.chdir(tmp_path)
+    short = [
+        "--set",
+        "stage.0.samples=32",
+        "--set",
+        "stage.0.batch_size=16",
+        "--set",
+        "stage.0.schedule.warmup=0",
+        "--set",
+        "validation=[]",
+    ]
+    for command in ([*shapes, "--train", "32", "--held-out", "8"], [*teacher, *short], [*student, *short]):
+        said = CliRunner().invoke(cli, command[1:])
+        assert said.exit_code == 0, said.output
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+    assert published[:3] == ["edgeclip", "train", "clip-kd"]
+    changes = [published[at + 1] for at, word in enumerate(published) if word == "--set"]
+    recipe = recipe_of("clip-kd", *changes)
+    assert (recipe.student.model, recipe.teacher[0].name) == ("MobileCLIP2-S0", "teacher")
+    assert (recipe.stage[0].batch_size, recipe.stage[0].schedule.warmup) == (1024, 10_000)
