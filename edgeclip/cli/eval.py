@@ -350,17 +350,15 @@ class _Models:
             self.notes.say(f"{name} is left out: {reason}")
 
     def _eager(self, said: str, path: str, model: str | None) -> None:
+        import importlib.util
+
         from edgeclip.errors import MissingExtraError
 
-        try:
-            import torch
-        except ImportError as error:
-            raise MissingExtraError(f"evaluating {said!r}", extra="train", module="torch") from error
+        if importlib.util.find_spec("torch") is None:
+            raise MissingExtraError(f"evaluating {said!r}", extra="train", module="torch")
         from edgeclip.distill.eager import open_eager
 
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        self.subjects.append(open_eager(path, model=model, device=self.device))
+        self.subjects.append(open_eager(path, model=model, device=self.device, threads=self.threads))
 
     def close(self) -> None:
         """Close them."""

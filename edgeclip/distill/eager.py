@@ -111,13 +111,16 @@ def preprocess_of(config: CLIPConfig) -> PreprocessSpec:
     )
 
 
-def open_eager(path: str, *, model: str | None = None, device: str = "cpu") -> EagerSubject:
+def open_eager(
+    path: str, *, model: str | None = None, device: str = "cpu", threads: int | None = None
+) -> EagerSubject:
     """Return a checkpoint of ours, or a published file of a model of the zoo.
 
     Args:
         path: a checkpoint's directory, or a weights file.
         model: name of the model, where it is a file.
         device: where it runs.
+        threads: of torch, for the whole process; as they are if missing.
 
     Raises:
         InputError: the checkpoint cannot be read.
@@ -130,6 +133,8 @@ def open_eager(path: str, *, model: str | None = None, device: str = "cpu") -> E
         raise ConfigError(
             f"device {device!r} cannot be used by torch here: {str(error).splitlines()[0]}"
         ) from error
+    if threads is not None:
+        torch.set_num_threads(threads)
     loaded = load_model(path, model=model)
     config, directory = loaded.config, Path(path)
     if loaded.source == "edgeclip" and (directory / "tokenizer.json").is_file():
