@@ -15,7 +15,7 @@ import torch
 
 from edgeclip.distill.batches import BatchLoader, BatchPlan
 from edgeclip.distill.embedding_files import EmbeddingFiles
-from edgeclip.distill.forward import embed, embedded_of, token_shapes, words_of
+from edgeclip.distill.forward import Embedded, embed, embedded_of, token_shapes, words_of
 from edgeclip.distill.inputs import Inputs, StoredViews
 from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.losses import MAX_MATRIX_BYTES
@@ -36,6 +36,7 @@ from edgeclip.distill.samples import BrokenLimit, Samples, open_samples
 from edgeclip.distill.sparsity import Sparsity
 from edgeclip.distill.student import Student, open_student
 from edgeclip.distill.teachers import Teacher, open_teacher
+from edgeclip.distill.token_losses import MATRICES
 from edgeclip.distill.validation import Validation, open_validation
 from edgeclip.errors import ConfigError
 from edgeclip.models.checkpoints import CheckpointInfo
@@ -212,7 +213,7 @@ class Run:
             len(self.data[stage.data]),
             moving,
             sum(counts.values()) - moving,
-            min(rows * stage.batch_size * 4 * columns, MAX_MATRIX_BYTES),
+            min(rows * stage.batch_size * 4 * max(columns, _token_columns(embedded)), MAX_MATRIX_BYTES),
             objective.needed_teachers,
         )
 
@@ -298,6 +299,13 @@ def _asked_about(recipe: Recipe, teacher: str, data: Mapping[str, Samples]) -> d
         for stage in recipe.stage
         if any(teacher in _named(spec) for spec in stage.loss)
     }
+
+
+def _token_columns(embedded: Embedded) -> int:
+    """Return the numbers a pair costs where patches are matched with words."""
+    if embedded.tokens is None or embedded.tokens.patches is None:
+        return 0
+    return MATRICES * embedded.tokens.patches.shape[1] * embedded.tokens.words.ids.shape[2]
 
 
 def _named(spec: Any) -> tuple[str, ...]:

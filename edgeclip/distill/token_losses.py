@@ -24,10 +24,10 @@ from edgeclip.distill.losses import MAX_MATRIX_BYTES, over_rows
 from edgeclip.distill.pairs import Pairs, gather_rows
 from edgeclip.errors import ConfigError, InputError
 
-__all__ = ["TokenPairs", "hidden_word_loss", "matched_similarity", "token_alignment"]
+__all__ = ["MATRICES", "TokenPairs", "hidden_word_loss", "matched_similarity", "token_alignment"]
 
-# Products, their exponentials, and the plan of the backward pass.
-_MATRICES = 3
+MATRICES = 3
+"""Numbers held at once for a word and a patch: product, exponential, and the plan of the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _all_scores(pairs: TokenPairs, temperature: float, iterations: int, max_matr
     def scores(patches: Tensor, words: Tensor, kept: Tensor) -> Tensor:
         return matched_similarity(patches, words, kept, temperature=temperature, iterations=iterations)
 
-    pair_bytes = max(1, words.shape[1] * patches.shape[1] * words.element_size() * _MATRICES)
+    pair_bytes = max(1, words.shape[1] * patches.shape[1] * words.element_size() * MATRICES)
     fitting = max(1, max_matrix_bytes // pair_bytes)
     rows, columns = max(1, fitting // len(words)), min(fitting, len(words))
     if rows >= len(patches):
