@@ -184,9 +184,19 @@ def save_state(
         _sync(directory)
         for old in _states(directory)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"training state {str(final)!r} cannot be written: {error}.") from error
+    except (OSError, SafetensorError, InputError) as error:
+        shutil.rmtree(staging, ignore_errors=True)  # it may be what fills the disk
+        reason = str(error).rstrip(".")
+        raise InputError(
+            f"training state {str(final)!r} cannot be written: {reason}. Make room; the same command goes on "
+            f"from {_goes_on_from(directory)}."
+        ) from error
     return final
+
+
+def _goes_on_from(directory: Path) -> str:
+    found = latest_state(directory)
+    return "the beginning" if found is None else repr(found.name)
 
 
 def latest_state(directory: Path) -> Path | None:
