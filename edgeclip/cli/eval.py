@@ -45,8 +45,8 @@ class _Recorded(click.Command):
 @click.option(
     "--labels",
     multiple=True,
-    metavar="[LANG=]FILE",
-    help="Labels offered; give one file a language, or one with aliases.  [default: those of the data]",
+    metavar="[LANG=]FILE|A,B,…",
+    help="Labels offered; one file for each language, or one with aliases.  [default: those of the data]",
 )
 @click.option("--language", "languages", multiple=True, metavar="LANG", help="Aliases to offer; repeat it.")
 @click.option(
@@ -243,10 +243,10 @@ def _offered(
     notes: Notes,
 ) -> Offered:
     from edgeclip.evaluate.offered import offer, repeated_names
-    from edgeclip.label_sets import LabelSet, read_labels
+    from edgeclip.label_sets import LabelSet
 
     given: list[tuple[str | None, LabelSet]] = [
-        (language, read_labels(file)) for language, file in map(_for_language, labels)
+        (language, _labels(said)) for language, said in map(_for_language, labels)
     ]
     if languages and len(given) > 1:
         raise click.UsageError("--language takes aliases of one file; leave it out or give one --labels.")
@@ -262,6 +262,12 @@ def _offered(
     if pictures.templates is not None and not prompts:
         prompts = [(None, pictures.templates)]
     return offer(given, languages=languages, templates=prompts, numbered=pictures.numbered)
+
+
+def _labels(said: str) -> LabelSet:
+    from edgeclip.label_sets import parse_labels, read_labels
+
+    return parse_labels(said) if "," in said and not Path(said).exists() else read_labels(said)
 
 
 def _labels_found(pictures: PictureSet) -> list[str]:

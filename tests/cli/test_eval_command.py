@@ -398,6 +398,11 @@ def test_a_file_for_each_language(evaluate, tiny_bundle: Path, colours: Path, tm
     assert "--language takes aliases of one file" in twice.err
 
 
+def test_labels_may_be_a_list(evaluate, tiny_bundle: Path, colours: Path) -> None:
+    said = document(evaluate(tiny_bundle, "--data", colours, "--labels", ",".join(NAMES), "--json", "-"))
+    assert (said["labels"], said["data"]["total"]) == (8, 32)
+
+
 def test_a_person_sees_how_far_it_is(
     evaluate, tiny_bundle: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

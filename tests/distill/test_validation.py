@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from edgeclip.data import read_samples  # noqa: E402
 from edgeclip.distill.eager import EagerSubject, open_eager  # noqa: E402
 from edgeclip.distill.recipe import (  # noqa: E402
+    BundleTeacher,
     CheckpointTeacher,
     DataSpec,
     EmbeddingsTeacher,
@@ -211,6 +212,19 @@ def test_what_means_nothing_is_said(shapes: Path, tmp_path: Path) -> None:
     spec = ValidationSpec(name="v", kind="teacher-agreement", teacher="s")
     with pytest.raises(ConfigError, match="the teacher 's' cannot be asked about other pictures"):
         open_validation(spec, DataSpec(paths=("x",)), [], shapes, {"s": stored})  # type: ignore[arg-type]
+
+
+def test_a_bundle_can_be_agreed_with(
+    shapes: Path, probe: tuple[Any, Any, Tokenizer], tiny_bundle_session: Path
+) -> None:
+    spec = BundleTeacher(name="b", path=str(tiny_bundle_session))
+    entry = ValidationSpec(name="v", kind="teacher-agreement", teacher="b", limit=12)
+    samples, data = open_samples([shapes / "held_out.jsonl"]), DataSpec(paths=("held_out.jsonl",))
+    teachers = {"b": open_teacher(spec, shapes)}
+    found = open_validation(entry, data, samples, shapes, teachers).measure(*probe, device=CPU)
+    assert found["pictures"] == 12
+    assert {"image_neighbours", "text_neighbours", "image_to_text_matches"} <= set(found)
+    assert "image_cosine" not in found  # 96 and 16 dimensions
 
 
 def test_a_recipe_must_name_its_teacher(shapes: Path) -> None:
