@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
 from edgeclip.distill.batches import Batch, to_float
@@ -23,7 +24,17 @@ from edgeclip.tokenizer import SpecialIds
 if TYPE_CHECKING:
     from edgeclip.models.clip import CLIP
 
-__all__ = ["Embedded", "Tokens", "Wants", "Words", "embed", "embedded_of", "token_shapes", "words_of"]
+__all__ = [
+    "Embedded",
+    "Tokens",
+    "Wants",
+    "Words",
+    "embed",
+    "embed_pixels",
+    "embedded_of",
+    "token_shapes",
+    "words_of",
+]
 
 
 @dataclass(frozen=True)
@@ -150,20 +161,31 @@ def embed(
         ``1 + n`` embeddings ``(b, E)``; with ``wants.tokens`` the patches ``(b, N, C)`` and the words of each
         caption ``(b, L, D)``; with ``wants.hidden`` those of each caption behind hidden words; float32.
     """
-    pixels, ids = to_float(image, mean=mean, std=std), tokens.flatten(0, 1)
-    shape = tokens.shape[:2]
+    return embed_pixels(model, to_float(image, mean=mean, std=std), tokens, hidden, wants=wants)
+
+
+def embed_pixels(
+    model: nn.Module,
+    pixels: Tensor,
+    tokens: Tensor,
+    hidden: Tensor | None = None,
+    *,
+    wants: Wants = EMBEDDINGS,
+) -> tuple[Tensor, ...]:
+    """Return what :func:`embed` returns, of pixels ``(b, 3, H, W)`` that are scaled and normalized."""
+    ids, shape = tokens.flatten(0, 1), tokens.shape[:2]
     if not wants.tokens and wants.hidden is None:
         pictures: Tensor = model.encode_image(pixels)  # type: ignore[operator]
         texts: Tensor = model.encode_text(ids)  # type: ignore[operator]
-        return (pictures.float(), *_each(texts, shape))
+        return (_wide(pictures), *_each(texts, shape))
     image_tower = cast("VisionTransformer | FastViT", model.image_tower)
     text_tower = cast(TextTransformer, model.text_tower)
     pictures, patches = image_tower.forward_with_tokens(pixels)
     if wants.tokens:
         texts, words = text_tower.forward_with_tokens(ids)
-        found = (pictures.float(), *_each(texts, shape), patches.float(), *_each(words, shape))
+        found = (_wide(pictures), *_each(texts, shape), _wide(patches), *_each(words, shape))
     else:
-        found = (pictures.float(), *_each(text_tower(ids), shape))
+        found = (_wide(pictures), *_each(text_tower(ids), shape))
     if wants.hidden is None:
         return found
     assert hidden is not None
@@ -181,8 +203,13 @@ def embed(
 
 
 def _each(rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Return rows ``(b·n, …)`` caption by caption, float32."""
-    return rows.float().unflatten(0, shape).unbind(1)  # type: ignore[no-untyped-call,no-any-return]
+    """Return rows ``(b·n, …)`` caption by caption."""
+    return _wide(rows).unflatten(0, shape).unbind(1)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Return rows in float32 at least."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def embedded_of(found: Sequence[Tensor], words: Words, wants: Wants) -> Embedded:

@@ -17,18 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgeclip.distill.accumulate import backward_in_parts
-from edgeclip.distill.objective import Embedded, Objective
+from edgeclip.distill.forward import Embedded, Words, embed_pixels, embedded_of, token_shapes
+from edgeclip.distill.objective import Objective
 from edgeclip.distill.ranks import Ranks, ranks
 from edgeclip.distill.recipe import (
     AffinityLoss,
+    AlignmentUniformityLoss,
     DecoupledLoss,
     FeatureLoss,
     InfoNCELoss,
     InteractiveLoss,
     LossSpec,
+    MaskedTokensLoss,
     SigLIPLoss,
     StageSpec,
     StoredTeacher,
+    TokenAlignmentLoss,
 )
 from edgeclip.models.clip import CLIP, build_clip
 from edgeclip.models.config import CLIPConfig, FastViTConfig, ImageConfig, TextTransformerConfig, ViTConfig
@@ -75,10 +79,15 @@ CASES: dict[str, tuple[LossSpec, ...]] = {
         InteractiveLoss(teacher="narrow"),
         FeatureLoss(teacher="narrow"),
     ),
+    "softened by similarity": (InfoNCELoss(softness=(0.1, 0.5), spread="similar"),),
+    "alignment-uniformity": (AlignmentUniformityLoss(),),
+    "token-alignment": (TokenAlignmentLoss(width=12),),
+    "masked-tokens": (MaskedTokensLoss(),),
+    "lightclip": (InfoNCELoss(softness=(0.0, 0.1)), TokenAlignmentLoss(), MaskedTokensLoss(weight=0.3)),
 }
-# Cases with the ids of the pictures, and one in micro-batches.
-WITH_IDS = ("info-nce", "softened", "decoupled", "siglip", "all")
-IN_PARTS = "all"
+# Cases with the ids of the pictures, and some in micro-batches.
+WITH_IDS = ("info-nce", "softened", "decoupled", "siglip", "all", "token-alignment")
+IN_PARTS = ("all", "lightclip")
 
 
 def build(tower: str) -> CLIP:
@@ -97,22 +106,28 @@ def build(tower: str) -> CLIP:
     return model
 
 
-def objective_of(terms: tuple[LossSpec, ...]) -> Objective:
+def objective_of(terms: tuple[LossSpec, ...], model: CLIP) -> Objective:
     torch.manual_seed(2)
     stage = StageSpec(name="s", data="d", samples=BATCH, batch_size=BATCH, loss=terms)
-    return Objective(
+    made = Objective(
         stage,
         embed_dim=EMBED,
         teachers={name: StoredTeacher(name=name, slice=(0, 1), scale=SCALES[name]) for name in TEACHERS},
         teacher_dims={name: (width, width) for name, width in TEACHERS.items()},
+        tokens=token_shapes(model),
     ).double()
+    for name, parameter in made.named_parameters():
+        if ".out." in name:  # nothing at first: nothing before it would have a gradient
+            nn.init.normal_(parameter, std=0.3)
+    return made
 
 
 def gradients(
     tower: str, terms: tuple[LossSpec, ...], here: Ranks, *, ids: bool, parts: int
 ) -> dict[str, Tensor]:
     """Return the averaged gradients by the name of their parameter, and the loss."""
-    model, objective = build(tower), objective_of(terms)
+    model = build(tower)
+    objective = objective_of(terms, model)
     generator = torch.Generator().manual_seed(3)
     share = BATCH // here.world
     mine = slice(here.rank * share, (here.rank + 1) * share)
@@ -124,18 +139,19 @@ def gradients(
         told[name] = Embedded(rows[0], tuple(rows[1:]))
     shown = torch.tensor(IDS)[mine] if ids else None
 
-    def embed(part: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        texts = model.encode_text(part[1].flatten(0, 1)).view(len(part[1]), CAPTIONS, -1)
-        return model.encode_image(part[0]), *texts.unbind(1)
+    # Ranks hide different numbers of words.
+    words = Words(tokens, tokens % 5 != 0, tokens % 15 == 1)
 
-    def loss(image: Tensor, *texts: Tensor) -> Tensor:
+    def embed(part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return embed_pixels(model, *part, wants=objective.wants)
+
+    def loss(*found: Tensor) -> Tensor:
         needed = {name: told[name] for name in objective.needed_teachers}
-        total, _ = objective(
-            Embedded(image, texts), needed, scale=model.logit_scale.exp(), progress=0.5, ids=shown
-        )
+        student = embedded_of(found, words, objective.wants)
+        total, _ = objective(student, needed, scale=model.logit_scale.exp(), progress=0.5, ids=shown)
         return total
 
-    pieces = list(zip(pictures.chunk(parts), tokens.chunk(parts), strict=True))
+    pieces = list(zip(*(each.chunk(parts) for each in (pictures, tokens, words.hidden)), strict=True))
     if parts == 1:
         value = loss(*embed(pieces[0]))
         value.backward()
@@ -157,7 +173,7 @@ def main() -> None:
                 variants = {case: (False, 1)}
                 if case in WITH_IDS:
                     variants[f"{case} with ids"] = (True, 1)
-                if case == IN_PARTS:
+                if case in IN_PARTS:
                     variants[f"{case} in parts"] = (False, 2)
                 for name, (ids, parts) in variants.items():
                     said = gradients(tower, terms, here, ids=ids, parts=parts)
