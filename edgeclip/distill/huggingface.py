@@ -38,6 +38,7 @@ __all__ = [
     "PADDING",
     "FixedLengthTokenizer",
     "fixed_length",
+    "is_directory_of_transformers",
     "open_huggingface",
     "open_sentence_directory",
     "pooled",
@@ -429,6 +430,14 @@ def _directory(path: Path, who: str) -> Path:
             "model.safetensors and a tokenizer; training downloads nothing."
         )
     return path
+
+
+def is_directory_of_transformers(path: Path) -> bool:
+    """Return whether the ``config.json`` of a directory is theirs and not ours."""
+    if not (path / "config.json").is_file():
+        return False
+    said = _json(path / "config.json", "teacher")
+    return isinstance(said, dict) and "model_type" in said
 
 
 def _json(path: Path, who: str) -> Any:

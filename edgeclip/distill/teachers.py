@@ -15,7 +15,7 @@ import torch
 from edgeclip.distill.batches import Batch
 from edgeclip.distill.bundle_teacher import open_bundle_teacher
 from edgeclip.distill.embedding_files import open_embedding_files
-from edgeclip.distill.huggingface import open_huggingface
+from edgeclip.distill.huggingface import is_directory_of_transformers, open_huggingface
 from edgeclip.distill.inputs import Consumer, Inputs, ViewForm, check_tokenizer, form_of
 from edgeclip.distill.lineage import parent_of
 from edgeclip.distill.objective import Embedded
@@ -110,6 +110,11 @@ def open_teacher(spec: TeacherSpec, root: Path) -> Teacher:
 
 def _checkpoint(spec: CheckpointTeacher, root: Path) -> OnlineTeacher:
     path = root / spec.path
+    if is_directory_of_transformers(path):
+        raise ConfigError(
+            f"teacher {spec.name!r}: 'path' is {spec.path!r}, a directory of transformers; say kind = "
+            "'huggingface', or name the model.safetensors in it, if it is of a model of the zoo."
+        )
     loaded = load_model(path, model=spec.model)
     config = loaded.config
     has_own = loaded.source == "edgeclip" and (path / "tokenizer.json").is_file()
