@@ -312,7 +312,8 @@ def _decode_stream(
             _check_scans(stream, name)
         image.load()
         # The way over RGBA gives the same colours, and no warning about palettes with transparency.
-        plain = (image.convert("RGBA") if image.has_transparency_data else image).convert("RGB")
+        opaque = image.convert("RGBA") if image.has_transparency_data else image
+        plain = image._new(image.im) if image.mode == "RGB" else opaque.convert("RGB")
         plain.info = {}
         return plain
     if image.format != "JPEG":

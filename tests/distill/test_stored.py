@@ -85,6 +85,26 @@ def test_numpy_reads_ours_and_we_read_numpy_s(compressed: bool) -> None:
     ours.check()
 
 
+def test_what_is_remembered_of_a_structure_changes_nothing() -> None:
+    """The first sample is unpickled, those alike are not: each gives its own numbers."""
+    stored_module._STRUCTURES.clear()
+    for seed in range(3):
+        arrays = {"image_emb": unit(4, seed=seed), "text_emb": unit(4, seed=10 + seed)}
+        content = as_pth(tensors(arrays))
+        found = open_stored({"pth.gz": content}, where="s/7")
+        for name, array in arrays.items():
+            wanted = torch.from_numpy(array).bfloat16().float().numpy()
+            assert np.array_equal(found.rows(name, range(4)), wanted)
+    assert len(stored_module._STRUCTURES) == 1
+    twins = {"image_emb": unit(4), "text_emb": unit(4)}  # which is which cannot be seen
+    stored_module._STRUCTURES.clear()
+    open_stored({"pth.gz": as_pth(tensors(twins))}, where="s/7")
+    assert not stored_module._STRUCTURES
+    half = {"image_emb": torch.zeros(3, 4, dtype=torch.float16)}
+    assert open_stored({"pth.gz": as_pth(half)}, where="s/7").rows("image_emb", [1]).dtype == np.float32
+    assert not stored_module._STRUCTURES
+
+
 def test_torch_reads_ours() -> None:
     _, content = write_stored(ARRAYS, "bfloat16")
     said = torch.load(io.BytesIO(gzip.decompress(content)), weights_only=True)
@@ -113,7 +133,7 @@ def test_published_sizes() -> None:
     _, half = write_stored(arrays, "float16")
     assert payload < len(half) < payload + 1024
     _, small = write_stored(arrays, "bfloat16")
-    assert 0.7 * payload < len(small) < payload  # few distinct exponents
+    assert payload < len(small) < payload + 2048  # not compressed, which is faster to read
     _, full = write_stored(arrays, "float32")
     assert 2 * payload < len(full) < 2 * payload + 1024
 
