@@ -247,7 +247,7 @@ licence = "Apache-2.0"
 
 """
 REINFORCED: dict[str, Any] = {
-    "rate": 3e-3,
+    "rate": 6e-3,
     "batch_size": 32,
     "warmup": 20,
     "ema": 0.98,
