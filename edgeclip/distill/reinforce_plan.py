@@ -67,7 +67,7 @@ class ReinforceOptions:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     rand_augment: int = 2
     rand_augment_magnitude: int = 9
-    precision: Precision = "bfloat16"
+    precision: Precision = "float16"
     batch_size: int = 64
     seed: int = 0
     device: str = "cpu"

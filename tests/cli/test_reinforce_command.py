@@ -64,7 +64,7 @@ def test_shards_are_made_inspected_checked_and_trained_on(run, folder: Path, tmp
     assert again.out.startswith("16 samples in 2 shards (present), ")
 
     inspected = run("data", "inspect", out)
-    assert "paug.json 8, png 8, pth.gz 8" in inspected.out
+    assert "npz 8, paug.json 8, png 8" in inspected.out
     assert (
         "stored by teachers: 2 views and embeddings of 192 columns (first of 16 looked at)" in inspected.out
     )

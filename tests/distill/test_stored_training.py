@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_reinforced(
         folder, "dr", [probe("vit"), probe("mobileclip", scale=50)],
         augmentations=2, captions=folder / "captions.jsonl", batch_size=128,
+        precision="bfloat16",
     )  # fmt: skip
     return folder
 
