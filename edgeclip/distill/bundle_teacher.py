@@ -6,6 +6,7 @@ an exported graph is made for a device, and teachers worth a GPU are better had 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,11 @@ _FULL_PRECISION = "fp32"
 class _Sessions(nn.Module):
     """Open towers with the names that teachers have."""
 
-    def __init__(self, image: OpenSession, text: OpenSession | None) -> None:
+    def __init__(self, image: OpenSession, text: OpenSession | None, digest: str) -> None:
         super().__init__()
         self._image, self._text = image, text
+        # Whoever compares the states of two teachers should see that their towers differ.
+        self.register_buffer("digest", torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Embed ``(b, 3, H, W)``: uint8 where the graph scales pixels, else float32 as it wants them."""
@@ -84,13 +87,14 @@ def open_bundle_teacher(spec: BundleTeacher, root: Path) -> OnlineTeacher:
     for session in (image, text):
         if session is not None:
             _check_batch(session, who)
+    digests = [variant.tower_digest("image"), "" if reads is None else reads.tower_digest("text")]
     tokenizer: TextInput | None = None if text is None else open_tokenizer(bundle)
     model, prepared = bundle.manifest.model, bundle.manifest.preprocess
     in_graph = prepared.applied == "graph"
     parents = [{"name": each} if isinstance(each, str) else each for each in model.parents]
     return OnlineTeacher(
         spec.name,
-        _Sessions(image, text),
+        _Sessions(image, text, hashlib.sha256("\n".join(digests).encode()).hexdigest()),
         form=ViewForm(prepared.image_size_px, prepared.interpolation),
         mean=None if in_graph else prepared.mean,
         std=None if in_graph else prepared.std,

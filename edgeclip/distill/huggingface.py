@@ -54,6 +54,7 @@ _CLASSES = {
     "siglip": "SiglipModel",
 }
 _USUAL_LENGTH = 77  # CLIP's
+_LONGEST = 512  # of towers without a table of positions
 # Their first position is the one behind the padding id, so they have so many fewer than their table.
 _POSITIONS_AFTER_PADDING = frozenset({"altclip", "camembert", "mpnet", "roberta", "xlm-roberta"})
 _INTERPOLATIONS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -127,14 +128,17 @@ def fixed_length(asked: int | None, limit: int, *, masked: bool, who: str) -> in
     return asked
 
 
-def _open_tokenizer(library: Any, path: Path, length: int | None, config: Any, who: str) -> Any:
+def _open_tokenizer(
+    library: Any, path: Path, length: int | None, config: Any, who: str
+) -> tuple[FixedLengthTokenizer, int]:
+    """Return the tokenizer and the id of its padding."""
     with _translated(who, f"the tokenizer in {path.name!r} cannot be loaded"):
         tokenizer = library.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
     masked = "attention_mask" in tokenizer.model_input_names
     text = getattr(config, "text_config", config)
-    limit = int(text.max_position_embeddings)
+    limit = int(getattr(text, "max_position_embeddings", _LONGEST))
     if config.model_type in _POSITIONS_AFTER_PADDING:
         limit -= int(text.pad_token_id) + 1
     limit = min(limit, int(tokenizer.model_max_length))
@@ -153,6 +157,12 @@ def _open_tokenizer(library: Any, path: Path, length: int | None, config: Any, w
         if (path / name).is_file():
             digest.update(f"{name}\n".encode() + hashlib.sha256((path / name).read_bytes()).digest())
     return FixedLengthTokenizer(tokenizer, rows, digest.hexdigest()), int(tokenizer.pad_token_id)
+
+
+def _width(model: _Towers | _Sentences, tokenizer: FixedLengthTokenizer, path: Path, who: str) -> int:
+    """Return the width of a text's embedding."""
+    with _translated(who, f"{path.name!r} cannot embed a text"), torch.no_grad():
+        return model.encode_text(torch.from_numpy(tokenizer(["a"], truncate=True))).shape[1]
 
 
 def _split(tokens: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -218,9 +228,7 @@ def open_huggingface(spec: HuggingFaceTeacher, root: Path) -> OnlineTeacher:
         )
     tokenizer, pad_id = _open_tokenizer(library, path, spec.context_length, model.config, who)
     towers = _Towers(model, pad_id).eval()
-    with torch.no_grad():
-        row = torch.from_numpy(tokenizer(["a"], truncate=True))
-        width = towers.encode_text(row).shape[1]
+    width = _width(towers, tokenizer, path, who)
     return OnlineTeacher(
         spec.name,
         towers,
@@ -330,8 +338,7 @@ def open_sentence_directory(spec: SentenceTeacher, root: Path) -> OnlineTeacher:
     model = _load(library.AutoModel, path, who, trust_remote_code=False)
     tokenizer, pad_id = _open_tokenizer(library, path, spec.context_length, model.config, who)
     encoder = _Sentences(model, pad_id, spec.pooling).eval()
-    with torch.no_grad():
-        width = encoder.encode_text(torch.from_numpy(tokenizer(["a"], truncate=True))).shape[1]
+    width = _width(encoder, tokenizer, path, who)
     return OnlineTeacher(
         spec.name,
         encoder,

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tiny_bundle import COLOURS, EMBED_DIM, SIDE_PX, colour_picture, make_tiny_bundle  # noqa: E402
-from train_runs import STAGE, make_data, run, steps  # noqa: E402
+from train_runs import STAGE, assert_same_weights, make_data, run, steps  # noqa: E402
 
 from edgeclip.bundle import Bundle  # noqa: E402
 from edgeclip.classify import ZeroShotClassifier  # noqa: E402
@@ -62,6 +62,8 @@ def test_full_precision_is_preferred_and_recorded(folder: Path) -> None:
     assert named.parent["licence"] == Bundle.open(folder / "colours").manifest.model.licence
     difference = (preferred(pictures(), None).image - named(pictures(), None).image).abs().max()
     assert 0 < difference < 0.2
+    states = [teacher.state_dict() for teacher in (preferred, named)]
+    assert not torch.equal(states[0]["model.digest"], states[1]["model.digest"])
 
 
 def test_the_default_bundle_reads_two_languages() -> None:
@@ -72,6 +74,23 @@ def test_the_default_bundle_reads_two_languages() -> None:
     assert similarity[0, 1] > similarity[0, 2] + 0.1
     assert teacher.parent["file"] == "default"
     assert {parent["role"] for parent in teacher.parent["parents"] if "role" in parent}
+
+
+def test_a_run_beside_a_bundle_resumes_exactly(folder: Path, tmp_path: Path) -> None:
+    affinity = """
+[[stage.loss]]
+kind = "affinity"
+teachers = ["t"]
+[[teacher]]
+kind = "bundle"
+name = "t"
+path = "colours"
+scale = 20
+"""
+    run(folder, tmp_path / "whole", STAGE + affinity)
+    run(folder, tmp_path / "parts", STAGE + affinity, stop_after=4, workers=2)
+    run(folder, tmp_path / "parts", STAGE + affinity)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_bundle_without_text_tower_teaches_pictures(folder: Path, tmp_path: Path) -> None:
