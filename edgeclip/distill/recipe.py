@@ -101,6 +101,7 @@ class StudentSpec(_Table, frozen=True, kw_only=True):
     Attributes:
         model: a name of the model zoo, built with fresh weights.
         config: or an architecture of one's own, with the keys of ``CLIPConfig``; ``name`` is the recipe's.
+            With ``inherit``, what it leaves out is as in the larger model.
         checkpoint: or the weights to start from: our checkpoint, or a published file of ``model``.
         inherit: a larger model to cut the weights of ``model`` or ``config`` out of: our checkpoint, or a
             published file.
@@ -488,6 +489,7 @@ class StageSpec(_Table, frozen=True, kw_only=True):
             what is inside them: less memory, the same weights.
         freeze_batch_norm: keep batch norms at their statistics, which makes ``parts`` exact.
         train_scale: whether the multiplier of cosines is learned.
+        scale: the multiplier of cosines at the beginning of the stage; as it is if not given.
         prune: gates that make the model smaller at the end of the stage.
     """
 
@@ -507,6 +509,7 @@ class StageSpec(_Table, frozen=True, kw_only=True):
     checkpoint_activations: bool = False
     freeze_batch_norm: bool = False
     train_scale: bool = True
+    scale: Annotated[float, Meta(gt=0, le=100)] | None = None
     prune: PruneSpec | None = None
 
     @property

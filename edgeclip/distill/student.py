@@ -15,7 +15,7 @@ from edgeclip.distill.recipe import Recipe, StudentSpec
 from edgeclip.errors import ConfigError
 from edgeclip.models.checkpoints import load_model
 from edgeclip.models.clip import CLIP, build_clip
-from edgeclip.models.config import CLIPConfig, config_from_dict
+from edgeclip.models.config import CLIPConfig, config_from_dict, config_to_dict
 from edgeclip.models.inherit import inherit
 from edgeclip.models.zoo import MODELS, clip_config
 from edgeclip.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def open_student(recipe: Recipe, root: Path) -> Student:
         own = path if loaded.source == "edgeclip" and (path / "tokenizer.json").is_file() else None
         parents = (parent_of(config.name, "start", loaded.licence, given, loaded.source, loaded.parents),)
         if said.inherit is not None:
-            config = _config(recipe.name, said)
+            config = _config(recipe.name, said, like=loaded.config)
             model = inherit(loaded.model, loaded.config, config, layers=said.inherit_layers)
     else:
         config, own = _config(recipe.name, said), None
@@ -79,11 +79,25 @@ def open_student(recipe: Recipe, root: Path) -> Student:
     return Student(model, config, tokenizer, parents)
 
 
-def _config(name: str, said: StudentSpec) -> CLIPConfig:
+def _config(name: str, said: StudentSpec, *, like: CLIPConfig | None = None) -> CLIPConfig:
+    """Return the config a recipe spells out or names; what it leaves out of one is as in ``like``."""
     if said.config is not None:
-        return config_from_dict(CLIPConfig, {"name": name, **said.config}, where="[student.config]")
+        known = {} if like is None else config_to_dict(like)
+        return config_from_dict(
+            CLIPConfig, _merged(known, {"name": name, **said.config}), where="[student.config]"
+        )
     assert said.model is not None
     return clip_config(said.model)
+
+
+def _merged(known: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``known`` with what is ``said``, table by table."""
+    return dict(known) | {
+        key: _merged(known[key], value)
+        if isinstance(value, dict) and isinstance(known.get(key), dict)
+        else value
+        for key, value in said.items()
+    }
 
 
 def _tokenizer(said: StudentSpec, root: Path, own: Path | None, config: CLIPConfig) -> Tokenizer:

@@ -256,6 +256,10 @@ class _Trainer:
             self._average = {}
         elif not self._average:
             self._average = _floating(self._model)
+        if spec.scale is not None and not self._position.step:
+            for weights in (dict(self._model.named_parameters()), self._average):
+                if weights:
+                    weights["logit_scale"].detach().fill_(math.log(spec.scale))
         loader = BatchLoader(
             self._run.data[spec.data],
             stage.plan,
