@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.resources import files
@@ -168,6 +169,24 @@ def test_lower_precision_says_nearly_the_same(whole: Path, folder: Path, tmp_pat
     for first, second in zip(log(tmp_path), log(tmp_path / "exact"), strict=True):
         assert first["parts"] == pytest.approx(second["parts"], rel=0.05)
         assert first["parts"] != second["parts"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_it_goes_on_as_if_it_had_not_been_killed(whole: Path, folder: Path, tmp_path: Path) -> None:
+    recipe = folder / "killed.toml"
+    text = recipe_text(folder, stage(samples=256), student=FASTVIT)
+    recipe.write_text(text.replace("checkpoint_every = 1000", "checkpoint_every = 2"), encoding="utf-8")
+    for kill_at, code in (("5", -signal.SIGKILL), ("0", 0)):
+        ended = subprocess.run(
+            [sys.executable, str(TOOL), str(recipe), str(tmp_path), kill_at],
+            timeout=300,
+            check=False,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert ended.returncode == code
+    assert_same_weights(tmp_path, whole)
 
 
 @pytest.mark.slow
