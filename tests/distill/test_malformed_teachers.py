@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ AFFINITY = '[[stage.loss]]\nkind = "affinity"\nteachers = ["t"]\n'
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Path:
     folder = make_data(tmp_path_factory.mktemp("data"), train=64, held_out=8)
     np.save(folder / "rows.npy", np.ones((64, 8), np.float32))
+    shutil.copytree(repo / "tests" / "data" / "probes" / "vit", folder / "ours")
     (folder / "theirs").mkdir()
     (folder / "theirs" / "config.json").write_text('{"model_type": "clip"}')
     return folder
@@ -72,6 +74,12 @@ WRONG_FILES = [
         "'theirs', a directory of transformers; say kind = 'huggingface'",
     ),
     (FEATURE, teacher("checkpoint", 'path = "nowhere"'), "nowhere"),
+    (
+        FEATURE,
+        teacher("checkpoint", 'path = "ours"', 'model = "x"'),
+        "'probe-vit', got model 'x'; leave it out",
+    ),
+    (FEATURE, teacher("image-features", 'path = "ours"', 'model = "x"'), "got model 'x'; leave it out"),
     (FEATURE, teacher("bundle", 'variant = "x"'), "no variant 'x'; it has .*onnx-int8"),
     (FEATURE, teacher("huggingface", 'path = "nowhere"'), "teacher 't': 'path' is '.*nowhere', expected"),
     (FEATURE, teacher("image-features", 'path = "nowhere.pt"'), "'.*nowhere.pt' cannot be read"),
