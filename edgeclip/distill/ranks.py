@@ -22,6 +22,7 @@ from edgeclip.errors import ConfigError
 
 __all__ = ["Ranks", "ranks"]
 
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _TIMEOUT = timedelta(hours=2)  # the first rank may validate for long
 
 
@@ -73,6 +74,7 @@ def ranks(device: str) -> Iterator[Ranks]:
     Raises:
         ConfigError: the device is not there, or the environment is not torchrun's.
     """
+    _check_launcher()
     world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -98,6 +100,24 @@ def ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(world, rank, place)
     finally:
         dist.destroy_process_group()
+
+
+def _check_launcher() -> None:
+    """Raise where a launcher was asked for several processes, and each would take itself for the only one."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name in _MPI:
+        if os.environ.get(name, "1") != "1":
+            raise ConfigError(
+                f"mpirun started this process ({name}={os.environ[name]!r}) without WORLD_SIZE and RANK; "
+                "start training with torchrun, or accelerate launch --multi_gpu, which works on CPUs too."
+            )
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise ConfigError(
+            "accelerate was asked for several processes but started this one alone, without WORLD_SIZE "
+            f"(ACCELERATE_USE_CPU={os.environ.get('ACCELERATE_USE_CPU')!r}): put --multi_gpu in the place of "
+            "--cpu, which works on CPUs too, or start training with torchrun."
+        )
 
 
 def _number(name: str, default: int) -> int:
