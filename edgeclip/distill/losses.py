@@ -265,7 +265,7 @@ def alignment(first: Tensor, second: Tensor) -> Tensor:
     return (first - second).square().sum(dim=1).mean()
 
 
-def uniformity(rows: Tensor, *, t: float = 2.0) -> Tensor:
+def uniformity(rows: Tensor, *, t: float = 2.0, max_matrix_bytes: int = MAX_MATRIX_BYTES) -> Tensor:
     """Return the logarithm of the mean Gaussian potential of unit rows (Wang & Isola 2020).
 
     0 where all coincide, about −2t where they are spread evenly over a sphere of many dimensions. The batch
@@ -273,8 +273,20 @@ def uniformity(rows: Tensor, *, t: float = 2.0) -> Tensor:
     """
     if len(rows) < 2:
         raise ConfigError(f"uniformity: got {len(rows)} rows, expected 2 or more.")
-    exponents = -t * torch.pdist(rows).square()
-    return exponents.logsumexp(dim=0) - math.log(len(exponents))
+    squares = rows.square().sum(dim=1)
+    places = torch.arange(len(rows), device=rows.device)
+
+    def potentials(some: Tensor, own: Tensor, place: Tensor) -> Tensor:
+        exponents = -t * (own[:, None] + squares - 2 * some @ rows.T)
+        return exponents.masked_fill(place[:, None] == places, float("-inf")).logsumexp(dim=1)
+
+    size = max(1, max_matrix_bytes // (len(rows) * rows.element_size()))
+    if size >= len(rows):
+        of_rows = potentials(rows, squares, places)
+    else:
+        slices = zip(*(torch.split(each, size) for each in (rows, squares, places)), strict=True)
+        of_rows = torch.cat([checkpoint(potentials, *each, use_reentrant=False) for each in slices])
+    return of_rows.logsumexp(dim=0) - math.log(len(rows) * (len(rows) - 1))
 
 
 def _same_shape(what: str, student: Tensor, teacher: Tensor) -> None:

@@ -190,6 +190,8 @@ def test_alignment_and_uniformity_at_their_ends() -> None:
     assert float(losses.alignment(rows, -rows)) == pytest.approx(4)
     assert float(losses.uniformity(rows[:1].expand(3, -1))) == pytest.approx(0, abs=1e-12)
     assert float(losses.uniformity(torch.eye(8, dtype=torch.float64))) == pytest.approx(-4)  # distance² = 2
+    expected = (-2 * torch.pdist(rows).square()).exp().mean().log()
+    assert float(losses.uniformity(rows)) == pytest.approx(float(expected), rel=1e-12)
 
 
 TERMS: dict[str, Callable[..., Tensor]] = {
@@ -205,7 +207,9 @@ TERMS: dict[str, Callable[..., Tensor]] = {
     "mse": lambda batch, teacher, **limit: losses.feature_mse(batch.image, teacher.image),
     "smooth_l1": lambda batch, teacher, **limit: losses.feature_smooth_l1(batch.text, teacher.text),
     "alignment": lambda batch, teacher, **limit: losses.alignment(batch.image, batch.text),
-    "uniformity": lambda batch, teacher, **limit: losses.uniformity(batch.image),
+    "uniformity": lambda batch, teacher, **limit: (
+        losses.uniformity(batch.image, **limit) + losses.uniformity(batch.text, **limit)
+    ),
 }
 
 
@@ -218,7 +222,7 @@ def test_gradients_are_those_of_the_value(name: str, ids: Tensor | None) -> None
     )
 
 
-@pytest.mark.parametrize("name", ["info_nce", "decoupled", "siglip", "affinity", "interactive"])
+@pytest.mark.parametrize("name", ["info_nce", "decoupled", "siglip", "affinity", "interactive", "uniformity"])
 def test_slices_change_neither_value_nor_gradient(name: str) -> None:
     found = []
     for limit in (1 << 30, 2 * 5 * 8, 1):  # whole, two rows at a time, one row at a time
