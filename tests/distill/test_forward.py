@@ -202,3 +202,35 @@ def test_statistics_of_batch_norms_are_of_texts_that_can_be_read() -> None:
     expected = dict(plain.named_buffers())
     assert expected
     assert all(torch.equal(value, expected[name]) for name, value in made.named_buffers())
+
+
+def test_words_that_only_the_picture_tells_are_learned() -> None:
+    made = model().train()
+    beside = HiddenWords(token_shapes(made), share=0.15, fusions=2)
+    wants = Wants(hidden=beside)
+    kinds = torch.arange(8)
+    image = torch.randint(0, 256, (8, 3, 1, 1), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    tokens = torch.full((8, 1, 10), 47)
+    tokens[:, 0, 0], tokens[:, 0, 1], tokens[:, 0, 2] = 48, 20 + kinds, 49
+    data = Batch(
+        Position(0, 0),
+        kinds,
+        tuple("abcdefgh"),
+        {"image": image.expand(8, 3, 16, 16).contiguous(), "tokens": tokens},
+    )
+    words = words_of(data, wants, SPECIAL, seed=0)
+    assert words.hidden is not None
+    assert words.hidden.sum() == 8  # the only word of each text
+    optimizer = torch.optim.AdamW([*made.parameters(), *beside.parameters()], lr=5e-3)
+
+    def loss(image: Tensor) -> Tensor:
+        (found,) = embed(made, image, words.ids, words.hidden, **MEAN, wants=wants)[2:]
+        return beside.loss(found[words.hidden[:, 0]], words.ids[words.hidden])
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        value = loss(data["image"])
+        value.backward()
+        optimizer.step()
+    assert float(value.detach()) < 0.3
+    assert float(loss(data["image"].roll(1, dims=0)).detach()) > 2  # the words of the neighbours
