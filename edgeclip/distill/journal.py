@@ -4,7 +4,7 @@
 
     run.json        digests of recipe and data: a run goes on only with the same
     recipe.toml     the recipe as it was given, with its changes
-    log.jsonl       an object a logged step, and one a validation
+    log.jsonl       an object a logged step, one a validation, and one where a stage pruned the model
     skipped.jsonl   steps without an update: the keys of their samples
     states/         where training stands (edgeclip/distill/state.py)
     model/          the checkpoint that comes out; there only when training is done

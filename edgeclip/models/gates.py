@@ -158,8 +158,8 @@ def gated(tower: GateableTower, gates: Gates) -> GateableTower:
     """Return a tower of what the gates leave, whose weights are functions of the tower's and of the gates.
 
     Its tensors are no parameters: gradients flow on to the tower and the gates, and running statistics of
-    batch norms are the tower's own. It is in the mode the tower is in, part by part. It is made in a few
-    milliseconds and meant for one step; :func:`pruned` returns one that stays.
+    batch norms are the tower's own. It is in the mode the tower is in, part by part. It is meant for one
+    step and holds a copy of what is left of the weights; :func:`pruned` returns one that stays.
 
     Args:
         tower: unfolded.

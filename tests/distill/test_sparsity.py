@@ -398,6 +398,21 @@ def test_micro_batches_see_the_same_gates(folder: Path, whole: Path, tmp_path: P
     )
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_prunes_and_resumes(
+    precision: str, folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    changes = (*EMA, f"stage.0.precision={precision}", f"stage.1.precision={precision}")
+    run(folder, tmp_path / "whole", FIRST, SECOND, changes=changes)
+    for after in (4, 4):
+        run(folder, tmp_path / "parts", FIRST, SECOND, changes=changes, stop_after=after)
+    run(folder, tmp_path / "parts", FIRST, SECOND, changes=changes)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    first, other = (log(out)[2]["parts"] for out in (whole, tmp_path / "whole"))
+    assert first["0-info-nce"] != other["0-info-nce"]
+    assert first["prune"] == pytest.approx(other["prune"], rel=0.05)
+
+
 def test_the_average_is_pruned_as_the_weights_are(folder: Path, tmp_path: Path) -> None:
     validation = '[[validation]]\nname = "pairs"\ndata = "train"\nevery = 3\nlimit = 40\n'
     run(folder, tmp_path, FIRST, validation, changes=EMA[:1])

@@ -135,6 +135,13 @@ def test_another_recipe_cannot_resume(tmp_path: Path) -> None:
         load_state(saved(tmp_path, 1), model(), recipe_digest="e" * 64)
 
 
+def test_a_state_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, 1)
+    wider = build_clip(dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, hidden_dim=9)))
+    with pytest.raises(InputError, match=r"weights and model disagree about \['text_tower\.hidden\.bias'"):
+        load_state(path, wider, recipe_digest=DIGEST)
+
+
 @pytest.mark.parametrize("file", ["state.json", "optimizer.safetensors", "model.safetensors"])
 def test_damaged_files_are_named(tmp_path: Path, file: str) -> None:
     path = saved(tmp_path, 1)
