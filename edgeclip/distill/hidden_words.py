@@ -1,10 +1,10 @@
 """Masked language modelling beside contrastive training: hide words, look at the picture, say what they were.
 
-LightCLIP (Nie et al. 2023, arXiv 2312.00674) trains a short text encoder with it, where an auxiliary fusion
-module injects the "unmasked image embedding into masked text embedding at different network stages". Of the
-paper we know the abstract. Ours, beyond that: 15 % of the words as BERT has it (Devlin et al. 2019), all of
-them replaced by one learned vector, since CLIP's vocabulary has no id to spare; cross-attention to the
-patches behind some layers of the text tower, which starts as nothing; BERT's head.
+LightCLIP (Nie et al. 2023, arXiv 2312.00674) gets more out of a short text encoder this way, and brings the
+picture into the masked text at several depths. Of the paper we know the abstract. Ours, beyond that: 15 % of
+the words as BERT has it (Devlin et al. 2019), all of them replaced by one learned vector, since CLIP's
+vocabulary has no id to spare; cross-attention to the patches behind some layers of the text tower, which
+starts as nothing; BERT's head.
 
 All of it is needed in training only. It is part of the objective, and no part of the model.
 """
