@@ -17,7 +17,8 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -379,19 +380,14 @@ def _check_pooling(path: Path, pooling: str, who: str) -> None:
 # -- The library --------------------------------------------------------------------------------------------
 
 
-class _translated:  # noqa: N801 - used as a statement
+@contextmanager
+def _translated(who: str, what: str) -> Iterator[None]:
     """Turn whatever transformers raises into our one sentence: it passes on errors of a dozen libraries."""
-
-    def __init__(self, who: str, what: str) -> None:
-        self._who, self._what = who, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            first = (str(error).strip().splitlines() or [""])[0][:300]
-            raise ConfigError(f"{self._who}: {self._what}: {type(error).__name__}: {first}") from error
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        raise ConfigError(f"{who}: {what}: {type(error).__name__}: {first}") from error
 
 
 def _transformers(what: str, who: str) -> Any:
