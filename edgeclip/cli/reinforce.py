@@ -49,9 +49,16 @@ _LINE_EVERY_S = 10.0
 )
 @click.option(
     "--captions",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help='Further captions, JSONL: {"key": "000017", "captions": ["…"], "zh": ["…"]}.',
+    metavar="FILE|MODEL",
+    help='Further captions: JSONL with {"key": "000017", "captions": ["…"], "zh": ["…"]}, or '
+    "open-clip:MODEL:FILE, a CoCa that writes them.",
+)
+@click.option(
+    "--captions-per-picture",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="That a captioner writes.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Directory to make."
@@ -111,7 +118,8 @@ def reinforce(
     teachers: tuple[str, ...],
     teacher_file: Path | None,
     augmentations: int,
-    captions: Path | None,
+    captions: str | None,
+    captions_per_picture: int,
     output: Path,
     crop_scale: tuple[float, float],
     rand_augment: int,
@@ -134,6 +142,7 @@ def reinforce(
     """
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("edgeclip reinforce", extra="train", module="torch")
+    from edgeclip.distill.captioner import CAPTIONER_PREFIX
     from edgeclip.distill.reinforce import reinforce as make
     from edgeclip.distill.reinforce_plan import ReinforceOptions, open_plan
     from edgeclip.distill.samples import BrokenLimit
@@ -148,6 +157,7 @@ def reinforce(
     specs = [*_of_command_line(teachers), *_of_file(teacher_file)]
     if not specs:
         raise click.UsageError("give --teacher or --teachers.")
+    writes = captions is not None and captions.startswith(CAPTIONER_PREFIX)
     options = ReinforceOptions(
         augmentations=augmentations,
         crop_scale=crop_scale,
@@ -157,7 +167,9 @@ def reinforce(
         batch_size=batch_size,
         seed=seed,
         device=device,
-        captions=captions,
+        captions=None if captions is None or writes else Path(captions),
+        captioner=captions if writes else None,
+        captions_per_picture=captions_per_picture,
         workers=workers,
         limit=BrokenLimit.parse(max_broken),
     )

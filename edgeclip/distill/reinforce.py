@@ -11,7 +11,7 @@ shards can be shared by processes, and one that was stopped leaves nothing to me
 it is whole, its record after that, and the manifest is completed by whoever finishes last. (On one machine
 and number of threads; another one rounds otherwise.)
 
-Not in here: captioners. Captions come from a file.
+Further captions come from a file or from a captioner (:mod:`edgeclip.distill.captioner`).
 """
 
 from __future__ import annotations
@@ -191,8 +191,11 @@ def _tried(plan: Plan, directory: Path) -> ReinforceReport:
     for row in range(len(preparing)):
         item = preparing[row]
         if isinstance(item, Prepared):
-            prepared = item
-            break
+            captioned, mute = plan.caption([item])
+            if captioned:
+                prepared = captioned[0]
+                break
+            item = mute[0]
         broken = (*broken, Broken(row, item.key, item.reason))
         _check_allowed(broken, plan.options.limit.allowed(sum(map(len, plan.shards))), len(preparing))
     if prepared is None:
@@ -436,7 +439,8 @@ def _groups(plan: Plan, shard: ShardSamples) -> Iterator[tuple[int, list[Prepare
         else:
             group.append(item)
         if len(group) == size or count == len(preparing):
-            yield count, group, broken
+            captioned, mute = plan.caption(group)
+            yield count, captioned, broken + mute
             group, broken = [], []
 
 

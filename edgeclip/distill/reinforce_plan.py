@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from edgeclip.distill.augment import Augmentation, RandAugment, RandomResizedCrop, Transform
+from edgeclip.distill.captioner import Captioner, central_square, open_captioner
 from edgeclip.distill.inputs import TextInput, ViewForm, with_form
 from edgeclip.distill.online_teacher import OnlineTeacher
 from edgeclip.distill.randomness import random_stream
@@ -47,7 +48,7 @@ _MAX_CAPTION_FILE_BYTES = 1 << 34
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceOptions:
-    """How shards are reinforced; the first nine decide what is in them.
+    """How shards are reinforced; all but the last two decide what is in them.
 
     Attributes:
         augmentations: views of each picture.
@@ -59,6 +60,8 @@ class ReinforceOptions:
         seed: of the views.
         device: ``"cpu"`` or ``"cuda"``.
         captions: file with further captions, see :class:`CaptionFile`.
+        captioner: or ``open-clip:MODEL:FILE``, which writes them.
+        captions_per_picture: that a captioner writes.
         workers: processes that prepare views.
         limit: samples that may be left out; each process counts its own.
     """
@@ -72,6 +75,8 @@ class ReinforceOptions:
     seed: int = 0
     device: str = "cpu"
     captions: Path | None = None
+    captioner: str | None = None
+    captions_per_picture: int = 5
     workers: int = 0
     limit: BrokenLimit = field(default_factory=BrokenLimit)
 
@@ -107,8 +112,8 @@ class CaptionFile:
                         self._add(line, number)
         except OSError as error:
             raise InputError(
-                f"captions {str(path)!r} cannot be read: {error.strerror or error}. Check the path; "
-                "captioners are not run here."
+                f"captions {str(path)!r} cannot be read: {error.strerror or error}. Check the path; a "
+                "captioner is open-clip:MODEL:FILE."
             ) from error
         self.digest = digest.hexdigest()
 
@@ -181,7 +186,9 @@ class Prepared:
         layout: which caption each row of each array of texts is.
         views: ``(n, 3, H, W)`` uint8 for each form.
         tokens: ``(t, L)`` int32 for each tokenizer, in the order of the layout.
-        captioned: whether the file had captions for it.
+        captioned: whether it got further captions.
+        place: number of its streams.
+        whole: ``(3, H, W)`` uint8 for the captioner, if there is one.
     """
 
     name: str
@@ -190,6 +197,17 @@ class Prepared:
     views: tuple[NDArray[np.uint8], ...]
     tokens: tuple[NDArray[np.int32], ...]
     captioned: bool
+    place: int
+    whole: NDArray[np.uint8] | None = None
+
+
+def _layout_and_tokens(
+    captions: Mapping[str, Sequence[str]], tokenizers: Sequence[TextInput]
+) -> tuple[dict[str, list[tuple[str, int]]], tuple[NDArray[np.int32], ...]]:
+    """Return the rows of the arrays of texts, and the tokens of them all for each tokenizer."""
+    layout = layout_of(captions)
+    texts = [captions[kind][number] for rows in layout.values() for kind, number in rows]
+    return layout, tuple(tokenizer(texts, truncate=True) for tokenizer in tokenizers) if texts else ()
 
 
 class _Preparing(Dataset[Any]):
@@ -203,7 +221,9 @@ class _Preparing(Dataset[Any]):
         tokenizers: Sequence[TextInput],
         settings: Settings,
         captions: CaptionFile | None,
+        whole: ViewForm | None,
     ) -> None:
+        self._whole = whole
         self._samples, self._augmentation = samples, augmentation
         self._forms, self._tokenizers = tuple(forms), tuple(tokenizers)
         self._settings, self._captions = settings, captions
@@ -229,8 +249,8 @@ class _Preparing(Dataset[Any]):
         if extra:
             members = _with_captions(members, extra, sample.key)
             captions = captions_of_members(members, sample.key)
-        layout = layout_of(captions)
-        if not layout:
+        layout, tokens = _layout_and_tokens(captions, self._tokenizers)
+        if not layout and self._whole is None:
             raise InputError(f"{sample.key}: has no caption. Give some in the file of --captions.")
         picture = decode_image(sample.image)
         rng = random_stream(self._settings.seed, 0, self._stream | row, "view")
@@ -242,9 +262,13 @@ class _Preparing(Dataset[Any]):
             augmentation = with_form(self._augmentation, form)
             stacked = np.stack([augmentation.apply(picture, parameters) for parameters in drawn])
             views.append(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
-        texts = [captions[kind][number] for rows in layout.values() for kind, number in rows]
-        tokens = tuple(tokenizer(texts, truncate=True) for tokenizer in self._tokenizers)
-        return Prepared(sample.name, members, layout, tuple(views), tokens, bool(extra))
+        whole = None
+        if self._whole is not None:
+            crop = RandomResizedCrop(self._whole.size_px, interpolation=self._whole.interpolation)
+            square = Augmentation((crop,)).apply(picture, (central_square(*size_px),))
+            whole = np.ascontiguousarray(square.transpose(2, 0, 1))
+        place = self._stream | row
+        return Prepared(sample.name, members, layout, tuple(views), tokens, bool(extra), place, whole)
 
 
 # -- Plans --------------------------------------------------------------------------------------------------
@@ -259,6 +283,7 @@ class Plan:
         shards: the input.
         teachers: in the order of their columns.
         captions: from the file, if there is one.
+        captioner: if there is one.
         options: the settings.
     """
 
@@ -266,6 +291,7 @@ class Plan:
     shards: tuple[ShardSamples, ...]
     teachers: tuple[OnlineTeacher, ...]
     captions: CaptionFile | None
+    captioner: Captioner | None
     options: ReinforceOptions
 
     @property
@@ -297,7 +323,33 @@ class Plan:
             list(self.tokenizers.values()),
             settings,
             self.captions,
+            None if self.captioner is None else self.captioner.form,
         )
+
+    def caption(self, group: Sequence[Prepared]) -> tuple[list[Prepared], list[LeftOut]]:
+        """Return samples with what the captioner writes about them, and those that have no caption then."""
+        if self.captioner is None or not group:
+            return list(group), []
+        images = torch.from_numpy(np.stack([one.whole for one in group if one.whole is not None]))
+        stream = random_stream(self.manifest.settings.seed, 0, group[0].place, "caption")
+        written = self.captioner(
+            images.to(self.options.device),
+            self.options.captions_per_picture,
+            seed=int(stream.bit_generator.random_raw()) >> 1,
+        )
+        found: list[Prepared] = []
+        mute: list[LeftOut] = []
+        for one, texts in zip(group, written, strict=True):
+            members = _with_captions(one.members, {"synthetic": texts}, one.name) if texts else one.members
+            captions = captions_of_members(members, one.name)
+            layout, tokens = _layout_and_tokens(captions, list(self.tokenizers.values()))
+            if layout:
+                found.append(
+                    replace(one, members=members, layout=layout, tokens=tokens, captioned=bool(texts))
+                )
+            else:
+                mute.append(LeftOut(key=one.name, reason="has no caption, and the captioner wrote none."))
+        return found, mute
 
     @torch.no_grad()
     def embed(self, group: Sequence[Prepared]) -> list[dict[str, NDArray[np.float32]]]:
@@ -361,6 +413,7 @@ def open_plan(
     """
     _check_options(options)
     captions = None if options.captions is None else CaptionFile(options.captions)
+    captioner = None if options.captioner is None else open_captioner(options.captioner)
     files = find_shards(paths)
     names = [file.name for file in files]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -390,7 +443,7 @@ def open_plan(
         batch_size=options.batch_size,
         seed=options.seed,
         device=options.device,
-        captions="" if captions is None else captions.digest,
+        captions=_said_of(captions, captioner, options),
     )
     manifest = Reinforcement(
         settings=settings,
@@ -403,11 +456,22 @@ def open_plan(
     teachers = tuple(teacher for teacher, _ in opened)
     for teacher in teachers:
         teacher.to(torch.device(options.device))
-    return Plan(manifest, shards, teachers, captions, options)
+    if captioner is not None:
+        captioner.to(options.device)
+    return Plan(manifest, shards, teachers, captions, captioner, options)
+
+
+def _said_of(captions: CaptionFile | None, captioner: Captioner | None, options: ReinforceOptions) -> str:
+    """Return what the manifest says about further captions."""
+    if captioner is not None:
+        return f"{options.captions_per_picture} of {captioner.name} {captioner.digest}"
+    return "" if captions is None else captions.digest
 
 
 def _check_options(options: ReinforceOptions) -> None:
-    for name in ("augmentations", "batch_size"):
+    if options.captions is not None and options.captioner is not None:
+        raise ConfigError("reinforce: captions come from a file or a captioner; expected one of them.")
+    for name in ("augmentations", "batch_size", "captions_per_picture"):
         if getattr(options, name) < 1:
             raise ConfigError(f"reinforce: {name} is {getattr(options, name)}, expected 1 or more.")
     if options.seed < 0:

@@ -62,7 +62,7 @@ class Settings(_Table, frozen=True, kw_only=True):
         batch_size: of the teachers; another one may round otherwise.
         seed: of the views.
         device: where the teachers ran; another one rounds otherwise.
-        captions: sha256 of the file with captions; empty for none.
+        captions: sha256 of the file with captions, or who wrote how many; empty for none.
     """
 
     augmentations: Annotated[int, Meta(ge=1)]
