@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from train_runs import FASTVIT as TINY_FASTVIT  # noqa: E402
-from train_runs import make_data, run, weights  # noqa: E402
+from train_runs import STAGE, make_data, run, weights  # noqa: E402
+from train_runs import VIT as TINY_VIT  # noqa: E402
 
 from edgeclip.distill.accumulate import backward_in_parts  # noqa: E402
 from edgeclip.distill.recompute import blocks_of, held_statistics, recomputed_blocks  # noqa: E402
@@ -54,6 +55,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"), train=96, held_out=8)
 
 
 def build(name: str) -> tuple[CLIP, Any, Any]:
@@ -222,14 +228,37 @@ def test_blocks_are_the_outermost() -> None:
     assert not inside & {id(block) for block in found}
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_stage_that_recomputes_ends_with_the_same_weights(parts: int, tmp_path: Path) -> None:
-    folder = make_data(tmp_path / "data", train=96, held_out=8)
+PRUNE = """
+[stage.prune]
+image = 0.5
+text = 0.6
+gates = ["channels", "heads", "neurons", "layers"]
+warmup = 1
+"""
+TOKENS = '[[stage.loss]]\nkind = "token-alignment"\n[[stage.loss]]\nkind = "masked-tokens"\n'
+
+
+@pytest.mark.parametrize(
+    ("student", "table", "parts"),
+    [
+        (TINY_FASTVIT, "", 1),
+        (TINY_FASTVIT, "", 2),
+        (TINY_FASTVIT, TOKENS, 2),
+        (TINY_VIT, PRUNE, 2),
+        (TINY_VIT, TOKENS, 1),
+    ],
+    ids=["fastvit", "parts", "tokens in parts", "masks", "tokens"],
+)
+def test_a_stage_that_recomputes_ends_with_the_same_weights(
+    student: str, table: str, parts: int, folder: Path, tmp_path: Path
+) -> None:
     changes = (f"stage.0.parts={parts}", "stage.0.samples=96", "stage.0.schedule.warmup=0")
     kept, again = tmp_path / "kept", tmp_path / "again"
-    run(folder, kept, student=TINY_FASTVIT, changes=changes)
-    run(folder, again, student=TINY_FASTVIT, changes=(*changes, "stage.0.checkpoint_activations=true"))
+    run(folder, kept, STAGE + table, student=student, changes=changes)
+    changes = (*changes, "stage.0.checkpoint_activations=true")
+    run(folder, again, STAGE + table, student=student, changes=changes)
     expected, found = weights(kept), weights(again)
+    assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     counts = {int(value) for name, value in found.items() if name.endswith("num_batches_tracked")}
-    assert counts == {3 * parts}
+    assert counts <= {3 * parts}
