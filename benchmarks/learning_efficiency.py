@@ -108,7 +108,7 @@ class Bench:
         teachers = [f"--teacher={name}={ROOT / 'tests/data/probes' / name}" for name in PROBES]
         self._edgeclip(
             "reinforce", "shards", *teachers, "--augmentations", str(VIEWS), "--crop-scale", "0.9", "1.0",
-            "-o", "reinforced",
+            "--rand-augment", "0", "-o", "reinforced",
         )  # fmt: skip
 
     # -- Recipes ------------------------------------------------------------------------------------------

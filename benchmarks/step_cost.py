@@ -160,7 +160,8 @@ def prepare(work: Path) -> None:
     edgeclip(work, "data", "make-shards", "shapes/two.jsonl", "-o", "shards")
     edgeclip(
         work, "reinforce", "shards", *(f"--teacher={name}={name}" for name in TEACHERS),
-        "--augmentations", str(VIEWS), "--crop-scale", "0.9", "1.0", "-o", "reinforced",
+        "--augmentations", str(VIEWS), "--crop-scale", "0.9", "1.0", "--rand-augment", "0",
+        "-o", "reinforced",
     )  # fmt: skip
 
 
