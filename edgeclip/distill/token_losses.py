@@ -1,8 +1,8 @@
 """Losses over the patches of pictures and the words of texts, one pure function a term.
 
-LightCLIP (Nie et al. 2023, arXiv 2312.00674) aligns patches and words by a relaxed bipartite matching, and has
-masked language modelling beside it. Of the paper we know the abstract, and found no code. So the relaxation
-below, that it is used contrastively, and every constant are ours.
+LightCLIP (Nie et al. 2023, arXiv 2312.00674) aligns patches and words by a relaxed bipartite matching, and
+has masked language modelling beside it. Of the paper we know the abstract, and found no code. So the
+relaxation below, that it is used contrastively, and every constant are ours.
 
 Texts of other ranks take part in the matching with their gradients, as in ``losses``: the average over ranks
 of a loss and of its gradients is that of the joint batch. No matrix exceeds ``max_matrix_bytes``; what does
