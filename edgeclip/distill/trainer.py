@@ -324,8 +324,8 @@ class _Trainer:
             self._journal.log({"kind": "prune", "step": step, "stage": stage.spec.name, "towers": towers})
         for name, each in towers.items():
             self._remark(
-                f"stage {stage.spec.name!r} left {each['share']:.3f} of the {name} tower's layers, "
-                f"{each['parameters'][1]} of its {each['parameters'][0]} parameters"
+                f"stage {stage.spec.name!r} left {each['share']:.3f} of the {name} tower's layers (asked: "
+                f"{each['asked']:g}), {each['parameters'][1]:,} of its {each['parameters'][0]:,} parameters"
             )
 
     def _count(self, stage: Stage, done: Done, broken: int, batch: Batch) -> None:

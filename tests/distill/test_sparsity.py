@@ -330,6 +330,8 @@ def test_a_run_that_prunes_is_stopped_and_goes_on(
     said = read_checkpoint_info(state).config
     assert (said == read_checkpoint_info(whole / "model").config) is (after >= 6)
     result, heard = run(folder, tmp_path, FIRST, SECOND, changes=EMA)
+    remarks = [each.text for each in heard if each.kind == "remark" and "asked: 0.5" in each.text]
+    assert len(remarks) == (after < 6)
     assert (result.status, len(steps(heard))) == ("finished", 11 - after)
     assert_same_weights(tmp_path, whole)
     assert [entry["loss"] for entry in log(tmp_path)] == [entry["loss"] for entry in log(whole)]
