@@ -31,7 +31,7 @@ $(BASE): $(BIN)/python pyproject.toml constraints.txt
 
 $(DEV): $(BASE) pyproject.toml constraints.txt
 	@echo "Installing torch (CPU), onnx and the test tools into $(VENV)"
-	$(PIP) -e ".[dev,export,train]"
+	$(PIP) -e ".[dev,export,train,peers]"
 	$(PIP) --no-deps torchvision open-clip-torch timm
 	@touch $@
 

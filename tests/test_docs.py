@@ -33,6 +33,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     photos.mkdir()
     for name in ("cat.jpg", "dog.jpg"):
         shutil.copy(REPO / "edgeclip/assets/photos" / name, photos)
+    (tmp_path / "edgeclip").symlink_to(REPO / "edgeclip")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
