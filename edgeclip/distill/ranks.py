@@ -8,6 +8,7 @@ parts or parameters are frozen.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,28 @@ class Ranks:
         for tensor in tensors:
             tensor.detach().copy_(flat[at : at + tensor.numel()].view_as(tensor))
             at += tensor.numel()
+
+    def check_same(self, what: str, value: bytes) -> None:
+        """Raise on every rank where one of them has another value.
+
+        Args:
+            what: the value, as the message names it.
+            value: anything that must agree.
+
+        Raises:
+            ConfigError: they disagree.
+        """
+        if self.world == 1:
+            return
+        own = int.from_bytes(hashlib.sha256(value).digest()[:7], "big")
+        ends = torch.tensor([own, -own], dtype=torch.int64, device=self.device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise ConfigError(
+                f"the {self.world} ranks disagree about {what} (seen on rank {self.rank}): all must be "
+                "started with the same arguments and read the same files; on several machines the run's "
+                "directory must be a shared one."
+            )
 
     def barrier(self) -> None:
         """Wait for all ranks."""

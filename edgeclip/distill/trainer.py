@@ -161,6 +161,8 @@ def train(
             )
         try:
             here.barrier()  # the first rank may have thrown old states away
+            tables = sorted((name, samples.digest) for name, samples in run.data.items())
+            here.check_same("recipe and data", f"{recipe_digest(recipe)} {tables}".encode())
             return _Trainer(run, options, here, journal, listen, stop).run()
         finally:
             if journal is not None:
@@ -218,6 +220,7 @@ class _Trainer:
                 self._take_shape(found)
             state = load_state(found, self._model, recipe_digest=self._digest)
             self._position = state.position
+        self._here.check_same("where training stands", f"{self._position}".encode())
         if state is not None and state.position.stage == len(self._recipe.stage):
             self._average = dict(state.ema)
             status: Literal["present", "finished"] = "present"

@@ -15,7 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
-from train_runs import FASTVIT, assert_same_weights, log, make_data, recipe_text  # noqa: E402
+from train_runs import FASTVIT, assert_same_weights, log, make_data, recipe_text, run  # noqa: E402
 
 from edgeclip.distill.ranks import ranks  # noqa: E402
 from edgeclip.distill.state import latest_state  # noqa: E402
@@ -113,6 +113,34 @@ def test_a_rank_with_nan_makes_all_skip_the_step(recipe: Path, tmp_path: Path) -
     first, second = (load_file(out / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(value.isfinite().all() for value in first.values())
+
+
+_DISAGREE = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from train_runs import run
+rank = os.environ["RANK"]
+for out, changes in (("same", (f"seed={rank}",)), (f"own-{rank}", ())):
+    try:
+        run(Path(sys.argv[1]), Path(sys.argv[2]) / out, changes=changes)
+    except Exception as error:
+        (Path(sys.argv[2]) / f"{out}-{rank}.txt").write_text(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_see_other_files_are_refused(recipe: Path, tmp_path: Path) -> None:
+    run(recipe.parent, tmp_path / "own-0", stop_after=3)  # as on two machines without a shared directory
+    script = tmp_path / "disagree.py"
+    script.write_text(_DISAGREE, encoding="utf-8")
+    code, _, err = finished(start(*TORCHRUN, script, recipe.parent, tmp_path, TOOL.parent))
+    assert code == 0, err[-2000:]
+    for rank in (0, 1):
+        said = (tmp_path / f"same-{rank}.txt").read_text(encoding="utf-8")
+        assert f"the 2 ranks disagree about recipe and data (seen on rank {rank})" in said
+        said = (tmp_path / f"own-{rank}-{rank}.txt").read_text(encoding="utf-8")
+        assert f"the 2 ranks disagree about where training stands (seen on rank {rank})" in said
 
 
 # Launchers that start something else than they were asked for
