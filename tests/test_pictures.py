@@ -393,3 +393,25 @@ def test_a_jpeg_of_too_many_scans_is_refused() -> None:
 
 def test_public_names_exist() -> None:
     assert all(hasattr(edgeclip.pictures, name) for name in edgeclip.pictures.__all__)
+
+
+def test_as_stored_is_pillow_s_plain_conversion() -> None:
+    """Not turned upright, transparency left out: what crops of DataCompDR were drawn on."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 9, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, clear, palette = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels[..., :3]).save(turned, "JPEG", exif=exif)
+    Image.fromarray(pixels).save(clear, "PNG")
+    colours = Image.fromarray(pixels[..., :3]).quantize(16)
+    colours.save(palette, "PNG", transparency=bytes(range(0, 160, 10)))
+    for buffer in (turned, clear, palette):
+        content = buffer.getvalue()
+        found = decode_image(content, as_stored=True)
+        with Image.open(io.BytesIO(content)) as opened:
+            wanted = np.asarray(opened.convert("RGBA").convert("RGB"))
+        assert (found.size, found.mode, found.info) == ((9, 6), "RGB", {})
+        assert np.array_equal(np.asarray(found), wanted)
+    assert decode_image(turned.getvalue()).size == (6, 9)
+    assert not np.array_equal(np.asarray(decode_image(clear.getvalue())), pixels[..., :3])
