@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ def licence_of(wanted: str, parents: Sequence[Mapping[str, Any]]) -> tuple[str, 
     said = [(str(parent["name"]), str(parent["licence"])) for parent in parents]
     research = [(name, licence) for name, licence in said if _RESEARCH_ONLY & _identifiers(licence)]
     if research:
-        licences = " AND ".join(sorted({licence for _, licence in research}))
+        licences = _all_of(licence for _, licence in research)
         return licences, (
             f"the student may be used for research only ({licences}), because it descends from "
             f"{', '.join(sorted({name for name, _ in research}))}"
@@ -59,8 +59,19 @@ def licence_of(wanted: str, parents: Sequence[Mapping[str, Any]]) -> tuple[str, 
     unknown = sorted({name for name, licence in said if _NOT_SAID in _identifiers(licence)})
     if unknown:
         return _NOT_SAID, f"the student's licence is open, because nobody says that of {', '.join(unknown)}"
-    licences = " AND ".join(sorted({wanted, *(licence for _, licence in said)}))
+    licences = _all_of([wanted, *(licence for _, licence in said)])
     return licences, "" if licences == wanted else f"the student's licence is {licences}, by its parents"
+
+
+def _all_of(licences: Iterable[str]) -> str:
+    """Return the terms of several licences together, each once."""
+    parts: set[str] = set()
+    for licence in licences:
+        parts.update([licence] if "(" in licence or " OR " in licence else licence.split(" AND "))
+    if len(parts) == 1:
+        return parts.pop()
+    # AND binds closer than OR in SPDX expressions.
+    return " AND ".join(sorted(f"({part})" if " OR " in part else part for part in parts))
 
 
 def _identifiers(licence: str) -> set[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from command import Command
 torch = pytest.importorskip("torch")
 from train_runs import STAGE, log, make_data, recipe_text  # noqa: E402
 
+from edgeclip.cli.train import train as train_command  # noqa: E402
 from edgeclip.distill.recipe import load_recipe  # noqa: E402
 from edgeclip.distill.run import open_run  # noqa: E402
 
@@ -158,7 +160,12 @@ def test_built_in_recipes_are_valid() -> None:
 
     found = sorted(Path(recipes.__file__).parent.glob("*.toml"))
     assert [load_recipe(path).name for path in found] == [path.stem for path in found]
-    assert {"mobileclip", "mobileclip2", "plain-clip"} <= {path.stem for path in found}
+    names = {path.stem for path in found}
+    assert names >= {
+        "plain-clip", "mobileclip", "mobileclip2", "clip-kd", "dc-clip", "tinyclip", "lightclip",
+    }  # fmt: skip
+    told = re.sub(r"\s+", " ", train_command.help or "")
+    assert [name for name in names if f" {name}," not in told and f" {name}." not in told] == []
 
 
 @pytest.mark.slow

@@ -255,6 +255,8 @@ def test_a_student_may_start_from_a_checkpoint(folder: Path, tmp_path: Path) -> 
         (["apple-amlr", "MIT"], "apple-amlr"),
         (["(apple-amlr) AND MIT", "MIT"], "(apple-amlr) AND MIT"),
         (["NOASSERTION", "MIT"], "NOASSERTION"),
+        (["Apache-2.0 AND MIT", "Apache-2.0"], "Apache-2.0 AND MIT"),
+        (["Apache-2.0 OR GPL-2.0-only"], "(Apache-2.0 OR GPL-2.0-only) AND MIT"),
     ],
 )
 def test_models_of_one_name_do_not_hide_each_other_s_licence(licences: list[str], expected: str) -> None:
