@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgeclip.distill.augment import CropBox
 from edgeclip.distill.batches import to_float
 from edgeclip.distill.inputs import ViewForm
-from edgeclip.errors import ConfigError, MissingExtraError
+from edgeclip.errors import ConfigError, InputError, MissingExtraError
 from edgeclip.tokenizer import Tokenizer
 
 __all__ = ["CAPTIONER_PREFIX", "Captioner", "central_square", "open_captioner"]
@@ -67,7 +67,11 @@ class Captioner:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, count: int, *, seed: int) -> list[tuple[str, ...]]:
-        """Return captions of ``(b, 3, H, W)`` uint8 pictures, up to ``count`` each, none empty or twice."""
+        """Return captions of ``(b, 3, H, W)`` uint8 pictures, up to ``count`` each, none empty or twice.
+
+        Raises:
+            InputError: what the model says is not finite.
+        """
         model: Any = self._model
         pictures = to_float(image, mean=self._mean, std=self._std)
         latent, tokens = (part.repeat_interleave(count, dim=0) for part in model._encode_image(pictures))
@@ -76,7 +80,10 @@ class Captioner:
         done = torch.zeros(len(ids), dtype=torch.bool)
         for length in range(1, _MAX_TOKENS):
             said = model(None, ids, image_latent=latent, image_embs=tokens, output_labels=False)
-            chosen = _drawn(said["logits"][:, -1].float(), generator, may_end=length >= _MIN_TOKENS)
+            logits = said["logits"][:, -1].float()
+            if not torch.isfinite(logits).all():
+                raise InputError(f"captioner {self.name!r}: what it says is not finite; check its weights.")
+            chosen = _drawn(logits, generator, may_end=length >= _MIN_TOKENS)
             chosen[done] = _END
             done |= chosen == _END
             ids = torch.cat([ids, chosen.to(ids.device)[:, None]], dim=1)

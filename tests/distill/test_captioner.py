@@ -51,8 +51,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("coca")
     (folder / "tiny_coca.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny_coca").state_dict(), folder / "weights.pt")
+    model = open_clip.create_model("tiny_coca")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # it leaves some as the memory was
+        torch.nn.init.normal_(parameter.data, std=0.3, generator=generator)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    torch.nn.init.constant_(model.text_decoder.text_projection.data, float("nan"))
+    torch.save(model.state_dict(), folder / "broken.pt")
     return folder / "weights.pt"
 
 
@@ -72,6 +77,12 @@ def test_captions_depend_on_pictures_and_seed_alone(weights: Path) -> None:
     assert first == captioner(images, 2, seed=3)
     assert first != captioner(images, 2, seed=4)
     assert all(text == text.strip() and text for texts in first for text in texts)
+
+
+def test_a_captioner_of_broken_weights_is_named(weights: Path) -> None:
+    captioner = open_captioner(f"open-clip:tiny_coca:{weights.with_name('broken.pt')}")
+    with pytest.raises(InputError, match="captioner 'tiny_coca': what it says is not finite"):
+        captioner(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), 1, seed=0)
 
 
 def test_words_are_drawn_from_the_nucleus() -> None:

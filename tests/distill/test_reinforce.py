@@ -25,12 +25,13 @@ from reinforced_shards import PROBES, SIZE_PX, WIDTH, make_reinforced, make_shap
 from tar_shards import make_shard, picture  # noqa: E402
 
 from edgeclip.distill.batches import to_float  # noqa: E402
+from edgeclip.distill.caption_file import CaptionFile  # noqa: E402
 from edgeclip.distill.inputs import STORED_IMAGE, STORED_TEXT, Consumer, Inputs, StoredViews  # noqa: E402
 from edgeclip.distill.online_teacher import OnlineTeacher  # noqa: E402
 from edgeclip.distill.randomness import Randomness  # noqa: E402
 from edgeclip.distill.recipe import DataSpec, StoredTeacher  # noqa: E402
 from edgeclip.distill.reinforce import reinforce  # noqa: E402
-from edgeclip.distill.reinforce_plan import CaptionFile, ReinforceOptions, open_plan  # noqa: E402
+from edgeclip.distill.reinforce_plan import ReinforceOptions, open_plan  # noqa: E402
 from edgeclip.distill.reinforcement import read_reinforcement, reinforcement_of  # noqa: E402
 from edgeclip.distill.samples import BrokenLimit, ShardSamples, open_samples  # noqa: E402
 from edgeclip.distill.teachers import open_teacher  # noqa: E402
