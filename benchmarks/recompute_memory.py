@@ -95,7 +95,7 @@ def main() -> None:
             "batch": options.batch,
             "memory": memory,
             "memory_share": round(memory["recomputed"]["step_bytes"] / memory["kept"]["step_bytes"], 3),
-            "time": ratio(found),
+            "step_time": ratio(found),
         },
     )
 
