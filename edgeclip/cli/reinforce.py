@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import sys
 import time
@@ -143,17 +142,14 @@ def reinforce(
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("edgeclip reinforce", extra="train", module="torch")
     from edgeclip.distill.captioner import CAPTIONER_PREFIX
+    from edgeclip.distill.ranks import place_of_process
     from edgeclip.distill.reinforce import reinforce as make
     from edgeclip.distill.reinforce_plan import ReinforceOptions, open_plan
     from edgeclip.distill.samples import BrokenLimit
 
     prepare_stdout()
     notes = Notes()
-    rank, world = _place("RANK", 0), _place("WORLD_SIZE", 1)
-    if device == "cuda" and world > 1:
-        import torch
-
-        torch.cuda.set_device(_place("LOCAL_RANK", 0))
+    world, rank = place_of_process(device)
     specs = [*_of_command_line(teachers), *_of_file(teacher_file)]
     if not specs:
         raise click.UsageError("give --teacher or --teachers.")
@@ -191,13 +187,6 @@ def reinforce(
         click.echo("\n".join(lines))
     else:
         notes.say(f"process {rank}: {lines[0]}")
-
-
-def _place(name: str, default: int) -> int:
-    said = os.environ.get(name, str(default))
-    if not said.isdigit():
-        raise ConfigError(f"the environment says {name}={said!r}, expected a number, as torchrun sets it.")
-    return int(said)
 
 
 def _of_command_line(said: Sequence[str]) -> list[TeacherSpec]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edgeclip.errors import ConfigError
 
-__all__ = ["Ranks", "ranks"]
+__all__ = ["Ranks", "place_of_process", "ranks"]
 
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _TIMEOUT = timedelta(hours=2)  # the first rank may validate for long
@@ -141,6 +141,21 @@ def _check_launcher() -> None:
             f"(ACCELERATE_USE_CPU={os.environ.get('ACCELERATE_USE_CPU')!r}): put --multi_gpu in the place of "
             "--cpu, which works on CPUs too, or start training with torchrun."
         )
+
+
+def place_of_process(device: str) -> tuple[int, int]:
+    """Return world and rank as ``torchrun`` says them, without meeting the others; take the GPU of ours.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ConfigError: the environment is not torchrun's.
+    """
+    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if device == "cuda" and world > 1:
+        torch.cuda.set_device(_number("LOCAL_RANK", 0))
+    return world, rank
 
 
 def _number(name: str, default: int) -> int:
