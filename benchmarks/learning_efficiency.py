@@ -34,7 +34,7 @@ from written import ROOT, write
 from edgeclip.models.checkpoints import load_model
 
 SEEDS = (0, 1, 2)
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SAMPLES = 64_000
 SHARE = 5  # the reinforced student sees this part of the samples
 VIEWS = 4

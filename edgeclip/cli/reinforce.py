@@ -265,8 +265,8 @@ def _described(report: ReinforceReport, augmentations: int) -> list[str]:
     columns = [f"{name} in columns {low} to {high - 1}" for name, (low, high) in report.teachers.items()]
     lines = [
         (
-            f"{report.samples:,} samples in {report.shards:,} shards ({report.status}), "
-            f"{would}{report.size_bytes / 1e6:,.1f} MB, in {shown(report.directory)} "
+            f"{report.samples:,} samples in {report.shards:,} shard{'s' * (report.shards != 1)} "
+            f"({report.status}), {would}{report.size_bytes / 1e6:,.1f} MB, in {shown(report.directory)} "
             f"({len(report.broken)} left out)"
         ),
         f"a sample takes {size}, its embeddings {member} ({payload} of numbers, {augmentations} views)",

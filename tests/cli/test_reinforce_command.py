@@ -111,12 +111,12 @@ def test_processes_share_the_shards(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     first = run(*arguments)
-    assert first.out.startswith("8 samples in 1 shards (written)")
+    assert first.out.startswith("8 samples in 1 shard (written)")
     assert first.out.endswith("not all shards are there yet\n")
     monkeypatch.setenv("RANK", "1")
     second = run(*arguments)
     assert (second.code, second.out) == (0, "")
-    assert second.err.startswith("edgeclip: process 1: 8 samples in 1 shards (written)")
+    assert second.err.startswith("edgeclip: process 1: 8 samples in 1 shard (written)")
     manifest = read_reinforcement(out)
     assert manifest is not None
     assert manifest.complete
