@@ -41,6 +41,7 @@ from edgeclip.models.config import CLIPConfig, TextTransformerConfig, ViTConfig
 from edgeclip.tokenizer import Tokenizer
 
 VIEWS = 10
+PICTURES = 2_048
 TEACHERS = ("first", "second")
 CONFIG = CLIPConfig(
     name="teacher",
@@ -119,6 +120,7 @@ def main() -> None:
     texts = 2
     forward = student["image"] + texts * student["text"]
     asked = sum(f["image"] + texts * f["text"] for f in (flops(work / name) for name in TEACHERS))
+    sys.argv = [sys.argv[0], "--work", "DIR"]
     write(
         given.output,
         {
@@ -152,8 +154,8 @@ def prepare(work: Path) -> None:
     edgeclip(work, "data", "make-shapes", "-o", "shapes")
     table = work / "shapes/two.jsonl"
     if not table.exists():
-        rows = (work / "shapes/train.jsonl").read_text(encoding="utf-8").splitlines()
-        # The label is another phrase for the same picture: it stands in for a synthetic caption.
+        rows = (work / "shapes/train.jsonl").read_text(encoding="utf-8").splitlines()[:PICTURES]
+        # What it says does not matter for the time.
         table.write_text(
             "".join(row[:-1] + ', "syn_text": ["a picture of shapes"]}\n' for row in rows), encoding="utf-8"
         )
