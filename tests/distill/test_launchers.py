@@ -51,8 +51,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def finished(process: subprocess.Popen[str], *, timeout_s: float = 240) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=timeout_s)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun stops its processes with it
+        process.communicate()
+        raise
     return process.returncode, out, err
 
 
@@ -118,29 +120,33 @@ def test_a_rank_with_nan_makes_all_skip_the_step(recipe: Path, tmp_path: Path) -
 _DISAGREE = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
+data, out, tools, kind = sys.argv[1:]
+sys.path.insert(0, tools)
 from train_runs import run
 rank = os.environ["RANK"]
-for out, changes in (("same", (f"seed={rank}",)), (f"own-{rank}", ())):
-    try:
-        run(Path(sys.argv[1]), Path(sys.argv[2]) / out, changes=changes)
-    except Exception as error:
-        (Path(sys.argv[2]) / f"{out}-{rank}.txt").write_text(str(error))
+try:
+    run(Path(data), Path(out) / (f"own-{rank}" if kind == "runs" else "same"), changes=(
+        (f"seed={rank}",) if kind == "recipes" else ()
+    ))
+except Exception as error:
+    (Path(out) / f"{kind}-{rank}.txt").write_text(str(error))
 """
 
 
 @pytest.mark.slow
-def test_ranks_that_see_other_files_are_refused(recipe: Path, tmp_path: Path) -> None:
-    run(recipe.parent, tmp_path / "own-0", stop_after=3)  # as on two machines without a shared directory
+@pytest.mark.parametrize(
+    ("kind", "what"), [("recipes", "recipe and data"), ("runs", "where training stands")]
+)
+def test_ranks_that_see_other_files_are_refused(recipe: Path, tmp_path: Path, kind: str, what: str) -> None:
+    if kind == "runs":
+        run(recipe.parent, tmp_path / "own-0", stop_after=3)  # as on two machines without a shared directory
     script = tmp_path / "disagree.py"
     script.write_text(_DISAGREE, encoding="utf-8")
-    code, _, err = finished(start(*TORCHRUN, script, recipe.parent, tmp_path, TOOL.parent))
+    code, _, err = finished(start(*TORCHRUN, script, recipe.parent, tmp_path, TOOL.parent, kind))
     assert code == 0, err[-2000:]
     for rank in (0, 1):
-        said = (tmp_path / f"same-{rank}.txt").read_text(encoding="utf-8")
-        assert f"the 2 ranks disagree about recipe and data (seen on rank {rank})" in said
-        said = (tmp_path / f"own-{rank}-{rank}.txt").read_text(encoding="utf-8")
-        assert f"the 2 ranks disagree about where training stands (seen on rank {rank})" in said
+        said = (tmp_path / f"{kind}-{rank}.txt").read_text(encoding="utf-8")
+        assert f"the 2 ranks disagree about {what} (seen on rank {rank})" in said
 
 
 # Launchers that start something else than they were asked for
