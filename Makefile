@@ -30,8 +30,8 @@ $(BASE): $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(BASE) pyproject.toml constraints.txt
-	@echo "Installing torch (CPU), onnx and the test tools into $(VENV)"
-	$(PIP) -e ".[dev,export,train,peers]"
+	@echo "Installing torch (CPU), onnx, OpenVINO, TensorRT-RTX and the test tools into $(VENV)"
+	$(PIP) -e ".[dev,export,train,peers,openvino,rtx]"
 	$(PIP) --no-deps torchvision open-clip-torch timm
 	@touch $@
 

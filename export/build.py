@@ -1,0 +1,139 @@
+"""What a maker of variants gets and gives: float32 graphs in, the files of one variant out.
+
+A format is one module with a function ``build(request) -> BuiltVariant``; :data:`BUILDERS` maps the format to
+that module, which is imported when it is used. Makers write no bundle and check no embeddings: the exporter
+does both, for every format alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+from edgeclip.bundle import Requires, TensorEntry
+from edgeclip.errors import ExportError
+
+from .variants import VariantSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+
+__all__ = ["BUILDERS", "BuildOptions", "BuildRequest", "Builder", "BuiltTower", "BuiltVariant", "builder_of"]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Choices that hold for every variant of an export.
+
+    Attributes:
+        gelu_tanh: take the tanh form of GELU where the graph has the exact one: faster, and within the
+            limits of parity for the models it is used on.
+        external_data: keep weights of ONNX files in a file beside them; ``None`` does so above 2 GB, where
+            one file cannot hold them.
+        accuracy_control: for OpenVINO's int8: let NNCF put layers back into float until its accuracy metric
+            (mean cosine to float32) is met.
+    """
+
+    gelu_tanh: bool = True
+    external_data: bool | None = None
+    accuracy_control: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class BuildRequest:
+    """One variant to make.
+
+    Attributes:
+        spec: which.
+        graphs: float32 graphs by tower, folded, cleaned and checked. Read only: a maker copies what it
+            changes.
+        calibration: rows for the input of each tower, ``(n, …)`` in the dtype of the graph's input; empty
+            where nothing is to be quantized.
+        calibration_digest: names those rows in the manifest.
+        work: an empty directory for files on the way; the exporter removes it, or keeps it on request.
+        options: choices.
+        on_step: told what is being done, in a few words.
+    """
+
+    spec: VariantSpec
+    graphs: Mapping[str, onnx.ModelProto]
+    work: Path
+    calibration: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    calibration_digest: str | None = None
+    options: BuildOptions = BuildOptions()
+    on_step: Callable[[str], None] = lambda said: None
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltTower:
+    """Files of one tower.
+
+    Attributes:
+        model: name of the file to open, one of ``files``; flat, such as ``"image.onnx"``.
+        files: content (bytes, or the path of a file to copy) by name, in the order they are to be stored.
+            A file that names another one names it as ``edgeclip.bundle.stored_name`` will call it.
+        inputs: of the tower.
+        outputs: of the tower.
+    """
+
+    model: str
+    files: Mapping[str, bytes | Path]
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltVariant:
+    """One variant, ready to be checked and stored.
+
+    Attributes:
+        towers: by name.
+        requires: what a host must offer.
+        session_config: engine settings it is to be run with (``edgeclip.bundle.SESSION_KEYS``).
+        calibration: what the manifest says about how it was quantized; ``None`` for float.
+    """
+
+    towers: Mapping[str, BuiltTower]
+    requires: Requires = field(default_factory=Requires)
+    session_config: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+
+
+class Builder(Protocol):
+    """Makes one variant."""
+
+    def __call__(self, request: BuildRequest) -> BuiltVariant:
+        """Make it.
+
+        Raises:
+            ExportError: it cannot be made.
+            MissingExtraError: a package it needs is not installed.
+        """
+        ...
+
+
+BUILDERS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "onnx": "edgeclip.export.to_onnx",
+        "openvino": "edgeclip.export.to_openvino",
+        "tensorrt": "edgeclip.export.to_tensorrt",
+    }
+)
+"""Format to the module that has ``build``."""
+
+
+def builder_of(format_name: str) -> Builder:
+    """Return the maker of a format.
+
+    Raises:
+        ExportError: no such format.
+    """
+    if format_name not in BUILDERS:
+        raise ExportError(f"no maker of {format_name!r} files: expected one of {', '.join(BUILDERS)}.")
+    return cast(Builder, importlib.import_module(BUILDERS[format_name]).build)
