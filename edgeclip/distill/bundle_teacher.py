@@ -100,6 +100,7 @@ def open_bundle_teacher(spec: BundleTeacher, root: Path) -> OnlineTeacher:
         std=None if in_graph else prepared.std,
         tokenizer=tokenizer,
         embed_dim=model.embed_dim,
+        scale=spec.scale,
         parent=parent_of(model.name, "teacher", model.licence, spec.path, f"bundle, {variant.name}", parents),
     )
 

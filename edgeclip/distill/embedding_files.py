@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgeclip.distill.batches import Batch
-from edgeclip.distill.inputs import Consumer, Inputs
+from edgeclip.distill.inputs import Consumer, Inputs, StoredViews
 from edgeclip.distill.lineage import parent_of
 from edgeclip.distill.objective import Embedded
 from edgeclip.distill.recipe import DataSpec, EmbeddingsTeacher, StageSpec
@@ -54,6 +54,8 @@ class EmbeddingFiles:
         self._spec, self._image, self._text = spec, image, text
         self.image_dim: int | None = None if image is None else image.shape[1]
         self.text_dim: int | None = None if text is None else text.shape[1]
+        self.scale = spec.scale
+        self.views: StoredViews | None = None
         self.parent = dict(parent)
 
     @property

@@ -238,6 +238,7 @@ def open_huggingface(spec: HuggingFaceTeacher, root: Path) -> OnlineTeacher:
         std=std,
         tokenizer=tokenizer,
         embed_dim=width,
+        scale=spec.scale,
         parent=parent_of(path.name, "teacher", spec.licence, path.name, "transformers", ()),
     )
 
@@ -346,6 +347,7 @@ def open_sentence_directory(spec: SentenceTeacher, root: Path) -> OnlineTeacher:
         form=None,
         tokenizer=tokenizer,
         embed_dim=width,
+        scale=spec.scale,
         parent=parent_of(path.name, "teacher", spec.licence, path.name, "transformers", ()),
     )
 

@@ -29,7 +29,6 @@ from edgeclip.distill.recipe import (
     MaskedTokensLoss,
     SigLIPLoss,
     StageSpec,
-    TeacherSpec,
     TokenAlignmentLoss,
 )
 from edgeclip.distill.token_losses import TokenPairs, token_alignment
@@ -46,7 +45,7 @@ class Objective(nn.Module):
     Args:
         stage: whose loss terms.
         embed_dim: width of the student's embedding.
-        teachers: the recipe's teachers by name.
+        teacher_scales: each teacher's own multiplier of cosines by name, in the order of the recipe.
         teacher_dims: widths of each teacher's image and text embeddings; ``None`` for a tower it lacks.
         tokens: what the student's towers give beside embeddings.
 
@@ -59,13 +58,13 @@ class Objective(nn.Module):
         stage: StageSpec,
         *,
         embed_dim: int,
-        teachers: Mapping[str, TeacherSpec],
+        teacher_scales: Mapping[str, float],
         teacher_dims: Mapping[str, tuple[int | None, int | None]],
         tokens: TokenShapes = NO_TOKENS,
     ) -> None:
         super().__init__()
         self.stage = stage
-        self._teachers = dict(teachers)
+        self.teacher_scales = dict(teacher_scales)
         self.adapters = nn.ModuleDict()
         self.biases = nn.ParameterDict()
         self.token_heads = nn.ModuleDict()
@@ -113,7 +112,7 @@ class Objective(nn.Module):
     def needed_teachers(self) -> tuple[str, ...]:
         """Names of the teachers some term asks for, in the order of the recipe."""
         asked = {teacher for spec in self.stage.loss for teacher, _ in _asked(spec)}
-        return tuple(name for name in self._teachers if name in asked)
+        return tuple(name for name in self.teacher_scales if name in asked)
 
     def forward(
         self,
@@ -193,7 +192,7 @@ class Objective(nn.Module):
                     pairs,
                     [told[name] for name in spec.teachers],
                     scale=scale,
-                    teacher_scales=[self._teachers[name].scale or _SCALE for name in spec.teachers],
+                    teacher_scales=[self.teacher_scales[name] for name in spec.teachers],
                     teacher_weights=spec.teacher_weights,
                 )
             case InteractiveLoss():
@@ -267,11 +266,10 @@ class Objective(nn.Module):
 
     def _adapter(self, teacher: str, tower: str) -> str:
         """Return the name of an adapter, which all terms about a teacher's tower share."""
-        return f"{list(self._teachers).index(teacher)}-{tower}"  # names of modules have no dots
+        return f"{list(self.teacher_scales).index(teacher)}-{tower}"  # names of modules have no dots
 
 
 _TOWERS = ("image", "text")
-_SCALE = 100.0  # of a stored teacher whose shards say none
 
 
 def _check_tokens(stage: StageSpec, spec: TokenAlignmentLoss | MaskedTokensLoss, tokens: TokenShapes) -> None:

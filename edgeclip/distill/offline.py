@@ -10,7 +10,7 @@ import torch
 from edgeclip.distill.batches import Batch
 from edgeclip.distill.inputs import STORED_IMAGE, STORED_TEXT, Consumer, Inputs, StoredViews
 from edgeclip.distill.objective import Embedded
-from edgeclip.distill.recipe import StoredTeacher
+from edgeclip.distill.recipe import DataSpec, StageSpec, StoredTeacher
 from edgeclip.distill.reinforcement import Reinforcement, TeacherRecord, reinforcement_of, stored_columns
 from edgeclip.distill.samples import Samples
 from edgeclip.errors import ConfigError
@@ -51,6 +51,9 @@ class OfflineTeacher:
     def consumer(self) -> Consumer | None:
         """Nothing is prepared for it."""
         return None
+
+    def check(self, stage: StageSpec, table: DataSpec, samples: Samples) -> None:
+        """Do nothing: the shards have been looked at, and every sample brings its own rows."""
 
     def ask(self, batch: Batch, inputs: Inputs, *, parts: int = 1) -> Embedded:
         """Return its embeddings of a batch, see :class:`~edgeclip.distill.teachers.Teacher`."""

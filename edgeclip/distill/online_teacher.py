@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from edgeclip.distill.batches import Batch, to_float
-from edgeclip.distill.inputs import Consumer, Inputs, TextInput, ViewForm
+from edgeclip.distill.inputs import Consumer, Inputs, StoredViews, TextInput, ViewForm
 from edgeclip.distill.objective import Embedded
+from edgeclip.distill.recipe import DataSpec, StageSpec
+from edgeclip.distill.samples import Samples
 
 __all__ = ["OnlineTeacher"]
 
@@ -30,6 +32,7 @@ class OnlineTeacher(nn.Module):
         std: likewise.
         tokenizer: its own; ``None``: it reads no texts.
         embed_dim: width of its embeddings.
+        scale: its own multiplier of cosines.
         parent: what the student's checkpoint records about it.
     """
 
@@ -43,6 +46,7 @@ class OnlineTeacher(nn.Module):
         std: Sequence[float] | None = None,
         tokenizer: TextInput | None,
         embed_dim: int,
+        scale: float,
         parent: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -51,6 +55,8 @@ class OnlineTeacher(nn.Module):
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
         self.consumer = Consumer(form, tokenizer)
+        self.views: StoredViews | None = None
+        self.scale = scale
         self.image_dim = None if form is None else embed_dim
         self.text_dim = None if tokenizer is None else embed_dim
         self.parent = dict(parent)
@@ -73,6 +79,9 @@ class OnlineTeacher(nn.Module):
             rows: Tensor = self.model.encode_text(tokens.flatten(0, 1))  # type: ignore[operator]
             texts = rows.float().view(*tokens.shape[:2], -1).unbind(1)
         return Embedded(pictures, texts)
+
+    def check(self, stage: StageSpec, table: DataSpec, samples: Samples) -> None:
+        """Do nothing: it can be asked about any picture and text."""
 
     def ask(self, batch: Batch, inputs: Inputs, *, parts: int = 1) -> Embedded:
         """Return its embeddings of a batch, see :class:`edgeclip.distill.teachers.Teacher`."""

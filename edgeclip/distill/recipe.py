@@ -78,6 +78,7 @@ __all__ = [
     "parse_teachers",
     "read_recipe_file",
     "recipe_digest",
+    "teachers_of",
 ]
 
 SCHEMA = 1
@@ -805,7 +806,7 @@ def _check(recipe: Recipe, where: str) -> None:
 def _check_stored(recipe: Recipe, stage: StageSpec, at: str) -> None:
     """Raise where a stage with stored teachers asks for views that nobody has embeddings of."""
     stored = {teacher.name for teacher in recipe.teacher if isinstance(teacher, StoredTeacher)}
-    asked = sorted(stored.intersection(name for loss in stage.loss for name in _named(loss)))
+    asked = sorted(stored.intersection(name for loss in stage.loss for name in teachers_of(loss)))
     table = recipe.data[stage.data]
     for key in ("crop_scale", "rand_augment", "rand_augment_magnitude"):
         value, default = getattr(table, key), _VIEWS[key]
@@ -819,7 +820,7 @@ def _check_stored(recipe: Recipe, stage: StageSpec, at: str) -> None:
 _VIEWS = {field.name: field.default for field in msgspec.structs.fields(DataSpec)}
 
 
-def _named(loss: LossSpec) -> tuple[str, ...]:
+def teachers_of(loss: LossSpec) -> tuple[str, ...]:
     """Return the teachers a loss term names."""
     if isinstance(loss, AffinityLoss):
         return loss.teachers
@@ -866,7 +867,7 @@ def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str)
             )
     for index, loss in enumerate(stage.loss):
         place = f"{at}: [[stage.loss]] {index}"
-        unknown = [name for name in _named(loss) if name not in teachers]
+        unknown = [name for name in teachers_of(loss) if name not in teachers]
         if unknown:
             raise ConfigError(f"{place}: no [[teacher]] is called {unknown}; there are {sorted(teachers)}.")
         if (

@@ -10,28 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from edgeclip.distill.batches import BatchLoader, BatchPlan
-from edgeclip.distill.embedding_files import EmbeddingFiles
 from edgeclip.distill.forward import Embedded, embed, embedded_of, token_shapes, words_of
 from edgeclip.distill.inputs import Inputs, StoredViews
 from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.losses import MAX_MATRIX_BYTES
 from edgeclip.distill.objective import Objective
-from edgeclip.distill.offline import OfflineTeacher, open_stored_teacher
 from edgeclip.distill.optim import parameter_groups
 from edgeclip.distill.randomness import random_stream
 from edgeclip.distill.ranks import ranks
-from edgeclip.distill.recipe import (
-    AffinityLoss,
-    Recipe,
-    StageSpec,
-    StoredTeacher,
-    TeacherSpec,
-    recipe_digest,
-)
+from edgeclip.distill.recipe import AffinityLoss, Recipe, StageSpec, recipe_digest, teachers_of
 from edgeclip.distill.samples import BrokenLimit, Samples, open_samples
 from edgeclip.distill.sparsity import Sparsity
 from edgeclip.distill.student import Student, open_student
@@ -104,8 +94,7 @@ class Run:
 
     def _stored(self, stage: StageSpec, needed: Sequence[str]) -> StoredViews | None:
         """Return what the stage's samples hold of their views; ``None``: they are drawn."""
-        offline = [self.teachers[name] for name in needed]
-        found = {teacher.views for teacher in offline if isinstance(teacher, OfflineTeacher)}
+        found = {views for name in needed if (views := self.teachers[name].views) is not None}
         if len(found) > 1:
             raise ConfigError(
                 f"stage {stage.name!r}: its stored teachers lie in different shards; take one table of data."
@@ -123,7 +112,7 @@ class Run:
             return Objective(
                 stage,
                 embed_dim=self.student.config.embed_dim,
-                teachers={spec.name: self._said(spec) for spec in self.recipe.teacher},
+                teacher_scales={name: teacher.scale for name, teacher in self.teachers.items()},
                 teacher_dims={
                     name: (teacher.image_dim, teacher.text_dim) for name, teacher in self.teachers.items()
                 },
@@ -147,13 +136,6 @@ class Run:
                 "prune in a stage of its own."
             )
         return Sparsity(self.student.config, stage.prune, where=where)
-
-    def _said(self, spec: TeacherSpec) -> TeacherSpec:
-        """Return what the recipe says of a teacher, with what its shards say where the recipe is silent."""
-        teacher = self.teachers.get(spec.name)
-        if isinstance(spec, StoredTeacher) and isinstance(teacher, OfflineTeacher):
-            return msgspec.structs.replace(spec, scale=teacher.scale)
-        return spec
 
     def plan(self, stage: StageSpec, *, world: int = 1, rank: int = 0) -> BatchPlan:
         """Return which samples are in which batch of a stage; every stage has its own order.
@@ -251,19 +233,18 @@ def open_run(recipe: Recipe, root: Path) -> Run:
         for name, table in recipe.data.items()
         if name in used
     }
-    asked = {name for stage in recipe.stage for spec in stage.loss for name in _named(spec)}
+    asked: dict[str, list[StageSpec]] = {}
+    for stage in recipe.stage:
+        for name in dict.fromkeys(name for spec in stage.loss for name in teachers_of(spec)):
+            asked.setdefault(name, []).append(stage)
     teachers = {
-        spec.name: open_stored_teacher(spec, _asked_about(recipe, spec.name, data))
-        if isinstance(spec, StoredTeacher)
-        else open_teacher(spec, root)
+        spec.name: open_teacher(spec, root, {stage.data: data[stage.data] for stage in asked[spec.name]})
         for spec in recipe.teacher
         if spec.name in asked
     }
-    for stage in recipe.stage:
-        for name in dict.fromkeys(name for spec in stage.loss for name in _named(spec)):
-            teacher = teachers[name]
-            if isinstance(teacher, EmbeddingFiles):
-                teacher.check(stage, recipe.data[stage.data], data[stage.data])
+    for name, stages in asked.items():
+        for stage in stages:
+            teachers[name].check(stage, recipe.data[stage.data], data[stage.data])
     # Those that are only compared with are no parents of the student.
     watched = {entry.teacher for entry in recipe.validation} - set(teachers)
     compared = dict(teachers) | {
@@ -292,27 +273,11 @@ def dry_run_of(recipe: Recipe, root: Path, *, device: str = "cpu") -> tuple[list
         return run.check(world=here.world), run.info()[1]
 
 
-def _asked_about(recipe: Recipe, teacher: str, data: Mapping[str, Samples]) -> dict[str, Samples]:
-    """Return the tables of data a teacher is asked about."""
-    return {
-        stage.data: data[stage.data]
-        for stage in recipe.stage
-        if any(teacher in _named(spec) for spec in stage.loss)
-    }
-
-
 def _token_columns(embedded: Embedded) -> int:
     """Return the numbers a pair costs where patches are matched with words."""
     if embedded.tokens is None or embedded.tokens.patches is None:
         return 0
     return MATRICES * embedded.tokens.patches.shape[1] * embedded.tokens.words.ids.shape[2]
-
-
-def _named(spec: Any) -> tuple[str, ...]:
-    """Return the teachers a loss term names."""
-    if hasattr(spec, "teachers"):
-        return tuple(spec.teachers)
-    return (spec.teacher,) if hasattr(spec, "teacher") else ()
 
 
 def broken_limit(recipe: Recipe, stage: StageSpec) -> BrokenLimit:

@@ -129,6 +129,7 @@ def _image_teacher(
         std=std,
         tokenizer=None,
         embed_dim=rows.shape[1],
+        scale=spec.scale,
         parent=parent,
     )
 
@@ -229,6 +230,7 @@ def open_sentence(spec: SentenceTeacher, root: Path) -> OnlineTeacher:
         form=None,
         tokenizer=tokenizer,
         embed_dim=rows.shape[1],
+        scale=spec.scale,
         parent=parent_of(path.stem, "teacher", spec.licence, spec.path, "onnx", ()),
     )
 

@@ -7,6 +7,7 @@ sees is the student's (:mod:`edgeclip.distill.inputs`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,21 +17,25 @@ from edgeclip.distill.batches import Batch
 from edgeclip.distill.bundle_teacher import open_bundle_teacher
 from edgeclip.distill.embedding_files import open_embedding_files
 from edgeclip.distill.huggingface import is_directory_of_transformers, open_huggingface
-from edgeclip.distill.inputs import Consumer, Inputs, ViewForm, check_tokenizer, form_of
+from edgeclip.distill.inputs import Consumer, Inputs, StoredViews, ViewForm, check_tokenizer, form_of
 from edgeclip.distill.lineage import parent_of
 from edgeclip.distill.objective import Embedded
+from edgeclip.distill.offline import open_stored_teacher
 from edgeclip.distill.online_teacher import OnlineTeacher
 from edgeclip.distill.recipe import (
     BundleTeacher,
     CheckpointTeacher,
+    DataSpec,
     EmbeddingsTeacher,
     HuggingFaceTeacher,
     ImageFeaturesTeacher,
     OpenClipTeacher,
     SentenceTeacher,
+    StageSpec,
     StoredTeacher,
     TeacherSpec,
 )
+from edgeclip.distill.samples import Samples
 from edgeclip.distill.single_tower_teachers import open_image_features, open_sentence
 from edgeclip.errors import ConfigError, MissingExtraError
 from edgeclip.models.checkpoints import load_model
@@ -46,17 +51,37 @@ class Teacher(Protocol):
         name: as losses call it.
         image_dim: width of its image embeddings; ``None``: it has no image tower.
         text_dim: width of its text embeddings; ``None``: it has no text tower.
+        scale: its own multiplier of cosines.
         parent: what the student's checkpoint records about it.
     """
 
     name: str
     image_dim: int | None
     text_dim: int | None
+    scale: float
     parent: dict[str, Any]
 
     @property
     def consumer(self) -> Consumer | None:
         """What has to be prepared for it; ``None``: it reads what is stored."""
+        ...
+
+    @property
+    def views(self) -> StoredViews | None:
+        """What the samples hold of the views it saw; ``None``: it goes with views that are drawn."""
+        ...
+
+    def check(self, stage: StageSpec, table: DataSpec, samples: Samples) -> None:
+        """Raise unless it can be asked about a stage's samples.
+
+        Args:
+            stage: which.
+            table: the data it names.
+            samples: of that table.
+
+        Raises:
+            ConfigError: what it has stored is of other samples or captions.
+        """
         ...
 
     def ask(self, batch: Batch, inputs: Inputs, *, parts: int = 1) -> Embedded:
@@ -74,15 +99,17 @@ class Teacher(Protocol):
         ...
 
 
-def open_teacher(spec: TeacherSpec, root: Path) -> Teacher:
+def open_teacher(spec: TeacherSpec, root: Path, data: Mapping[str, Samples] | None = None) -> Teacher:
     """Return a teacher of a recipe.
 
     Args:
         spec: which.
         root: what paths are relative to.
+        data: the tables of data it is asked about, by name; not given: it has to run on any picture.
 
     Raises:
-        ConfigError: it is of a kind that cannot be run, or its tokenizer does not fit it.
+        ConfigError: it is of a kind that cannot be run, its tokenizer does not fit it, or the shards do not
+            hold what it said.
         InputError: its checkpoint cannot be read.
         MissingExtraError: the package it needs is not installed.
     """
@@ -101,6 +128,8 @@ def open_teacher(spec: TeacherSpec, root: Path) -> Teacher:
             return open_sentence(spec, root)
         case EmbeddingsTeacher():
             return open_embedding_files(spec, root)
+        case StoredTeacher() if data:
+            return open_stored_teacher(spec, data)
         case StoredTeacher():
             raise ConfigError(
                 f"teacher {spec.name!r}: kind = 'stored' reads embeddings from reinforced shards and cannot "
@@ -128,6 +157,7 @@ def _checkpoint(spec: CheckpointTeacher, root: Path) -> OnlineTeacher:
         std=config.std,
         tokenizer=tokenizer,
         embed_dim=config.embed_dim,
+        scale=spec.scale,
         parent=parent_of(config.name, "teacher", loaded.licence, spec.path, loaded.source, loaded.parents),
     )
 
@@ -178,5 +208,6 @@ def _open_clip(spec: OpenClipTeacher, root: Path) -> OnlineTeacher:
         std=prepared["std"],
         tokenizer=Tokenizer.clip(context_length),
         embed_dim=rows.shape[1],
+        scale=spec.scale,
         parent=parent_of(spec.model, "teacher", "", spec.pretrained, "open_clip", ()),
     )

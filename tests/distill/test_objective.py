@@ -17,7 +17,6 @@ from edgeclip.distill.pairs import Pairs  # noqa: E402
 from edgeclip.distill.recipe import (  # noqa: E402
     AffinityLoss,
     AlignmentUniformityLoss,
-    CheckpointTeacher,
     DecoupledLoss,
     FeatureLoss,
     InfoNCELoss,
@@ -31,12 +30,7 @@ from edgeclip.distill.recipe import (  # noqa: E402
 from edgeclip.distill.token_losses import TokenPairs, token_alignment  # noqa: E402
 from edgeclip.errors import ConfigError  # noqa: E402
 
-TEACHERS = {
-    "near": CheckpointTeacher(name="near", path="near", scale=20.0),
-    "wide": CheckpointTeacher(name="wide", path="wide", scale=30.0),
-    "idle": CheckpointTeacher(name="idle", path="idle"),
-    "eyes": CheckpointTeacher(name="eyes", path="eyes"),
-}
+SCALES = {"near": 20.0, "wide": 30.0, "idle": 100.0, "eyes": 100.0}
 DIMS = {"near": (4, 4), "wide": (6, 6), "idle": (4, 4), "eyes": (3, None)}
 SCALE = torch.tensor(7.0)
 
@@ -51,7 +45,7 @@ def embedded(width: int, seed: int, texts: int = 1) -> Embedded:
 
 def objective(*specs: LossSpec) -> Objective:
     stage = StageSpec(name="one", data="train", samples=10, batch_size=5, loss=specs)
-    return Objective(stage, embed_dim=4, teachers=TEACHERS, teacher_dims=DIMS)
+    return Objective(stage, embed_dim=4, teacher_scales=SCALES, teacher_dims=DIMS)
 
 
 def unit(embedding: Embedded, text: int = 0) -> Pairs:
@@ -190,7 +184,7 @@ def with_tokens(texts: int = 1, rows_: int = 5) -> Embedded:
 def token_objective(*specs: LossSpec) -> Objective:
     stage = StageSpec(name="one", data="train", samples=10, batch_size=5, loss=specs)
     torch.manual_seed(0)
-    return Objective(stage, embed_dim=4, teachers={}, teacher_dims={}, tokens=SHAPES)
+    return Objective(stage, embed_dim=4, teacher_scales={}, teacher_dims={}, tokens=SHAPES)
 
 
 def test_only_what_some_term_asks_for_is_wanted() -> None:
@@ -264,7 +258,7 @@ def test_tokens_that_a_tower_cannot_give_are_named(spec: LossSpec, missing: str)
     shapes = replace(SHAPES, **{missing: 0})
     kind = "token-alignment" if isinstance(spec, TokenAlignmentLoss) else "masked-tokens"
     with pytest.raises(ConfigError, match=f"stage 'three': .*'{kind}' .* the student's {missing} tower"):
-        Objective(stage, embed_dim=4, teachers={}, teacher_dims={}, tokens=shapes)
+        Objective(stage, embed_dim=4, teacher_scales={}, teacher_dims={}, tokens=shapes)
 
 
 def test_alignment_and_uniformity_are_weighted_in_one_term() -> None:

@@ -133,7 +133,7 @@ def test_the_second_recipe_draws_from_both_captioners(folder: Path) -> None:
     assert dict(inputs.captions[1].weights) == {
         "synthetic": 1.0, "synthetic_first": 1.0, "synthetic_second": 1.0,
     }  # fmt: skip
-    assert opened.objective(recipe.stage[0])._teachers["dfn2b"].scale == 70
+    assert opened.objective(recipe.stage[0]).teacher_scales["dfn2b"] == 70
 
 
 # What a batch holds
@@ -162,7 +162,7 @@ def test_stored_and_running_teachers_say_the_same_in_one_step(folder: Path, tmp_
     other = opened.teachers["mobileclip"]
     assert isinstance(other, OfflineTeacher)
     assert (other.columns, other.scale, other.image_dim) == ((WIDTH, 2 * WIDTH), 50.0, WIDTH)
-    assert opened.objective(stage)._teachers["mobileclip"].scale == 50.0  # as the manifest says
+    assert opened.objective(stage).teacher_scales["mobileclip"] == 50.0  # as the manifest says
     result, _ = run_recipe(recipe, folder, tmp_path / "run")
     assert (result.status, result.broken) == ("finished", 0)
 
@@ -255,7 +255,7 @@ def test_the_published_layout_trains(folder: Path, tmp_path: Path, form: str, se
             ids = tokenizer(one["captions"], truncate=True)
             (chosen,) = (n for n in options if np.array_equal(ids[n], batch["tokens"][row, at].numpy()))
             assert np.abs(batch[STORED_TEXT][row, at].numpy() - texts[chosen]).max() <= tolerance
-    assert opened.objective(stage)._teachers["openai"].scale == 100
+    assert opened.objective(stage).teacher_scales["openai"] == 100
     result, heard = run_recipe(recipe, folder, tmp_path / "run")
     assert (result.status, result.broken, len(steps(heard))) == ("finished", 0, 4)
     assert result.licence == "NOASSERTION"  # nobody says whose the teachers' terms are

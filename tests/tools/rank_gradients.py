@@ -31,7 +31,6 @@ from edgeclip.distill.recipe import (
     MaskedTokensLoss,
     SigLIPLoss,
     StageSpec,
-    StoredTeacher,
     TokenAlignmentLoss,
 )
 from edgeclip.models.clip import CLIP, build_clip
@@ -112,7 +111,7 @@ def objective_of(terms: tuple[LossSpec, ...], model: CLIP) -> Objective:
     made = Objective(
         stage,
         embed_dim=EMBED,
-        teachers={name: StoredTeacher(name=name, slice=(0, 1), scale=SCALES[name]) for name in TEACHERS},
+        teacher_scales=SCALES,
         teacher_dims={name: (width, width) for name, width in TEACHERS.items()},
         tokens=token_shapes(model),
     ).double()
