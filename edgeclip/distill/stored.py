@@ -258,7 +258,7 @@ def _zip_entries(content: bytes, where: str) -> list[_ZipEntry]:
 def _bytes_of(content: bytes, entry: _ZipEntry, until: int, where: str) -> bytes | memoryview:
     """Return the first ``until`` bytes of a file in a zip archive."""
     raw = memoryview(content)[entry.begin : entry.begin + entry.compressed]
-    if entry.method == zipfile.ZIP_STORED:
+    if entry.method == zipfile.ZIP_STORED or not until:  # to zlib, 0 means without a limit
         return raw[:until]
     try:
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, until)
@@ -385,8 +385,10 @@ def _torch_arrays(content: bytes, where: str) -> dict[str, _Array]:
         raise InputError(f"{where}: ends before its gzip stream does. Get or make it again.")
     # torch would decompress the files of this archive without a limit, and reads an older format of pickles.
     entries = _zip_entries(saved, where)
-    if any(entry.method != zipfile.ZIP_STORED for entry in entries):
-        raise InputError(f"{where}: holds compressed files inside, expected what torch.save writes.")
+    if not saved.startswith(b"PK\3\4") or any(entry.method != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(
+            f"{where}: holds an older format or compressed files inside, expected what torch.save writes."
+        )
     files = {entry.name.partition("/")[2]: saved[entry.begin : entry.begin + entry.size] for entry in entries}
     structure = files.get("data.pkl", b""), files.get("byteorder", b"")
     known = _STRUCTURES.get(structure)
@@ -530,8 +532,11 @@ def check_stored(members: Mapping[str, bytes], captions: Mapping[str, Sequence[s
     stored = open_stored(members, where=where)
     stored.check()
     for kind in captions:
-        if kind == "alt" or (_SYNTHETIC.fullmatch(kind) and captions[kind]):
+        own = array_of(kind) in stored.shapes
+        if kind == "alt" or own or (_SYNTHETIC.fullmatch(kind) and captions[kind]):
             place_of(kind, 0, captions, stored)
+        if kind == "alt" and own:
+            place_of(kind, 1, captions, stored)
 
 
 # -- Writing ------------------------------------------------------------------------------------------------
@@ -544,7 +549,19 @@ def write_stored(arrays: Mapping[str, NDArray[np.float32]], precision: Precision
         arrays: ``(rows, columns)`` by name.
         precision: bfloat16 gives a ``pth.gz``, the others an ``npz``, not compressed so that single rows can
             be read.
+
+    Raises:
+        InputError: more than is read again.
     """
+    rows, columns = (max(array.shape[axis] for array in arrays.values()) for axis in (0, 1))
+    size_bytes = sum(array.nbytes for array in arrays.values())
+    most = _MAX_ARRAYS - 16, MAX_ROWS, MAX_COLUMNS, MAX_BYTES - (1 << 20)  # archives have files of their own
+    if any(said > limit for said, limit in zip((len(arrays), rows, columns, size_bytes), most, strict=True)):
+        raise InputError(
+            f"embeddings of one sample: {len(arrays)} arrays of up to {rows} rows and {columns} columns, "
+            f"{size_bytes:,} bytes in float32; expected at most {most[0]}, {most[1]}, {most[2]} and "
+            f"{most[3]:,}. Take fewer views, captions or teachers."
+        )
     buffer = io.BytesIO()
     if precision == "bfloat16":
         import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -245,6 +246,12 @@ def test_whole_samples_are_checked() -> None:
     check_stored(dict([write_stored(ARRAYS, "float16")]), CAPTIONS, where="s/7")
     with pytest.raises(InputError, match="'synthetic'"):
         check_stored(dict([write_stored(ARRAYS, "float16")]), CAPTIONS | {"synthetic": ("x",)}, where="s/7")
+    with pytest.raises(InputError, match=r"has 2 embeddings .* kind 'zh', the sample has 1 "):
+        check_stored(dict([write_stored(ARRAYS, "float16")]), CAPTIONS | {"zh": ("x",)}, where="s/7")
+    further = dict([write_stored(ARRAYS | {"caption_alt_emb": unit(2)}, "float16")])
+    check_stored(further, CAPTIONS | {"alt": ("a cat", "a dog", "a hen")}, where="s/7")
+    with pytest.raises(InputError, match=r"has 2 embeddings .* kind 'alt', the sample has 1 "):
+        check_stored(further, CAPTIONS | {"alt": ("a cat", "a dog")}, where="s/7")
     content = bytearray(write_stored(ARRAYS, "float32")[1])
     at = bytes(content).index(ARRAYS["image_emb"].tobytes()) + 5
     content[at] ^= 1
@@ -302,6 +309,21 @@ def bomb() -> bytes:
     return zipped({"image_emb.npy": head + bytes(1 << 24)}, zipfile.ZIP_DEFLATED)
 
 
+def hidden() -> bytes:
+    """Return an archive of some kilobytes whose directory says that an array of megabytes is empty."""
+    packed = zipped({"image_emb.npy": npy(np.zeros((1 << 8, 1 << 14), np.float32))}, zipfile.ZIP_DEFLATED)
+    return edited(packed, "image_emb", size=0)
+
+
+def older() -> bytes:
+    """Return what torch saved before it used archives, with an archive behind it."""
+    buffer = io.BytesIO()
+    torch.save(tensors(ARRAYS), buffer, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("archive/data.pkl", b"")
+    return gzip.compress(buffer.getvalue())
+
+
 GOOD = as_npz(ARRAYS)
 OBJECTS = as_npz({"image_emb": np.array([[Harm()]], dtype=object)})
 
@@ -327,6 +349,7 @@ OBJECTS = as_npz({"image_emb": np.array([[Harm()]], dtype=object)})
         (zipped({"image_emb.npy": npy(unit(2))[:-1]}), "has 223 bytes, expected 224"),
         (zipped({"image_emb.npy": npy(unit(2)) + b"0"}), "has 225 bytes, expected 224"),
         (zipped({f"{number}_emb.npy": b"" for number in range(100)}), "a directory of 100 files"),
+        (hidden(), "'image_emb' is no array"),
         (bomb(), r"has 16777344 bytes, expected 4294967424"),
         (edited(GOOD, "image_emb", flags=1), "is encrypted"),
         (edited(GOOD, "image_emb", method=12), "compressed by method 12"),
@@ -372,6 +395,7 @@ def test_numbers_that_are_none_are_refused(value: float, precision: Precision) -
         (b"", "ends before its gzip stream does"),
         (b"nothing", "is no gzip file"),
         (as_pth(tensors(ARRAYS))[:-30], "ends before"),
+        (older(), "holds an older format"),
         (gzip.compress(b"nothing"), "is not a whole zip archive"),
         (gzip.compress(bytes(stored_module.MAX_BYTES + 1)), "more than 67,108,864 bytes"),
         (as_pth({"image_emb": Harm()}), "holds more than tensors"),
@@ -388,6 +412,34 @@ def test_pth_of_strangers_are_refused(
     with pytest.raises(InputError, match=rf"s/7\.pth\.gz: .*{message}"):
         open_stored({"pth.gz": content}, where="s/7")
     assert capsys.readouterr().out == ""
+
+
+def test_nothing_is_inflated_for_an_array_that_is_said_to_be_empty() -> None:
+    content = hidden()
+    tracemalloc.start()
+    with pytest.raises(InputError, match="'image_emb' is no array"):
+        open_stored({"npz": content}, where="s/7")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({f"{number}_emb": unit(1) for number in range(49)}, "49 arrays of up to 1 rows and 12 columns"),
+        ({"image_emb": np.zeros((1 << 14 | 1, 1), np.float32)}, "1 arrays of up to 16385 rows"),
+        ({"image_emb": np.zeros((1 << 12, 1 << 12), np.float32)}, "67,108,864 bytes"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(arrays: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_stored(arrays, "float32")
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_as_much_as_may_be_written_is_read(precision: Precision) -> None:
+    arrays = {"image_emb": unit(2)} | {f"{number}_emb": unit(1) for number in range(47)}
+    assert len(open_stored(dict([write_stored(arrays, precision)]), where="s/7").shapes) == 48
 
 
 def test_archives_inside_archives_stay_small() -> None:
