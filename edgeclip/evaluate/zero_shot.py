@@ -11,6 +11,7 @@ embeds pictures (:func:`evaluate_embedder`: an eager model, without its framewor
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -258,20 +259,20 @@ def evaluate_classifier(
     """
     names = classifier.bank.names
     known = {name: index for index, name in enumerate(names)}
-    seen: list[tuple[Sample, int]] = []
+    waiting: deque[tuple[Sample, int]] = deque()  # samples may hold their pictures
 
     def sources() -> Iterator[Any]:
         for sample in samples:
-            seen.append((sample, _number(sample, known)))
+            waiting.append((sample, _number(sample, known)))
             yield sample.source
 
     rows: list[list[int]] = []
     similarities, scores, targets, grouped, skipped = [], [], [], list[str | None](), []
     outcomes = classifier.classify_stream(sources(), top_k=_BEST, batch_size=batch_size, workers=workers)
-    for done, outcome in enumerate(outcomes):
-        sample, target = seen[done]
+    for done, outcome in enumerate(outcomes, start=1):
+        sample, target = waiting.popleft()
         if progress is not None:
-            progress(done + 1)
+            progress(done)
         if outcome.error is not None:
             skipped.append((sample.key, str(outcome.error)))
             continue

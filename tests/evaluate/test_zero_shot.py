@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,6 +178,23 @@ def test_a_classifier_is_evaluated_with_its_labels_and_head(
     assert report.calibration_error is not None
     assert {name: each.n for name, each in report.groups.items()} == {"0": 8, "1": 8, "2": 8}
     assert done == list(range(1, 25))
+
+
+def test_pictures_in_memory_are_let_go(classifier: ZeroShotClassifier, samples: list[Sample]) -> None:
+    alive = weakref.WeakSet[Sample]()
+    most = 0
+
+    def stream() -> Iterator[Sample]:
+        nonlocal most
+        for number, sample in enumerate(samples * 4):
+            assert isinstance(sample.source, Path)
+            held = Sample(str(number), sample.source.read_bytes(), label=sample.label)
+            alive.add(held)
+            most = max(most, len(alive))
+            yield held
+
+    assert evaluate_classifier(classifier, stream(), batch_size=2, workers=1).n == 4 * len(samples)
+    assert most < len(samples)
 
 
 def test_a_classifier_and_its_embeddings_give_one_report(
