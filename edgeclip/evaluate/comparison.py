@@ -229,25 +229,22 @@ def compare_retrieval(
     Args:
         subjects: models; the first is the reference.
         pictures: with captions.
-        kinds: of captions, each measured by itself; none takes all there are.
+        kinds: of captions, each measured by itself; none takes all that pictures measured have.
         settings: how pictures are taken.
 
     Raises:
-        InputError: no picture has a caption of a kind, or too many cannot be used.
+        InputError: no picture measured has a caption of a kind, or too many cannot be used.
         ConfigError: there is no model.
         EdgeClipError: a model cannot embed what it is given.
     """
     _check(subjects, (), SEVERITIES)
-    found: dict[str, None] = {}
 
     def captions(picture: Picture) -> Mapping[str, tuple[str, ...]] | str:
-        found.update(dict.fromkeys(picture.captions))
         wanted = {kind: said for kind, said in picture.captions.items() if not kinds or kind in kinds}
         said = ", ".join(sorted(picture.captions)) or "none"
         return wanted or f"has captions of the kinds {said}, expected {', '.join(kinds) or 'some'}."
 
     chosen = choose(pictures, captions, limit=settings.limit, allowed=settings.allowed)
-    columns = tuple(kinds) or tuple(found)
     parts: dict[str, list[NDArray[np.float32]]] = {subject.name: [] for subject in subjects}
     said: list[Mapping[str, tuple[str, ...]]] = []
     with Passes(subjects, settings.batch_size, settings.workers) as passes:
@@ -257,12 +254,13 @@ def compare_retrieval(
             said += batch.uses
             settings.said("pictures", len(said) + len(passes.left_out), chosen.count)
         unread = tuple(passes.left_out)
+    columns = tuple(dict.fromkeys(kinds or (kind for each in said for kind in each)))
     with_kind = {kind: [row for row, each in enumerate(said) if kind in each] for kind in columns}
     empty = next((kind for kind, rows_of in with_kind.items() if not rows_of), None)
     if empty is not None:
         raise InputError(
-            f"{pictures.path!r}: no picture has a caption of the kind {empty!r}; there are "
-            f"{', '.join(map(repr, found))}."
+            f"{pictures.path!r}: none of {len(said):,} pictures measured has a caption of kind {empty!r}, "
+            "expected some. Leave the kind out, or raise the limit."
         )
     rows_ = []
     for subject in subjects:
@@ -313,4 +311,6 @@ def _check(subjects: Sequence[Subject], corruptions: Sequence[str], severities: 
 def _counts(chosen: Chosen[Any], unread: tuple[LeftOut, ...], settings: Settings) -> Counts:
     left_out = (*chosen.left_out, *unread)
     check_left_out(chosen.pictures, left_out, chosen.total, settings.allowed)
+    # What a large set may lose is more than what may be lost of a few taken from it.
+    check_left_out(chosen.pictures, unread, chosen.count, settings.allowed)
     return Counts(chosen.pictures.path, chosen.total, chosen.count, chosen.count - len(unread), left_out)

@@ -250,6 +250,21 @@ def test_what_cannot_be_read_is_left_out_for_all_and_named(pictures: Path, tmp_p
         compare_zero_shot([Stub()], open_set(table), offered(), settings=Settings(allowed=lambda total: 2))
 
 
+def test_of_a_few_pictures_only_a_few_may_be_left_out(pictures: Path, tmp_path: Path) -> None:
+    rows = [{"image": str(path), "label": path.parent.name} for path in sorted(pictures.glob("*/*.png"))]
+    rows[::10] = [{"image": "broken.png", "label": "red"}] * 4
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    table = tmp_path / "t.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    every_tenth = Settings(limit=8, allowed=lambda total: total // 10)
+    with pytest.raises(InputError, match=r"4 of 8 pictures cannot be used, expected at most 0.*broken"):
+        compare_zero_shot([Stub()], open_set(table), offered(), settings=every_tenth)
+    whole = compare_zero_shot(
+        [Stub()], open_set(table), offered(), settings=Settings(allowed=every_tenth.allowed)
+    )
+    assert whole.data.measured == 36
+
+
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "red").mkdir()
     (tmp_path / "red" / "a.png").write_bytes(b"no")
@@ -311,8 +326,20 @@ def test_captions_of_two_kinds_are_two_columns(pictures: Path, tmp_path: Path) -
     assert [each.reason for each in only.data.left_out] == ["has captions of the kinds alt, expected de."]
     with pytest.raises(InputError, match=r"none of its 8 pictures can be used.*expected zh"):
         compare_retrieval([Stub()], open_set(table), kinds=["zh"])
-    with pytest.raises(InputError, match="no picture has a caption of the kind 'zh'; there are 'alt', 'de'"):
+    with pytest.raises(InputError, match="none of 8 pictures measured has a caption of kind 'zh'"):
         compare_retrieval([Stub()], open_set(table), kinds=["alt", "zh"])
+
+
+def test_a_kind_that_a_limit_leaves_out_is_no_column(pictures: Path, tmp_path: Path) -> None:
+    rows = [{"image": str(path), "caption": path.parent.name} for path in sorted(pictures.glob("*/0.png"))]
+    rows[-1]["caption_de"] = "selten"
+    table = tmp_path / "t.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    few = compare_retrieval([Stub()], open_set(table), settings=Settings(limit=3))
+    assert (few.columns, few.without) == (("alt",), {"alt": 0})
+    assert compare_retrieval([Stub()], open_set(table), kinds=["alt", "alt"]).columns == ("alt",)
+    with pytest.raises(InputError, match="none of 3 pictures measured has a caption of kind 'de'"):
+        compare_retrieval([Stub()], open_set(table), kinds=["alt", "de"], settings=Settings(limit=3))
 
 
 def test_pictures_with_several_captions(pictures: Path, subjects: list[BundleSubject]) -> None:
