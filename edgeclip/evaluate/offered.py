@@ -6,6 +6,7 @@ in all of them.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,10 @@ class Offered:
     def number(self, label: str) -> int | None:
         """Return the number of a picture's label; ``None`` where it is not offered."""
         found = None if self.numbered else self.numbers.get(label)
-        if found is None and (self.numbered or self._counts) and label.isascii() and label.isdecimal():
-            number = int(label)
+        # No more digits than a number of labels has: Python refuses to read very many.
+        digits = re.fullmatch(r"0*([0-9]{1,9})", label) if found is None else None
+        if digits is not None and (self.numbered or self._counts):
+            number = int(digits[1])
             return number if number < len(self.names) else None
         return found
 

@@ -16,6 +16,7 @@ memory.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +130,7 @@ def open_set(path: str | os.PathLike[str]) -> PictureSet:
 
 def _clip_benchmark(path: str | os.PathLike[str], split: Path, root: Path) -> PictureSet:
     said = _read_text(split / _SHARDS).strip()
-    if not said.isdecimal() or not 1 <= int(said) <= 1_000_000:
+    if re.fullmatch(r"0*[1-9][0-9]{0,5}", said) is None:
         raise InputError(f"{str(split / _SHARDS)!r}: got {said[:40]!r}, expected the number of shards.")
     shards = tuple(split / f"{number}.tar" for number in range(int(said)))
     missing = next((shard for shard in shards if not shard.is_file()), None)

@@ -80,6 +80,8 @@ def test_more_than_nine_shards_are_in_the_order_of_their_numbers(tmp_path: Path)
     ("name", "content", "message"),
     [
         ("test/nshards.txt", "many", "got 'many', expected the number of shards"),
+        ("test/nshards.txt", "0", "got '0', expected the number of shards"),
+        ("test/nshards.txt", "9" * 5000, "got '9{40}', expected the number of shards"),
         ("test/nshards.txt", "3", r"'2.tar' is missing, but nshards.txt says that there are 3"),
         ("dataset_type.txt", "multilabel", "says 'multilabel', expected 'retrieval' or 'classification'"),
         ("classnames.txt", "crane\n\nfox\n", "line 2: is empty, expected the name of class 1"),
@@ -119,8 +121,8 @@ def test_a_set_without_a_test_split_names_those_it_has(tmp_path: Path) -> None:
 
 def test_names_and_numbers_mean_labels() -> None:
     offered = offer([(None, LabelSet.of(["cat", "dog"]))])
-    assert [offered.number(label) for label in ("dog", "0", "1", "2", "bird", "²")] == [
-        1, 0, 1, None, None, None
+    assert [offered.number(label) for label in ("dog", "0", "1", "2", "bird", "²", "001", "9" * 5000)] == [
+        1, 0, 1, None, None, None, 1, None
     ]  # fmt: skip
     digits = offer([(None, LabelSet.of(["7", "1", "cat"]))])
     assert [digits.number(label) for label in ("7", "1", "0", "cat")] == [0, 1, None, 2]
