@@ -28,11 +28,13 @@ __all__ = [
     "Notes",
     "Pictures",
     "bundle_directory",
+    "is_there",
     "label_options",
     "model_options",
     "prepare_stdout",
     "quiet_broken_pipe",
     "shown",
+    "templates_of",
 ]
 
 SCHEMA = 1
@@ -159,15 +161,8 @@ class LabelChoice:
         return labels if self.language is None else labels.in_language(self.language)
 
     def read_templates(self) -> Templates | None:
-        """Return the templates: a built-in name, a file, or a template itself."""
-        from edgeclip.label_sets import TEMPLATES, Templates
-
-        said = self.templates
-        if said is None:
-            return None
-        if said not in TEMPLATES and "{}" not in said and (Path(said).suffix or Path(said).exists()):
-            return Templates.read(said)
-        return Templates.of(said)
+        """Return the templates, if any were given."""
+        return None if self.templates is None else templates_of(self.templates)
 
     def apply(self, classifier: ZeroShotClassifier, notes: Notes) -> None:
         """Set the labels of a classifier and say what there is to say about them."""
@@ -231,6 +226,19 @@ class Notes:
         self.progress(
             f"encoded {progress.labels_done:,} of {progress.labels:,} labels, {_duration(remaining_s)} left"
         )
+
+
+def is_there(said: str) -> bool:
+    """Return whether a text is a path that exists; one too long for a path is none."""
+    return os.path.exists(said)  # noqa: PTH110  # Path.exists raises where a name is too long
+
+
+def templates_of(said: str) -> Templates:
+    """Return templates: those of a built-in name or a file, or a template itself."""
+    from edgeclip.label_sets import TEMPLATES, Templates
+
+    is_file = said not in TEMPLATES and "{}" not in said and (Path(said).suffix or is_there(said))
+    return Templates.read(said) if is_file else Templates.of(said)
 
 
 def bundle_directory(said: str, notes: Notes) -> str:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import SCHEMA, Notes, bundle_directory, prepare_stdout, quiet_broken_pipe
+from ._options import (
+    SCHEMA,
+    Notes,
+    bundle_directory,
+    is_there,
+    prepare_stdout,
+    quiet_broken_pipe,
+    templates_of,
+)
 
 if TYPE_CHECKING:
     from edgeclip.evaluate.comparison import Settings
@@ -20,7 +28,7 @@ if TYPE_CHECKING:
     from edgeclip.evaluate.picture_sets import PictureSet
     from edgeclip.evaluate.results import Comparison
     from edgeclip.evaluate.subjects import Subject
-    from edgeclip.label_sets import LabelSet, Templates
+    from edgeclip.label_sets import LabelSet
 
 __all__ = ["eval_"]
 
@@ -258,7 +266,7 @@ def _offered(
             f"{len(repeated)} names stand for several labels, which cannot be told apart, first "
             f"{repeated[0]!r}; the first one wins"
         )
-    prompts = [(language, _templates(said)) for language, said in map(_for_language, templates)]
+    prompts = [(language, templates_of(said)) for language, said in map(_for_language, templates)]
     if pictures.templates is not None and not prompts:
         prompts = [(None, pictures.templates)]
     return offer(given, languages=languages, templates=prompts, numbered=pictures.numbered)
@@ -267,7 +275,7 @@ def _offered(
 def _labels(said: str) -> LabelSet:
     from edgeclip.label_sets import parse_labels, read_labels
 
-    return parse_labels(said) if "," in said and not Path(said).exists() else read_labels(said)
+    return parse_labels(said) if "," in said and not is_there(said) else read_labels(said)
 
 
 def _labels_found(pictures: PictureSet) -> list[str]:
@@ -284,14 +292,7 @@ def _labels_found(pictures: PictureSet) -> list[str]:
 
 def _for_language(said: str) -> tuple[str | None, str]:
     match = _FOR_LANGUAGE.fullmatch(said)
-    return (match[1], match[2]) if match is not None and not Path(said).exists() else (None, said)
-
-
-def _templates(said: str) -> Templates:
-    from edgeclip.label_sets import TEMPLATES, Templates
-
-    is_file = said not in TEMPLATES and "{}" not in said and (Path(said).suffix or Path(said).exists())
-    return Templates.read(said) if is_file else Templates.of(said)
+    return (match[1], match[2]) if match is not None and not is_there(said) else (None, said)
 
 
 # --- who is asked ------------------------------------------------------------------------------------------
@@ -399,11 +400,13 @@ def _print(comparison: Comparison, document: dict[str, Any], json_to: str | None
     from edgeclip.labels import write_atomic
 
     text = json.dumps(document, ensure_ascii=False, indent=1)
-    if json_to not in (None, "-"):
-        write_atomic(Path(str(json_to)), (text + "\n").encode("utf-8", "backslashreplace"))
     if json_to == "-":
         click.echo(text)
         return
-    click.echo(comparison_table(comparison))
-    if per_class:
-        click.echo("\n" + per_class_table(comparison))
+    try:
+        if json_to is not None:
+            write_atomic(Path(json_to), (text + "\n").encode("utf-8", "backslashreplace"))
+    finally:  # what was measured is shown wherever it could not be written
+        click.echo(comparison_table(comparison))
+        if per_class:
+            click.echo("\n" + per_class_table(comparison))

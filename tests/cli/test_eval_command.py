@@ -88,7 +88,7 @@ def test_every_variant_of_a_bundle_is_a_row(evaluate, colours: Path, tiny_bundle
     assert done.code == 0, done.err
     assert done.err == ""
     lines = done.out.splitlines()
-    assert lines[0].endswith("colours0: 32 pictures, 8 labels")
+    assert lines[0].endswith(f"{colours.name}: 32 pictures, 8 labels")
     rows = [line.split() for line in lines if "/onnx-" in line]
     assert [row[0].rpartition("/")[2] for row in rows] == ["onnx-fp32", "onnx-int8"]
     assert rows[0][-1] == "-"
@@ -401,6 +401,20 @@ def test_a_file_for_each_language(evaluate, tiny_bundle: Path, colours: Path, tm
 def test_labels_may_be_a_list(evaluate, tiny_bundle: Path, colours: Path) -> None:
     said = document(evaluate(tiny_bundle, "--data", colours, "--labels", ",".join(NAMES), "--json", "-"))
     assert (said["labels"], said["data"]["total"]) == (8, 32)
+    more = ["colour of this very number " * 3 + str(number) for number in range(40)]  # no path is that long
+    arguments = ["--labels", ",".join([*NAMES, *more]), "--templates", "x" * 300 + " {}", "--json", "-"]
+    assert document(evaluate(tiny_bundle, "--data", colours, *arguments))["labels"] == 48
+    refused = evaluate(tiny_bundle, "--data", colours, "--templates", "x" * 300)
+    assert "one of 'bare', 'one', " in refused.err
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_written(
+    evaluate, tiny_bundle: Path, colours: Path, tmp_path: Path
+) -> None:
+    done = evaluate(tiny_bundle, "--data", colours, "--json", tmp_path / "missing" / "report.json")
+    assert done.code == 1
+    assert "report.json' cannot be written: No such file or directory" in done.err
+    assert "32 pictures, 8 labels" in done.out
 
 
 def test_a_person_sees_how_far_it_is(
