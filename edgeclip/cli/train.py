@@ -112,7 +112,7 @@ def train(
         log_every=log_every,
         recipe_text=record + content.decode("utf-8"),
     )
-    with _stopping(notes) as stop, _reporting(notes) as report, ExitStack() as opened:
+    with _stopping() as stop, _reporting(notes) as report, ExitStack() as opened:
         listen = report
         if tensorboard:
             from edgeclip.distill.tensorboard import written_scalars
@@ -132,7 +132,7 @@ def train(
 def _read(recipe: str) -> tuple[bytes, Path, str]:
     """Return a recipe's text, the folder its paths are relative to, and its name in messages."""
     path = Path(recipe)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         from edgeclip.distill.recipe import read_recipe_file
 
         return read_recipe_file(path), path.parent, f"recipe {recipe!r}"
@@ -148,7 +148,7 @@ def _read(recipe: str) -> tuple[bytes, Path, str]:
 
 
 @contextmanager
-def _stopping(notes: Notes) -> Iterator[Callable[[], bool]]:
+def _stopping() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether a signal asked to stop; a second Ctrl-C does not wait."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -177,7 +177,7 @@ def _reporting(notes: Notes) -> Iterator[Callable[[Progress], None]]:
         from rich.progress import Progress as Bar
 
         with Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

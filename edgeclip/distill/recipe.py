@@ -29,10 +29,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -84,10 +85,12 @@ __all__ = [
 SCHEMA = 1
 _MAX_BYTES = 1 << 20
 
-Positive = Annotated[float, Meta(gt=0)]
-NotNegative = Annotated[float, Meta(ge=0)]
+_LARGEST = sys.float_info.max  # TOML has inf and nan
+Finite = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
+Positive = Annotated[float, Meta(gt=0, le=_LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Softness = Annotated[float, Meta(ge=0, lt=1)]
+ShareBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 KeptShare = Annotated[float, Meta(gt=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 
@@ -134,8 +137,12 @@ class DataSpec(_Table, frozen=True, kw_only=True):
     """
 
     paths: Annotated[tuple[str, ...], Meta(min_length=1)]
-    captions: dict[str, Positive] = msgspec.field(default_factory=lambda: {"alt": 1.0})
-    synthetic: dict[str, Positive] = msgspec.field(default_factory=lambda: {"synthetic": 1.0})
+    captions: Annotated[dict[str, Positive], Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: {"alt": 1.0}
+    )
+    synthetic: Annotated[dict[str, Positive], Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: {"synthetic": 1.0}
+    )
     crop_scale: tuple[Positive, Positive] = (0.9, 1.0)
     rand_augment: Annotated[int, Meta(ge=0, le=14)] = 0
     rand_augment_magnitude: Annotated[int, Meta(ge=0, le=30)] = 9
@@ -301,7 +308,7 @@ class InfoNCELoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="info
     """
 
     weight: Positive = 1.0
-    softness: tuple[Softness, Softness] = (0.0, 0.0)
+    softness: tuple[ShareBelowOne, ShareBelowOne] = (0.0, 0.0)
     spread: Literal["even", "similar"] = "even"
 
 
@@ -315,7 +322,7 @@ class SigLIPLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="sigli
     """A yes or no for every pair."""
 
     weight: Positive = 1.0
-    bias_init: float = -10.0
+    bias_init: Finite = -10.0
 
 
 class AffinityLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="affinity"):
@@ -416,7 +423,7 @@ class OptimizerSpec(_Table, frozen=True, kw_only=True):
     """AdamW; norms, biases, scales and position tables are not decayed."""
 
     learning_rate: Positive = 1e-3
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.2
 
@@ -693,18 +700,23 @@ def _plain_message(said: str, value: Any, kind: Any) -> str:
     """Return msgspec's message with the value that was found, and the keys that are known."""
     message, _, place = said.partition(" - at `$")
     path = place.rstrip("`").lstrip(".")
+    found, structs = value, _structs(kind, value)
+    for key in re.sub(r"\[.*?\]", "", path).split(".") if path else []:
+        types = [one.type for each in structs for one in msgspec.structs.fields(each) if one.name == key]
+        found = found.get(key) if isinstance(found, Mapping) else found
+        structs = [each for one in types for each in _structs(one, found)]
     if "unknown field" in message:
-        known = sorted({name for one in _structs(kind) for name in one.__struct_fields__})
-        return f"{message}; known are {known}."
-    found = value
-    for part in path.split(".") if path else []:
-        found = found.get(part.split("[")[0]) if isinstance(found, Mapping) else found
+        known = sorted({name for each in structs for name in each.__struct_fields__})
+        return f"{f'{path!r}: ' if path else ''}{message}; known are {known}."
     got = f"{path!r} is {found!r}" if path else f"got {found!r}"
     return f"{got[:300]}: {message[0].lower()}{message[1:]}."
 
 
-def _structs(kind: Any) -> tuple[type[Struct], ...]:
-    return getattr(kind, "__args__", None) or (kind,)
+def _structs(kind: Any, value: Any) -> list[type[Struct]]:
+    """Return the tables among the types that a value may have: of several, those of its ``kind``."""
+    structs = [one for one in get_args(kind) or (kind,) if isinstance(one, type) and issubclass(one, Struct)]
+    tag = value.get("kind") if isinstance(value, Mapping) else None
+    return [one for one in structs if one.__struct_config__.tag == tag] or structs
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -733,7 +745,7 @@ def _apply(said: dict[str, Any], change: str, where: str) -> None:
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
         if isinstance(at, list):
-            if not part.isdigit() or int(part) >= len(at):
+            if not part.isdecimal() or int(part) >= len(at):
                 raise ConfigError(
                     f"--set {change!r}: {'.'.join(parts[:index])!r} has the entries 0 to {len(at) - 1}, "
                     f"not {part!r}."

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,12 +50,14 @@ def test_a_recipe_is_trained_once(train, folder: Path, tmp_path: Path) -> None:
 
 def test_a_person_sees_a_bar(train, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    stage = STAGE.replace('name = "contrastive"', 'name = "[/b]"')  # no markup of the bar's
     validation = '[[validation]]\nname = "pairs"\ndata = "held_out"\nevery = 2\n'
     recipe = folder / "watched.toml"
-    recipe.write_text(recipe_text(folder, STAGE, validation), encoding="utf-8")
+    recipe.write_text(recipe_text(folder, stage, validation), encoding="utf-8")
     done = train(recipe, "-o", tmp_path / "run", *SHORT)
     assert done.code == 0, done.err
     assert "4/4" in done.err
+    assert "[/b]: loss" in done.err
     assert "step 4: pairs: image_to_text_r1" in done.err
     assert done.out.startswith("finished: 4 steps")
 
@@ -114,6 +117,16 @@ def test_errors_are_one_line(
     assert message in done.err
     assert done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_called_like_a_built_in_recipe_does_not_hide_it(
+    train, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain-clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "shapes", "shapes")
+    done = train("plain-clip", "-o", "plain-clip", *SHORT, "--dry-run", "--set", "stage.0.schedule.warmup=0")
+    assert done.code == 0, done.err
 
 
 def test_without_torch_the_extra_is_named(

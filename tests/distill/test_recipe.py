@@ -128,6 +128,38 @@ def test_set_takes_toml_values_bare_words_and_new_tables() -> None:
             'batch_size = "many"',
             r"\[\[stage\]\] 0: 'batch_size' is 'many': expected `int`",
         ),
+        (
+            "[[stage.loss]]",
+            "[stage.optimizer]\nlearning_rat = 1\n[[stage.loss]]",
+            r"\[\[stage\]\] 0: 'optimizer': .*`learning_rat`; known are \['betas', 'eps', 'learning_rate', ",
+        ),
+        (
+            "[[stage.loss]]",
+            "[stage.prune]\nimag = 1\n[[stage.loss]]",
+            r"'prune': .*`imag`; known are \['gates', 'image', ",
+        ),
+        (
+            'kind = "info-nce"',
+            'kind = "info-nce"\nsotness = [0, 1]',
+            r"\[\[stage.loss\]\] 0: .*`sotness`; known are \['softness', 'spread', 'weight'\]",
+        ),
+        ('kind = "info-nce"', 'kind = "info-nce"\nweight = inf', "'weight' is inf: expected `float` <= 1.79"),
+        ('kind = "info-nce"', 'kind = "siglip"\nbias_init = nan', "'bias_init' is nan: expected `float`"),
+        (
+            "[[stage.loss]]",
+            "[stage.optimizer]\nbetas = [0.9, 1.0]\n[[stage.loss]]",
+            r"'optimizer.betas\[1\]' is \[0.9, 1.0\]: expected `float` < 1.0",
+        ),
+        (
+            'paths = ["train.jsonl"]',
+            "captions = { alt = -1 }\npaths = ['a']",
+            r"'captions\[...\]' is {'alt': -1}: expected `float` > 0",
+        ),
+        (
+            'paths = ["train.jsonl"]',
+            "captions = {}\npaths = ['a']",
+            r"\[data.train\]: 'captions' is {}: expected `object` of length >= 1",
+        ),
         ("batch_size = 100", "batch_size = 0", r"'batch_size' is 0: expected `int` >= 1"),
         ("samples = 1_001\n", "", r"\[\[stage\]\] 0: .*missing required field `samples`"),
         ('kind = "info-nce"', 'kind = "info_nce"', r"\[\[stage.loss\]\] 0: .*'info_nce'"),
@@ -186,6 +218,7 @@ def test_contradictions_are_named(old: str, new: str, message: str) -> None:
     [
         ("batch_size", "expected key=value"),
         ("stage.1.batch_size=3", "has the entries 0 to 0, not '1'"),
+        ("stage.².batch_size=3", "has the entries 0 to 0, not '²'"),
         ("stage.0.batch_size.x=3", "'stage.0.batch_size' is 100"),
         ("stage.0.nothing=3", "`nothing`"),
     ],
