@@ -6,8 +6,8 @@ out and counted. The numbers are those of :mod:`edgeclip.evaluate`, and so of ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,19 +41,17 @@ __all__ = ["Validation", "open_validation"]
 _BATCH = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass
 class _Seen:
-    """Pictures that were read.
+    """What was read so far.
 
     Attributes:
-        forms: ``(N, H, W, 3)`` uint8, one array a way of preparing.
         texts: of each picture.
         skipped: pictures that cannot be read.
     """
 
-    forms: tuple[NDArray[np.uint8], ...]
-    texts: tuple[tuple[str, ...], ...]
-    skipped: int
+    texts: list[tuple[str, ...]] = field(default_factory=list)
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ class Validation:
         return self._retrieval(student)
 
     def _zero_shot(self, student: EagerSubject, offered: Offered) -> dict[str, float]:
-        seen = self._read([Preprocess(student.preprocess)], ("label",))
+        seen = _Seen()
+        images = self._images(student, seen, ("label",))
         targets = [offered.number(texts[0]) for texts in seen.texts]
         if None in targets:
             stray = seen.texts[targets.index(None)][0]
@@ -108,7 +107,7 @@ class Validation:
             )
         ((language, labels),) = offered.languages.items()
         report = evaluate_zero_shot(
-            _images(student, seen.forms[0]),
+            images,
             student.bank(labels, offered.templates[language]),
             np.array(targets, np.intp),
             labels=offered.names,
@@ -125,9 +124,10 @@ class Validation:
         }
 
     def _retrieval(self, student: EagerSubject) -> dict[str, float]:
-        seen = self._read([Preprocess(student.preprocess)], tuple(self.data.captions))
+        seen = _Seen()
+        images = self._images(student, seen, tuple(self.data.captions))
         texts = Texts.of(seen.texts)
-        report = evaluate_retrieval(_images(student, seen.forms[0]), _texts(student, texts.texts), texts)
+        report = evaluate_retrieval(images, _texts(student, texts.texts), texts)
         return {
             "pictures": float(report.pictures),
             "texts": float(report.texts),
@@ -144,18 +144,22 @@ class Validation:
         # As in training, the teacher sees the student's view at its own size.
         own = student.preprocess
         forms = [own] if asked.form is None else [own, _as_form(own, asked.form)]
-        seen = self._read([Preprocess(form) for form in forms], tuple(self.data.captions))
+        seen = _Seen()
+        parts: dict[str, list[NDArray[np.float32]]] = {"student": [], "image": [], "text": []}
+        teacher, inputs = teacher.to(device), Inputs.of(self.data, 1, [consumer, asked])
+        for pictures in self._batches(seen, [Preprocess(form) for form in forms], tuple(self.data.captions)):
+            parts["student"].append(student.images(pictures[0]))
+            captions = [said[0] for said in seen.texts[-len(pictures[0]) :]]
+            told = teacher.ask(_batch(asked, inputs, pictures[-1], captions).to(device), inputs)
+            for name, embedded in (("image", told.image), ("text", told.texts[0] if told.texts else None)):
+                if embedded is not None:
+                    parts[name].append(embedded.float().cpu().numpy())
         texts = Texts.of([said[:1] for said in seen.texts])
-        images = _images(student, seen.forms[0])
-        rows = _texts(student, texts.texts)
-        told_images, told_texts = _ask(
-            teacher.to(device),
-            asked,
-            Inputs.of(self.data, 1, [consumer, asked]),
-            seen.forms[-1],
-            texts.texts,
-            device,
-        )
+        images, rows = np.concatenate(parts["student"]), _texts(student, texts.texts)
+        told_images = np.concatenate(parts["image"]) if parts["image"] else None
+        # There is one for each picture: that of the first picture with a text is taken.
+        firsts = np.unique(texts.numbers, return_index=True)[1]
+        told_texts = np.concatenate(parts["text"])[firsts] if parts["text"] else None
         found = {"pictures": float(len(images)), "texts": float(len(rows)), "skipped": float(seen.skipped)}
         for tower, ours, theirs in (("image", images, told_images), ("text", rows, told_texts)):
             if theirs is not None and theirs.shape == ours.shape:
@@ -167,18 +171,27 @@ class Validation:
             found["image_to_text_matches"], found["text_to_image_matches"] = matches
         return found
 
-    def _read(self, forms: Sequence[Preprocess], kinds: Sequence[str]) -> _Seen:
-        """Return the pictures, evenly spread where there is a limit, with their texts of these kinds."""
+    def _images(self, student: EagerSubject, seen: _Seen, kinds: Sequence[str]) -> NDArray[np.float32]:
+        batches = self._batches(seen, [Preprocess(student.preprocess)], kinds)
+        return np.concatenate([student.images(pictures) for (pictures,) in batches])
+
+    def _batches(
+        self, seen: _Seen, forms: Sequence[Preprocess], kinds: Sequence[str]
+    ) -> Iterator[tuple[NDArray[np.uint8], ...]]:
+        """Yield some pictures at a time, as ``(b, H, W, 3)`` uint8 a form: all may be more than memory holds.
+
+        They are evenly spread where there is a limit. Their texts of these kinds are added to ``seen``.
+        """
         total = len(self.samples)
         count = min(total, self.spec.limit or total)
-        rows, said, skipped = [], [], 0
+        rows: list[list[NDArray[np.uint8]]] = []
         for number in range(count):
             try:
                 sample = self.samples.read(number * total // count)
                 picture = forms[0].decode(sample.image)
                 prepared = [form.resize(picture) for form in forms]
             except InputError:
-                skipped += 1
+                seen.skipped += 1
                 continue
             texts = tuple(text for kind in kinds for text in sample.captions.get(kind, ()))
             if not texts:
@@ -187,16 +200,18 @@ class Validation:
                     f"{', '.join(sorted(sample.captions)) or 'no texts'}, expected {' or '.join(kinds)}."
                 )
             rows.append(prepared)
-            said.append(texts)
-        if not rows:
+            seen.texts.append(texts)
+            if len(rows) == _BATCH:
+                yield _stacked(rows)
+                rows = []
+        if rows:
+            yield _stacked(rows)
+        if not seen.texts:
             raise InputError(f"validation {self.spec.name!r}: none of {count} pictures can be read.")
-        return _Seen(tuple(np.stack(form) for form in zip(*rows, strict=True)), tuple(said), skipped)
 
 
-def _images(student: EagerSubject, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.concatenate(
-        [student.images(pictures[start : start + _BATCH]) for start in range(0, len(pictures), _BATCH)]
-    )
+def _stacked(rows: Sequence[Sequence[NDArray[np.uint8]]]) -> tuple[NDArray[np.uint8], ...]:
+    return tuple(np.stack(form) for form in zip(*rows, strict=True))
 
 
 def _texts(student: EagerSubject, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -209,37 +224,17 @@ def _as_form(spec: PreprocessSpec, form: ViewForm) -> PreprocessSpec:
     return msgspec.structs.replace(spec, image_size_px=form.size_px, interpolation=form.interpolation)
 
 
-def _ask(
-    teacher: Teacher,
-    asked: Consumer,
-    inputs: Inputs,
-    pictures: NDArray[np.uint8],
-    texts: Sequence[str],
-    device: torch.device,
-) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
-    """Return a teacher's embeddings ``(N, d)`` and ``(T, d)``; ``None`` where it lacks the tower."""
-    images, rows = [], []
-    for start in range(0, max(len(pictures), len(texts)), _BATCH):
-        # A row each of pictures and texts, though they do not belong together; the last ones repeat.
-        members = np.arange(start, start + _BATCH)
-        arrays: dict[str, torch.Tensor] = {}
-        if asked.form is not None:
-            some = pictures[np.minimum(members, len(pictures) - 1)].transpose(0, 3, 1, 2)
-            arrays[inputs.image_name(asked)] = torch.from_numpy(np.ascontiguousarray(some))
-        if asked.tokenizer is not None:
-            chosen = [texts[min(each, len(texts) - 1)] for each in members.tolist()]
-            tokens = asked.tokenizer(chosen, truncate=True)
-            arrays[inputs.tokens_name(asked)] = torch.from_numpy(tokens)[:, None]
-        batch = Batch(Position(), torch.from_numpy(members), tuple(map(str, members)), arrays).to(device)
-        told = teacher.ask(batch, inputs)
-        if told.image is not None:
-            images.append(told.image.float().cpu().numpy())
-        if told.texts:
-            rows.append(told.texts[0].float().cpu().numpy())
-    return (
-        np.concatenate(images)[: len(pictures)] if images else None,
-        np.concatenate(rows)[: len(texts)] if rows else None,
-    )
+def _batch(asked: Consumer, inputs: Inputs, pictures: NDArray[np.uint8], texts: Sequence[str]) -> Batch:
+    """Return pictures and a text each as a teacher reads them."""
+    arrays: dict[str, torch.Tensor] = {}
+    if asked.form is not None:
+        turned = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
+        arrays[inputs.image_name(asked)] = torch.from_numpy(turned)
+    if asked.tokenizer is not None:
+        tokens = asked.tokenizer(texts, truncate=True)
+        arrays[inputs.tokens_name(asked)] = torch.from_numpy(tokens)[:, None]
+    members = range(len(pictures))
+    return Batch(Position(), torch.tensor(members), tuple(map(str, members)), arrays)
 
 
 def open_validation(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,45 @@ def test_a_model_agrees_with_itself_and_less_with_another(
     assert 0.02 < other["image_neighbours"] < 1
     assert abs(other["image_cosine"]) < 0.5
     assert (other["pictures"], other["skipped"]) == (COUNT, 0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"kind": "zero-shot", "labels": "labels.json"},
+        {"kind": "retrieval"},
+        {"kind": "teacher-agreement", "teacher": "mobileclip"},
+    ],
+)
+def test_only_a_few_pictures_are_held_at_a_time(
+    shapes: Path, probe: tuple[Any, Any, Tokenizer], monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]
+) -> None:
+    whole = measured(shapes, probe, limit=50, **said)
+    held: list[int] = []
+
+    class Counted:
+        def __len__(self) -> int:
+            return COUNT
+
+        def read(self, index: int) -> Any:
+            held[-1] += 1
+            return samples.read(index)
+
+    images = EagerSubject.images
+
+    def asked(subject: EagerSubject, pictures: Any) -> Any:
+        held.append(0)
+        return images(subject, pictures)
+
+    samples: Any = open_samples([shapes / "held_out.jsonl"])
+    monkeypatch.setattr(EagerSubject, "images", asked)
+    monkeypatch.setattr("edgeclip.distill.validation._BATCH", 8)
+    held.append(0)
+    found = dataclasses.replace(opened(shapes, limit=50, **said), samples=Counted()).measure(
+        *probe, device=CPU
+    )
+    assert held == [8] * 6 + [2, 0]
+    assert found == pytest.approx(whole, abs=1e-5)
 
 
 def test_a_teacher_of_another_size_sees_the_same_pictures(
