@@ -65,7 +65,14 @@ def backward_in_parts(
     ]
     for index, part in enumerate(parts):
         _restore_generators(states[index])
-        torch.autograd.backward(embed(part), [column[index] for column in gradients])
+        reached = [
+            (embedding, column[index])
+            for embedding, column in zip(embed(part), gradients, strict=True)
+            if embedding.requires_grad  # not of a tower that is frozen
+        ]
+        if reached:
+            embeddings, theirs = zip(*reached, strict=True)
+            torch.autograd.backward(embeddings, theirs)
     _restore_generators(after)
     return value.detach()
 

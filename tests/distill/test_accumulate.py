@@ -28,8 +28,12 @@ def batch() -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def run(parts: int, dropout: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+def run(
+    parts: int, dropout: float = 0.0, *, frozen: tuple[str, ...] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
     model, scale = towers(dropout), nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    for side in frozen:
+        model[side].requires_grad_(False)
 
     def embed(part: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return tuple(
@@ -55,6 +59,15 @@ def test_parts_give_the_gradient_of_the_whole_batch(parts: int) -> None:
     assert set(found) == set(expected)
     for name, grad in expected.items():
         assert torch.allclose(found[name], grad, rtol=1e-10, atol=1e-14), name
+
+
+@pytest.mark.parametrize("frozen", [("image",), ("image", "text")])
+def test_frozen_towers_need_no_gradient(frozen: tuple[str, ...]) -> None:
+    (whole, expected), (value, found) = run(1), run(3, frozen=frozen)
+    assert torch.allclose(value, whole, rtol=1e-12)
+    assert set(found) == {name for name in expected if not name.startswith(frozen)}
+    for name, grad in found.items():
+        assert torch.allclose(grad, expected[name], rtol=1e-10, atol=1e-14), name
 
 
 def test_adding_up_micro_batches_would_not() -> None:
