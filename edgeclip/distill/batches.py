@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
@@ -398,6 +399,7 @@ class BatchLoader:
             sampler=_Requests(self.plan, start),
             num_workers=self._workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals,
             pin_memory=self._pin_memory,
             prefetch_factor=self._prefetch if self._workers else None,
             multiprocessing_context=self._start_method if self._workers else None,
@@ -503,3 +505,9 @@ def _collated(
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _leave_signals(worker: int) -> None:
+    """Let a worker outlive what is sent to the whole process group: its parent decides when to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

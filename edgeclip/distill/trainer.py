@@ -35,7 +35,7 @@ from edgeclip.distill.run import Run, broken_limit, open_run
 from edgeclip.distill.sparsity import Sparsity
 from edgeclip.distill.stage import Done, Stage
 from edgeclip.distill.state import Position, TrainingState, latest_state, load_state, save_state
-from edgeclip.errors import ConfigError, EdgeClipError
+from edgeclip.errors import ConfigError
 from edgeclip.models.checkpoints import read_checkpoint_info, save_checkpoint
 from edgeclip.models.clip import CLIP, build_clip
 from edgeclip.models.config import CLIPConfig
@@ -150,6 +150,8 @@ def train(
             run.objective(stage)
             run.sparsity(stage)
             parameter_groups(run.student.model, stage)
+        tables = sorted((name, samples.digest) for name, samples in run.data.items())
+        here.check_same("recipe and data", f"{recipe_digest(recipe)} {tables}".encode())
         journal: Journal | None = None
         if here.is_first:
             journal = Journal(
@@ -161,8 +163,6 @@ def train(
             )
         try:
             here.barrier()  # the first rank may have thrown old states away
-            tables = sorted((name, samples.digest) for name, samples in run.data.items())
-            here.check_same("recipe and data", f"{recipe_digest(recipe)} {tables}".encode())
             return _Trainer(run, options, here, journal, listen, stop).run()
         finally:
             if journal is not None:
@@ -276,14 +276,7 @@ class _Trainer:
         try:
             while self._position.step < spec.steps:
                 began = time.perf_counter_ns()
-                try:
-                    batch = next(batches).to(self._here.device, non_blocking=True)
-                except EdgeClipError:
-                    # A signal to the whole process group also ends the workers.
-                    if not self._stop():
-                        raise
-                    self._save(stage)
-                    return True
+                batch = next(batches).to(self._here.device, non_blocking=True)
                 done = stage.step(batch, self._position.step, stop=self._stop())
                 self._count(stage, done, broken + len(loader.broken), batch)
                 self._log(stage, done, (time.perf_counter_ns() - began) / 1e9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -383,3 +384,21 @@ class Dies:
 def test_a_worker_that_was_killed_is_one_sentence(samples: Samples) -> None:
     with pytest.raises(EdgeClipError, match=r"reading batches: .*worker.*\d.* Take fewer workers"):
         drawn(loader(samples, Dies(os.getpid()), workers=1), 1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_a_signal_to_the_group(
+    number: signal.Signals, samples: Samples, prepare: ImageText
+) -> None:
+    found = loader(samples, prepare, workers=1).batches()
+    drawn = [next(found)]
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, number)
+    drawn += islice(found, 9)
+    assert [batch.position for batch in drawn] == [
+        batch.position for batch in islice(loader(samples, prepare).batches(), 10)
+    ]
+    found.close()  # type: ignore[attr-defined]
+    assert not worker.is_alive()

@@ -23,12 +23,12 @@ from train_runs import (  # noqa: E402
 )
 
 from edgeclip.distill import stage as stage_module  # noqa: E402
-from edgeclip.distill.batches import BatchLoader  # noqa: E402
+from edgeclip.distill.ranks import Ranks  # noqa: E402
 from edgeclip.distill.recipe import parse_recipe  # noqa: E402
 from edgeclip.distill.run import Run, open_run  # noqa: E402
 from edgeclip.distill.state import latest_state  # noqa: E402
 from edgeclip.distill.student import Student  # noqa: E402
-from edgeclip.distill.trainer import MAX_SKIPPED_IN_A_ROW, TrainOptions, train  # noqa: E402
+from edgeclip.distill.trainer import MAX_SKIPPED_IN_A_ROW  # noqa: E402
 from edgeclip.errors import ConfigError, EdgeClipError, InputError  # noqa: E402
 from edgeclip.models.checkpoints import load_model, read_checkpoint_info  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
@@ -179,31 +179,6 @@ def test_a_run_killed_before_its_model_was_complete_writes_it(folder: Path, tmp_
     assert read_checkpoint_info(tmp_path / "model").config.name == "tiny"
 
 
-def test_workers_that_end_with_the_signal_do_not_cost_the_state(
-    folder: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    honest, asked = BatchLoader.batches, False
-
-    def dying(self: BatchLoader, *start: Any) -> Any:
-        for number, batch in enumerate(honest(self, *start)):
-            if number == 3:
-                nonlocal asked
-                asked = True
-                raise EdgeClipError("worker gone")
-            yield batch
-
-    monkeypatch.setattr(BatchLoader, "batches", dying)
-    recipe = parse_recipe(recipe_text(folder).encode())
-    with pytest.raises(EdgeClipError, match="worker gone"):
-        train(recipe, TrainOptions(tmp_path, folder))
-    asked = False
-    result = train(recipe, TrainOptions(tmp_path, folder), stop=lambda: asked)
-    assert (result.status, result.steps) == ("interrupted", 3)
-    monkeypatch.undo()
-    run(folder, tmp_path)
-    assert_same_weights(tmp_path, plain)
-
-
 def test_restart_begins_again(folder: Path, plain: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, changes=("seed=9",))
     with pytest.raises(ConfigError, match=r"belongs to another recipe \(digest .*--restart"):
@@ -212,6 +187,20 @@ def test_restart_begins_again(folder: Path, plain: Path, tmp_path: Path) -> None
     assert (result.status, len(steps(heard))) == ("finished", 10)
     assert len(log(tmp_path)) == 10
     assert_same_weights(tmp_path, plain)
+
+
+def test_ranks_that_disagree_throw_nothing_away(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disagree(here: Ranks, what: str, value: bytes) -> None:
+        raise ConfigError(f"the ranks disagree about {what}")
+
+    run(folder, tmp_path, changes=("stage.0.samples=96",))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Ranks, "check_same", disagree)
+    with pytest.raises(ConfigError, match="disagree about recipe and data"):
+        run(folder, tmp_path, restart=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_other_data_cannot_go_on(tmp_path: Path) -> None:
