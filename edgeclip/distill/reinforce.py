@@ -45,7 +45,7 @@ from edgeclip.distill.reinforcement import (
     record_path,
 )
 from edgeclip.distill.samples import Broken, ShardSamples
-from edgeclip.distill.shards import free_name, tar_writer
+from edgeclip.distill.shards import free_name, is_whole, tar_writer
 from edgeclip.distill.stored import Precision, write_stored
 from edgeclip.errors import InputError
 from edgeclip.storage import TEMPORARY_PREFIX, DirectoryLock, hash_stream, sync_directory, write_temporary
@@ -314,12 +314,7 @@ def _kept(plan: Plan, target: Path) -> FinishedShard | None:
         return None
     if record is None or record.plan != plan.manifest.digest:
         return None
-    try:
-        with target.open("rb", buffering=0) as stream:
-            is_whole = hash_stream(stream) == (record.shard.size_bytes, record.shard.sha256)
-    except FileNotFoundError:
-        return None
-    return record.shard if is_whole else None
+    return record.shard if is_whole(target, record.shard.size_bytes, record.shard.sha256) else None
 
 
 @contextmanager

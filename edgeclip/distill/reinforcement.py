@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from edgeclip.distill.samples import JoinedSamples, Samples, ShardSamples
+from edgeclip.distill.shards import read_document
 from edgeclip.distill.stored import Precision, open_stored, stored_member
 from edgeclip.errors import ConfigError, InputError
 
@@ -40,9 +41,7 @@ __all__ = [
 SCHEMA = 1
 MANIFEST_NAME = "reinforcement.json"
 _RECORD_SUFFIX = ".reinforced.json"
-_MAX_BYTES = 1 << 28
 _LOOKED_AT = 16
-_Document = TypeVar("_Document")
 
 
 class _Table(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -93,7 +92,7 @@ class TeacherRecord(_Table, frozen=True, kw_only=True):
 
     name: str
     columns: tuple[int, int]
-    scale: float
+    scale: Annotated[float, Meta(gt=0)]
     licence: str
     parent: dict[str, Any]
     image_size_px: tuple[int, int]
@@ -148,7 +147,7 @@ class Reinforcement(_Table, frozen=True, kw_only=True):
     schema: Literal[1] = 1
     kind: Literal["reinforcement"] = "reinforcement"
     settings: Settings
-    teachers: tuple[TeacherRecord, ...]
+    teachers: Annotated[tuple[TeacherRecord, ...], Meta(min_length=1)]
     source: tuple[SourceShard, ...]
     complete: bool = False
     shards: tuple[FinishedShard, ...] = ()
@@ -188,7 +187,7 @@ def read_reinforcement(directory: Path) -> Reinforcement | None:
     Raises:
         InputError: there is one, but it cannot be read.
     """
-    return _read(directory / MANIFEST_NAME, Reinforcement, "no manifest of reinforced shards")
+    return read_document(directory / MANIFEST_NAME, Reinforcement, "manifest of reinforced shards")
 
 
 def read_record(shard: Path) -> ShardRecord | None:
@@ -197,21 +196,7 @@ def read_record(shard: Path) -> ShardRecord | None:
     Raises:
         InputError: there is one, but it cannot be read.
     """
-    return _read(record_path(shard), ShardRecord, "no record of a reinforced shard")
-
-
-def _read(path: Path, kind: type[_Document], what: str) -> _Document | None:
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(_MAX_BYTES + 1)
-        return msgspec.json.decode(content[:_MAX_BYTES], type=kind)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.MsgspecError, RecursionError) as error:
-        raise InputError(
-            f"{str(path)!r} is {what} ({' '.join(str(error).split())}). Remove it, and reinforce the shards "
-            "again."
-        ) from error
+    return read_document(record_path(shard), ShardRecord, "record of a reinforced shard")
 
 
 # -- Of samples ---------------------------------------------------------------------------------------------

@@ -341,9 +341,14 @@ class ShardSamples:
         shard, row = self._place(index)
         name = shard.key(row)
         members = _Members(self._files, shard.path, shard.members(row))
-        image = next(content for extension, content in members.lazily() if is_picture(extension))()
+        image = next((extension for extension in members if is_picture(extension)), None)
+        if image is None:
+            raise InputError(
+                f"index of shard {str(shard.path)!r} is damaged: {name!r} has no picture. Delete it; it is "
+                "made again."
+            )
         captions = captions_of_members(members, f"{shard.path.name}/{name}")
-        return Sample(_shown(f"{shard.path.name}/{name}"), image, captions, name, members)
+        return Sample(_shown(f"{shard.path.name}/{name}"), members[image], captions, name, members)
 
 
 def without_pictures(indexes: Sequence[ShardIndex]) -> str:
@@ -376,9 +381,6 @@ class _Members(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self._found)
-
-    def lazily(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        return ((extension, lambda at=extension: self[at]) for extension in self._found)  # type: ignore[misc]
 
 
 def _decoded(members: Mapping[str, bytes], extension: str) -> str:

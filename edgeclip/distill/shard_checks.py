@@ -26,12 +26,11 @@ from edgeclip.distill.samples import (
     holds_shards,
     open_samples,
 )
-from edgeclip.distill.shards import MANIFEST_NAME, Progress, is_whole, read_manifest
+from edgeclip.distill.shards import MANIFEST_NAME, Progress, ShardManifest, is_whole, read_manifest
 from edgeclip.distill.stored import check_stored, open_stored, stored_member
 from edgeclip.distill.views import VIEWS_EXTENSION, list_views, view_of
 from edgeclip.errors import InputError
 from edgeclip.pictures import decode_image
-from edgeclip.storage import hash_stream
 
 __all__ = ["Inspection", "ShardSummary", "Validation", "inspect_shards", "validate_samples"]
 
@@ -127,7 +126,7 @@ def inspect_shards(
         InputError: a shard cannot be read or is damaged.
     """
     samples = ShardSamples(find_shards(map(Path, paths)), progress=progress)
-    step = max(len(samples) // _LOOKED_AT, 1)
+    step = max(-(-len(samples) // _LOOKED_AT), 1)
     counts: Counter[str] = Counter()
     texts: Counter[str] = Counter()
     sizes: list[int] = []
@@ -259,49 +258,29 @@ def _opened(shard: Path, damaged: dict[str, str]) -> ShardSamples | None:
 def _compare(given: Path, shards: Sequence[Path], damaged: dict[str, str]) -> None:
     """Compare shards with the manifest beside them, if there is one."""
     folder = given if given.is_dir() else given.parent
-    manifest = read_manifest(folder)
-    if manifest is None:
-        _compare_reinforced(given, folder, shards, damaged)
-        return
-    known = {shard.name: shard for shard in manifest.shards}
-    for shard in shards:
-        entry = known.get(shard.name)
-        if entry is None:
-            damaged[str(shard)] = f"is not in {MANIFEST_NAME}, which has {len(known)} shards"
-        elif not is_whole(shard, entry):
-            damaged[str(shard)] = f"is not what {MANIFEST_NAME} says (sha256 {entry.sha256[:16]}…)"
-    if given.is_dir():
-        here = {shard.name for shard in shards}
-        damaged.update({str(folder / name): "is missing" for name in known if name not in here})
-        if not manifest.complete:
-            damaged[str(folder / MANIFEST_NAME)] = (
-                f"says that {known and max(shard.after for shard in known.values())} of "
-                f"{manifest.source.samples} samples were written: make-shards was stopped; run it again"
-            )
-
-
-def _compare_reinforced(given: Path, folder: Path, shards: Sequence[Path], damaged: dict[str, str]) -> None:
-    """Compare shards with the manifest that 'edgeclip reinforce' has left beside them, if there is one."""
-    manifest = read_reinforcement(folder)
+    manifest = read_manifest(folder) or read_reinforcement(folder)
     if manifest is None:
         return
     known = {shard.name: shard for shard in manifest.shards}
-    for shard in shards if manifest.complete else ():
+    if isinstance(manifest, ShardManifest):
+        name = MANIFEST_NAME
+        done = max((shard.after for shard in manifest.shards), default=0)
+        stopped = f"{done} of {manifest.source.samples} samples were written: make-shards was stopped"
+    else:
+        name = REINFORCEMENT_NAME
+        stopped = f"not all of {len(manifest.source)} shards were made: reinforce was stopped"
+    # A manifest of reinforced shards lists them when all are there.
+    for shard in shards if known or name == MANIFEST_NAME else ():
         entry = known.get(shard.name)
         if entry is None:
-            damaged[str(shard)] = f"is not in {REINFORCEMENT_NAME}, which has {len(known)} shards"
-            continue
-        with shard.open("rb", buffering=0) as stream:
-            if hash_stream(stream) != (entry.size_bytes, entry.sha256):
-                damaged[str(shard)] = f"is not what {REINFORCEMENT_NAME} says (sha256 {entry.sha256[:16]}…)"
+            damaged[str(shard)] = f"is not in {name}, which has {len(known)} shards"
+        elif not is_whole(shard, entry.size_bytes, entry.sha256):
+            damaged[str(shard)] = f"is not what {name} says (sha256 {entry.sha256[:16]}…)"
     if given.is_dir():
         here = {shard.name for shard in shards}
-        damaged.update({str(folder / name): "is missing" for name in known if name not in here})
+        damaged.update({str(folder / missing): "is missing" for missing in known if missing not in here})
         if not manifest.complete:
-            damaged[str(folder / REINFORCEMENT_NAME)] = (
-                f"says that not all of {len(manifest.source)} shards were made: reinforce was stopped; run "
-                "it again"
-            )
+            damaged[str(folder / name)] = f"says that {stopped}; run it again"
 
 
 def _checked(samples: Samples, index: int) -> tuple[str, ...] | str:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, Protocol
+from typing import IO, Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -49,6 +49,7 @@ __all__ = [
     "ShardsReport",
     "free_name",
     "is_whole",
+    "read_document",
     "read_manifest",
     "tar_writer",
     "write_shards",
@@ -57,7 +58,7 @@ __all__ = [
 SCHEMA = 1
 MANIFEST_NAME = "shards.json"
 _SHARD_NAME = r"^shard-[0-9]{6}\.tar$"
-_MAX_MANIFEST_BYTES = 1 << 28
+_MAX_DOCUMENT_BYTES = 1 << 28
 _MAX_PICTURE_BYTES = 1 << 28
 _SUFFIXES = {
     "JPEG": "jpg",
@@ -70,8 +71,7 @@ _SUFFIXES = {
     "PPM": "ppm",
 }
 _BLOCK = 512
-_LOOKED_AT = 200
-_CHUNK = 256
+_Document = TypeVar("_Document")
 
 
 # -- The manifest -------------------------------------------------------------------------------------------
@@ -121,17 +121,27 @@ def read_manifest(directory: Path) -> ShardManifest | None:
     Raises:
         InputError: there is one, but it cannot be read.
     """
-    path = directory / MANIFEST_NAME
+    return read_document(directory / MANIFEST_NAME, ShardManifest, "manifest of shards")
+
+
+def read_document(path: Path, kind: type[_Document], what: str) -> _Document | None:
+    """Return a JSON document that lies beside shards; None where there is none.
+
+    Raises:
+        InputError: there is one, but it is no ``what`` or cannot be read.
+    """
     try:
         with path.open("rb") as stream:
-            content = stream.read(_MAX_MANIFEST_BYTES + 1)
-        return msgspec.json.decode(content[:_MAX_MANIFEST_BYTES], type=ShardManifest)
+            content = stream.read(_MAX_DOCUMENT_BYTES + 1)
+        if len(content) > _MAX_DOCUMENT_BYTES:
+            raise msgspec.DecodeError(f"it has more than {_MAX_DOCUMENT_BYTES:,} bytes")
+        return msgspec.json.decode(content, type=kind)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError, RecursionError) as error:
         raise InputError(
-            f"{str(path)!r} is no manifest of shards ({' '.join(str(error).split())}). Remove it, and make "
-            "the shards again."
+            f"{str(path)!r} is no {what} ({' '.join(str(error).split())}). Remove it, and make the shards "
+            "again."
         ) from error
 
 
@@ -300,7 +310,7 @@ def _kept(target: Path, plain: ShardManifest, progress: Progress | None) -> tupl
         return plain, 0
     kept: list[ShardEntry] = []
     for shard in found.shards:
-        if not is_whole(target / shard.name, shard):
+        if not is_whole(target / shard.name, shard.size_bytes, shard.sha256):
             break
         _write_index(target / shard.name)
         kept.append(shard)
@@ -310,12 +320,12 @@ def _kept(target: Path, plain: ShardManifest, progress: Progress | None) -> tupl
     return msgspec.structs.replace(plain, shards=tuple(kept), complete=complete), len(kept)
 
 
-def is_whole(path: Path, shard: ShardEntry) -> bool:
-    """Return whether a shard is what the manifest says, by its sha256."""
+def is_whole(path: Path, size_bytes: int, sha256: str) -> bool:
+    """Return whether a shard is what a manifest says; one that cannot be read is not."""
     try:
         with path.open("rb", buffering=0) as stream:
-            return hash_stream(stream) == (shard.size_bytes, shard.sha256)
-    except FileNotFoundError:
+            return hash_stream(stream) == (size_bytes, sha256)
+    except OSError:
         return False
 
 

@@ -7,11 +7,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tar_shards import make_shard, make_table, picture
 
+from edgeclip.distill.index import index_document, index_path
 from edgeclip.distill.samples import (
     BrokenLimit,
     FileSamples,
@@ -22,6 +24,7 @@ from edgeclip.distill.samples import (
     open_samples,
 )
 from edgeclip.errors import ConfigError, InputError
+from edgeclip.tensors import read_tensors, write_tensors
 
 
 def test_a_dataset_of_apples_layout_gives_captions_and_raw_members(tmp_path: Path) -> None:
@@ -195,6 +198,17 @@ def test_a_sample_with_damaged_json_is_an_error_of_that_sample(tmp_path: Path) -
     with pytest.raises(InputError, match=r"s\.tar/a\.syn\.json: is not JSON"):
         samples.read(0)
     assert samples.read(1).captions == {}
+
+
+def test_an_index_that_promises_a_picture_is_an_error_of_that_sample(tmp_path: Path) -> None:
+    shard = make_shard(tmp_path / "s.tar", {"a.png": b"1", "b.txt": b"2"})
+    arrays, metadata = read_tensors(index_document(shard))
+    arrays["pictures"] = np.array([0, 1], arrays["pictures"].dtype)
+    index_path(shard).write_bytes(write_tensors(arrays, metadata))
+    samples = ShardSamples([shard])
+    assert samples.read(0).image == b"1"
+    with pytest.raises(InputError, match=r"index of shard '.*s\.tar' is damaged: 'b' has no picture"):
+        samples.read(1)
 
 
 def test_a_caption_file_that_is_too_large_is_an_error(tmp_path: Path) -> None:

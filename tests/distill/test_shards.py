@@ -375,6 +375,12 @@ def test_inspect_counts_samples_without_a_picture(tmp_path: Path) -> None:
     assert (found.unreadable, found.first) == (1, None)
 
 
+@pytest.mark.parametrize(("samples", "looked_at"), [(201, 101), (399, 200), (400, 200)])
+def test_inspect_looks_at_two_hundred_samples_at_most(tmp_path: Path, samples: int, looked_at: int) -> None:
+    shard = make_shard(tmp_path / "s.tar", {f"{number:03d}.png": b"" for number in range(samples)})
+    assert inspect_shards([shard]).looked_at == looked_at
+
+
 def test_validate_finds_every_kind_of_broken_sample(tmp_path: Path) -> None:
     good = picture(1)
     shard = make_shard(
@@ -423,13 +429,17 @@ def test_validate_compares_with_the_manifest(table: Path, tmp_path: Path) -> Non
     (directory / "shard-000000.tar").write_bytes(content)
     (directory / "shard-000001.tar").unlink()
     make_shard(directory / "shard-000009.tar", {"a.png": picture(1)})
+    (directory / "shard-000002.tar").unlink()
+    (directory / "shard-000002.tar").mkdir()
     damaged = {Path(path).name: reason for path, reason in validate_samples([directory]).damaged.items()}
     assert damaged == {
         "shard-000000.tar": damaged["shard-000000.tar"],
         "shard-000001.tar": "is missing",
+        "shard-000002.tar": damaged["shard-000002.tar"],
         "shard-000009.tar": "is not in shards.json, which has 3 shards",
     }
     assert damaged["shard-000000.tar"].startswith("is not what shards.json says (sha256 ")
+    assert "cannot be read (Is a directory)" in damaged["shard-000002.tar"]
 
 
 def test_validate_says_where_writing_was_stopped(

@@ -398,6 +398,11 @@ def test_moved_shards_without_their_manifest_need_a_slice(folder: Path, tmp_path
     (tmp_path / "reinforcement.json").write_text("{}")
     with pytest.raises(InputError, match=r"reinforcement\.json' is no manifest of reinforced shards"):
         open_run(parse_recipe(text.encode()), folder)
+    whole = json.loads((folder / "dr" / "reinforcement.json").read_text(encoding="utf-8"))
+    for teachers in ([], [whole["teachers"][0] | {"scale": -1.0}]):
+        (tmp_path / "reinforcement.json").write_text(json.dumps(whole | {"teachers": teachers}))
+        with pytest.raises(InputError, match=r"no manifest of reinforced shards .*\$\.teachers"):
+            open_run(parse_recipe(text.encode()), folder)
 
 
 def test_plain_training_on_reinforced_shards_draws_its_own_views(folder: Path, tmp_path: Path) -> None:
