@@ -8,13 +8,20 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from click.testing import CliRunner  # noqa: E402
-from shipped_recipes import PROBE_TEXT, SMALL_IMAGE, commands_of, measured, recall, recipe_of, trained  # noqa: E402
+from shipped_recipes import (  # noqa: E402
+    assert_commands_work,
+    beside_probe,
+    changes_of,
+    commands_of,
+    measured,
+    recall,
+    recipe_of,
+    short,
+    trained,
+)
 
-from edgeclip.cli import cli  # noqa: E402
 from edgeclip.distill.recipe import AffinityLoss, FeatureLoss, InfoNCELoss, InteractiveLoss  # noqa: E402
 from edgeclip.models.checkpoints import read_checkpoint_info  # noqa: E402
-from edgeclip.shape_files import write_shapes  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +45,10 @@ def test_the_losses_are_the_published_ones_at_the_teacher_s_width() -> None:
 
 
 @pytest.mark.slow
-def test_it_beats_its_starting_point(repo: Path, tmp_path: Path) -> None:
-    write_shapes(tmp_path / "shapes", train=600, held_out=100, size_px=64)
-    probe = repo / "tests" / "data" / "probes" / "vit"
-    recipe = recipe_of(
+def test_it_beats_its_starting_point(tmp_path: Path) -> None:
+    recipe = beside_probe(
         "clip-kd",
-        f"teacher.0.path={probe}",
-        f"student.tokenizer={probe}",
-        *PROBE_TEXT,
-        *SMALL_IMAGE,
+        tmp_path,
         "stage.0.samples=2800",
         "stage.0.batch_size=40",
         "stage.0.schedule.warmup=5",
@@ -74,24 +76,13 @@ def test_the_commands_of_its_comment_work(tmp_path: Path, monkeypatch: pytest.Mo
     shapes, teacher, student, published = commands_of("clip-kd")
     assert shapes == ["edgeclip", "data", "make-shapes", "-o", "shapes"]
     monkeypatch.chdir(tmp_path)
-    short = [
-        "--set",
-        "stage.0.samples=32",
-        "--set",
-        "stage.0.batch_size=16",
-        "--set",
-        "stage.0.schedule.warmup=0",
-        "--set",
-        "validation=[]",
-    ]
-    for command in ([*shapes, "--train", "32", "--held-out", "8"], [*teacher, *short], [*student, *short]):
-        said = CliRunner().invoke(cli, command[1:])
-        assert said.exit_code == 0, said.output
+    assert_commands_work(
+        [*shapes, "--train", "32", "--held-out", "8"], [*teacher, *short(0)], [*student, *short(0)]
+    )
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
     assert published[:3] == ["edgeclip", "train", "clip-kd"]
-    changes = [published[at + 1] for at, word in enumerate(published) if word == "--set"]
-    recipe = recipe_of("clip-kd", *changes)
+    recipe = recipe_of("clip-kd", *changes_of(published))
     assert (recipe.student.model, recipe.teacher[0].name) == ("MobileCLIP2-S0", "teacher")
     assert (recipe.stage[0].batch_size, recipe.stage[0].schedule.warmup) == (1024, 10_000)
     assert recipe.stage[0].loss[3].weight == 2000

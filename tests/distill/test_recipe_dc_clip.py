@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from click.testing import CliRunner  # noqa: E402
-from shipped_recipes import PROBE_TEXT, SMALL_IMAGE, commands_of, measured, recall, recipe_of, trained  # noqa: E402
+from shipped_recipes import (  # noqa: E402
+    assert_commands_work,
+    beside_probe,
+    changes_of,
+    commands_of,
+    measured,
+    recall,
+    recipe_of,
+    short,
+    trained,
+    with_changes,
+)
 
-from edgeclip.cli import cli  # noqa: E402
 from edgeclip.distill.recipe import FeatureLoss, InfoNCELoss  # noqa: E402
-from edgeclip.shape_files import write_shapes  # noqa: E402
 from edgeclip.shapes import captions, ordered_combinations  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
 
@@ -48,15 +56,10 @@ def test_its_rows_are_long_enough_for_both_languages() -> None:
 
 
 @pytest.mark.slow
-def test_english_and_chinese_both_beat_the_starting_point(repo: Path, tmp_path: Path) -> None:
-    write_shapes(tmp_path / "shapes", train=600, held_out=100, size_px=64)
-    probe = repo / "tests" / "data" / "probes" / "vit"
-    recipe = recipe_of(
+def test_english_and_chinese_both_beat_the_starting_point(tmp_path: Path) -> None:
+    recipe = beside_probe(
         "dc-clip",
-        f"teacher.0.path={probe}",
-        f"student.tokenizer={probe}",
-        *PROBE_TEXT,
-        *SMALL_IMAGE,
+        tmp_path,
         "stage.0.samples=2400",
         "stage.0.batch_size=40",
         "stage.0.schedule.warmup=5",
@@ -85,28 +88,16 @@ def test_the_commands_of_its_comment_work(tmp_path: Path, monkeypatch: pytest.Mo
     shapes, teacher, student, published = commands_of("dc-clip")
     assert shapes == ["edgeclip", "data", "make-shapes", "-o", "shapes"]
     monkeypatch.chdir(tmp_path)
-
-    def short(*stages: int) -> list[str]:
-        changes = ["validation=[]"]
-        for stage in stages:
-            changes += [f"stage.{stage}.{each}" for each in ("samples=32", "batch_size=16")]
-            changes.append(f"stage.{stage}.schedule.warmup=0")
-        return [word for change in changes for word in ("--set", change)]
-
-    for command in (
+    # The teacher that comes with edgeclip reads both languages, too.
+    bundle = [*with_changes('teacher=[{kind="bundle", name="teacher"}]'), "--dry-run"]
+    assert_commands_work(
         [*shapes, "--train", "32", "--held-out", "8"],
         [*teacher, *short(0)],
         [*student, *short(0, 1)],
-    ):
-        said = CliRunner().invoke(cli, command[1:])
-        assert said.exit_code == 0, said.output
+        [*student, *short(0, 1), *bundle],
+    )
     assert (tmp_path / "run" / "model" / "config.json").is_file()
-    # The teacher that comes with edgeclip reads both languages, too.
-    bundle = ["--set", 'teacher=[{kind="bundle", name="teacher"}]', "--dry-run"]
-    said = CliRunner().invoke(cli, [*student[1:], *short(0, 1), *bundle])
-    assert said.exit_code == 0, said.output
 
     assert published[:3] == ["edgeclip", "train", "dc-clip"]
-    changes = [published[at + 1] for at, word in enumerate(published) if word == "--set"]
-    recipe = recipe_of("dc-clip", *changes)
+    recipe = recipe_of("dc-clip", *changes_of(published))
     assert (recipe.student.model, recipe.teacher[0].name) == ("MobileCLIP2-S0", "teacher")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from shipped_recipes import commands_of, measured, recall, recipe_of, trained  # noqa: E402
+from shipped_recipes import PROBE, changes_of, commands_of, measured, recall, recipe_of, trained  # noqa: E402
 from train_runs import log  # noqa: E402
 
 from edgeclip.distill.recipe import AffinityLoss, Recipe  # noqa: E402
@@ -34,8 +34,8 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def teacher(probe: Path) -> str:
-    return f'teacher=[{{kind="checkpoint", name="parent", path="{probe}", scale=50.0}}]'
+def teacher() -> str:
+    return f'teacher=[{{kind="checkpoint", name="parent", path="{PROBE}", scale=50.0}}]'
 
 
 def validation(every: int) -> str:
@@ -78,10 +78,7 @@ def test_stages_losses_and_rates_are_the_published_ones() -> None:
 
 def test_the_second_run_by_hand_fits_the_first() -> None:
     first, second = commands_of("tinyclip-manual")
-    changes = [
-        [words[at + 1] for at, word in enumerate(words) if word == "--set"] for words in (first, second)
-    ]
-    recipes: list[Recipe] = [recipe_of("tinyclip-manual", *each) for each in changes]
+    recipes: list[Recipe] = [recipe_of("tinyclip-manual", *changes_of(each)) for each in (first, second)]
     assert [recipe.student.model for recipe in recipes] == [
         "TinyCLIP-ViT-61M-32-Text-29M",
         "TinyCLIP-ViT-40M-32-Text-19M",
@@ -98,10 +95,9 @@ def test_the_second_run_by_hand_fits_the_first() -> None:
 
 
 @pytest.mark.slow
-def test_pruned_students_recover(repo: Path, tmp_path: Path) -> None:
+def test_pruned_students_recover(tmp_path: Path) -> None:
     write_shapes(tmp_path / "shapes", train=600, held_out=100, size_px=64)
-    probe = repo / "tests" / "data" / "probes" / "vit"
-    changes = [f'student={{checkpoint="{probe}"}}', teacher(probe), validation(16), *VALIDATION]
+    changes = [f'student={{checkpoint="{PROBE}"}}', teacher(), validation(16), *VALIDATION]
     for index in range(6):
         at = f"stage.{index}."
         changes += [at + "samples=512", at + "batch_size=32", at + "precision=float32"]
@@ -130,7 +126,7 @@ def test_pruned_students_recover(repo: Path, tmp_path: Path) -> None:
         sizes = [each[tower]["parameters"] for each in rounds]
         assert [before for before, _ in sizes[1:]] == [left for _, left in sizes[:-1]]
 
-    parent, student = load_model(probe), load_model(tmp_path / "run" / "model")
+    parent, student = load_model(PROBE), load_model(tmp_path / "run" / "model")
     counts = [sum(p.numel() for p in loaded.model.parameters()) for loaded in (parent, student)]
     assert counts[1] < 0.75 * counts[0]
     assert smaller(parent.config.image, student.config.image)
@@ -152,14 +148,13 @@ def test_pruned_students_recover(repo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_cut_students_recover(repo: Path, tmp_path: Path) -> None:
+def test_cut_students_recover(tmp_path: Path) -> None:
     write_shapes(tmp_path / "shapes", train=600, held_out=100, size_px=64)
-    probe = repo / "tests" / "data" / "probes" / "vit"
     sizes = "width=80, heads=[3, 2], hidden_dims=[160, 160]"
     recipe = recipe_of(
         "tinyclip-manual",
-        f'student={{inherit="{probe}", config={{image={{{sizes}}}, text={{{sizes}}}}}}}',
-        teacher(probe),
+        f'student={{inherit="{PROBE}", config={{image={{{sizes}}}, text={{{sizes}}}}}}}',
+        teacher(),
         validation(1000),
         *VALIDATION,
         "stage.0.samples=1280",

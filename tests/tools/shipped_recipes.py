@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner
 
+from edgeclip.cli import cli
 from edgeclip.distill.recipe import Recipe, parse_recipe
 from edgeclip.distill.run import open_run
 from edgeclip.distill.trainer import Progress, TrainOptions, train
+from edgeclip.shape_files import write_shapes
+
+PROBE = Path(__file__).parents[1] / "data" / "probes" / "vit"
 
 # What makes a student fit the tokenizer of the probes, which writes both languages.
 PROBE_TEXT = (
@@ -40,6 +45,34 @@ def commands_of(name: str) -> list[list[str]]:
     lines = [line.removeprefix("#") for line in text_of(name).splitlines() if line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in joined if line.startswith("     edgeclip ")]
+
+
+def changes_of(command: list[str]) -> list[str]:
+    """Return what a command's ``--set`` change."""
+    return [command[at + 1] for at, word in enumerate(command) if word == "--set"]
+
+
+def with_changes(*changes: str) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
+def short(*stages: int) -> list[str]:
+    """Return what makes a command on 32 pictures take a moment."""
+    sizes = ("samples=32", "batch_size=16", "schedule.warmup=0")
+    return with_changes("validation=[]", *(f"stage.{stage}.{size}" for stage in stages for size in sizes))
+
+
+def assert_commands_work(*commands: list[str]) -> None:
+    for command in commands:
+        said = CliRunner().invoke(cli, command[1:])
+        assert said.exit_code == 0, said.output
+
+
+def beside_probe(name: str, folder: Path, *changes: str) -> Recipe:
+    """Return a recipe with the bilingual probe as teacher, and write the shapes it reads into a folder."""
+    write_shapes(folder / "shapes", train=600, held_out=100, size_px=64)
+    texts = (f"teacher.0.path={PROBE}", f"student.tokenizer={PROBE}", *PROBE_TEXT)
+    return recipe_of(name, *texts, *SMALL_IMAGE, *changes)
 
 
 def measured(recipe: Recipe, root: Path) -> dict[str, dict[str, float]]:
