@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from edgeclip.errors import ConfigError
 
@@ -25,6 +26,7 @@ __all__ = ["Ranks", "place_of_process", "ranks"]
 
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _TIMEOUT = timedelta(hours=2)  # the first rank may validate for long
+_MEETING = timedelta(minutes=10)  # a rank that failed before it is not heard of
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,12 @@ def ranks(device: str) -> Iterator[Ranks]:
         device: ``"cpu"`` (gloo) or ``"cuda"`` (nccl, the GPU of ``LOCAL_RANK``).
 
     Raises:
-        ConfigError: the device is not there, or the environment is not torchrun's.
+        ConfigError: the device is not there, the environment is not torchrun's, or the others do not come.
     """
     _check_launcher()
-    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    world, rank = _place()
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("device is 'cuda', but torch sees no GPU here; use device 'cpu'.")
-        place = torch.device("cuda", _number("LOCAL_RANK", 0))
-        torch.cuda.set_device(place)
+        place = _take_gpu()
     elif device == "cpu":
         place = torch.device("cpu")
     else:
@@ -112,8 +111,14 @@ def ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(1, 0, place)
         return
     try:
+        store, _, _ = next(rendezvous("env://", timeout=_MEETING))
+        store.set_timeout(_TIMEOUT)
         dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo", init_method="env://", timeout=_TIMEOUT
+            "nccl" if place.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -150,12 +155,35 @@ def place_of_process(device: str) -> tuple[int, int]:
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ConfigError: the environment is not torchrun's.
+        ConfigError: the environment is not torchrun's, or there is no GPU for this process.
     """
-    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    world, rank = _place()
     if device == "cuda" and world > 1:
-        torch.cuda.set_device(_number("LOCAL_RANK", 0))
+        _take_gpu()
     return world, rank
+
+
+def _place() -> tuple[int, int]:
+    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if rank >= world:
+        raise ConfigError(
+            f"the environment says RANK={rank} and WORLD_SIZE={world}, expected a rank below the number of "
+            "processes, as torchrun sets it."
+        )
+    return world, rank
+
+
+def _take_gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU here; use device 'cpu'.")
+    place, count = torch.device("cuda", _number("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if place.index >= count:
+        raise ConfigError(
+            f"process {place.index} of this machine has no GPU of its own, torch sees {count}; start at most "
+            "one process for each."
+        )
+    torch.cuda.set_device(place)
+    return place
 
 
 def _number(name: str, default: int) -> int:

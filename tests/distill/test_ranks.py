@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from train_runs import (  # noqa: E402
     write,
 )
 
-from edgeclip.distill.ranks import Ranks, ranks  # noqa: E402
+from edgeclip.distill import ranks as ranks_module  # noqa: E402
+from edgeclip.distill.ranks import Ranks, place_of_process, ranks  # noqa: E402
 from edgeclip.errors import ConfigError  # noqa: E402
 
 TOLERANCE = 1e-4  # float32 sums in another order, over the steps of a run
@@ -129,3 +132,41 @@ def test_an_environment_that_is_not_torchruns_is_named(
 def test_an_unknown_device_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="device is 'tpu', expected 'cpu' or 'cuda'"):
         run(folder, tmp_path, device="tpu")
+
+
+def test_a_rank_of_more_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(ConfigError, match="RANK=5 and WORLD_SIZE=2"), ranks("cpu"):
+        pass
+    with pytest.raises(ConfigError, match="RANK=5 and WORLD_SIZE=2"):
+        place_of_process("cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="process 3 of this machine has no GPU of its own, torch sees 2"):
+        place_of_process("cuda")
+    with pytest.raises(ConfigError, match="torch sees 2"), ranks("cuda"):
+        pass
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert place_of_process("cuda") == (4, 3)
+    assert taken == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_does_not_wait_for_ever_for_others(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    said = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_module, "_MEETING", timedelta(seconds=1))
+    with pytest.raises(ConfigError, match=r"2 processes cannot meet: .*torchrun"), ranks("cpu"):
+        pass
