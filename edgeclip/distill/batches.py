@@ -47,6 +47,7 @@ __all__ = [
     "Prepare",
     "View",
     "choose_captions",
+    "loaded",
     "to_float",
 ]
 
@@ -407,14 +408,7 @@ class BatchLoader:
             # run would go on with other numbers than one that was never stopped.
             generator=torch.Generator(),
         )
-        found = iter(loader)
-        while True:
-            try:
-                item = next(found)
-            except RuntimeError as error:  # a worker that was killed
-                raise EdgeClipError(
-                    f"reading batches: {error} Take fewer workers if memory ran out, or 0 to see the error."
-                ) from error
+        for item in loaded(loader, "reading batches"):
             if isinstance(item, _Failed):
                 raise InputError(item.message)
             self._count(item.broken)
@@ -432,6 +426,25 @@ class BatchLoader:
                 f"allowed; the last one is {last.key!r} ({last.reason.rstrip('.')}). List them with "
                 "'edgeclip data validate', or raise the limit."
             )
+
+
+def loaded(loader: DataLoader[Any], what: str) -> Iterator[Any]:
+    """Yield what a loader loads; a worker that was killed is an error that says what to do.
+
+    Raises:
+        EdgeClipError: begins with ``what``.
+    """
+    found = iter(loader)
+    while True:
+        try:
+            item = next(found)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # a worker that was killed
+            raise EdgeClipError(
+                f"{what}: {error} Take fewer workers if memory ran out, or 0 to see the error."
+            ) from error
+        yield item
 
 
 class _Requests(Sampler[tuple[Position, "NDArray[np.int64]"]]):

@@ -17,6 +17,8 @@ Further captions come from a file or from a captioner (:mod:`edgeclip.distill.ca
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import math
 import os
 import shutil
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from edgeclip.distill.batches import loaded
 from edgeclip.distill.index import index_document, index_path
 from edgeclip.distill.reinforce_plan import Plan, Prepared
 from edgeclip.distill.reinforcement import (
@@ -44,7 +47,7 @@ from edgeclip.distill.reinforcement import (
     read_reinforcement,
     record_path,
 )
-from edgeclip.distill.samples import Broken, ShardSamples
+from edgeclip.distill.samples import ShardSamples
 from edgeclip.distill.shards import free_name, is_whole, tar_writer
 from edgeclip.distill.stored import Precision, write_stored
 from edgeclip.errors import InputError
@@ -89,12 +92,16 @@ class ReinforceReport:
     payload_bytes: int
     captioned: int
     without_picture: int
-    broken: tuple[Broken, ...]
+    broken: tuple[LeftOut, ...]
     teachers: Mapping[str, tuple[int, int]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return asdict(self) | {"directory": str(self.directory), "teachers": dict(self.teachers)}
+        return asdict(self) | {
+            "directory": str(self.directory),
+            "broken": msgspec.to_builtins(self.broken),
+            "teachers": dict(self.teachers),
+        }
 
 
 Progress = Callable[[int, int], None]
@@ -130,7 +137,7 @@ def reinforce(
     total = sum(map(len, own))
     allowed = plan.options.limit.allowed(total)
     finished: list[FinishedShard] = []
-    broken: list[Broken] = []
+    broken: list[LeftOut] = []
     done = kept = 0
     with _translated(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -141,13 +148,14 @@ def reinforce(
             if entry is None:
                 with _staging(directory, target.name) as staging:
                     said = (lambda count, at=done: progress(at + count, total)) if progress else None
-                    entry = _make(plan, shard, target, staging, allowed - len(broken), said)
+                    check = functools.partial(_check_allowed, allowed, total, tuple(broken))
+                    entry = _make(plan, shard, target, staging, check, said)
             else:
                 kept += 1
             finished.append(entry)
             done += len(shard)
-            broken += [Broken(-1, one.key, one.reason) for one in entry.broken]
-            _check_allowed(broken, allowed, total)
+            broken += entry.broken
+            _check_allowed(allowed, total, broken)
             if progress is not None:
                 progress(done, total)
         complete = _complete(plan, directory)
@@ -163,7 +171,7 @@ def _report(
     directory: Path,
     status: Literal["written", "resumed", "present", "dry-run"],
     finished: Sequence[FinishedShard],
-    broken: tuple[Broken, ...],
+    broken: tuple[LeftOut, ...],
     *,
     complete: bool,
 ) -> ReinforceReport:
@@ -185,8 +193,9 @@ def _report(
 
 def _tried(plan: Plan, directory: Path) -> ReinforceReport:
     """Send a sample through the teachers, and return what all shards would hold by it."""
-    broken: tuple[Broken, ...] = ()
+    broken: tuple[LeftOut, ...] = ()
     preparing = plan.preparing(plan.shards[0])
+    total = sum(map(len, plan.shards))
     prepared: Prepared | None = None
     for row in range(len(preparing)):
         item = preparing[row]
@@ -196,24 +205,24 @@ def _tried(plan: Plan, directory: Path) -> ReinforceReport:
                 prepared = captioned[0]
                 break
             item = mute[0]
-        broken = (*broken, Broken(row, item.key, item.reason))
-        _check_allowed(broken, plan.options.limit.allowed(sum(map(len, plan.shards))), len(preparing))
+        broken = (*broken, item)
+        _check_allowed(plan.options.limit.allowed(total), total, broken)
     if prepared is None:
         raise InputError(f"none of {len(preparing)} samples can be used: {broken[-1].reason}")
     (arrays,) = plan.embed([prepared])
     _, member = write_stored(arrays, plan.options.precision)
-    samples = [len(shard) for shard in plan.shards]
     kept = sum(map(len, prepared.members.values()))
     finished = [
         FinishedShard(
-            name=source.name,
-            samples=count,
+            name=shard.indexes[0].path.name,
+            samples=(count := len(shard)),
             size_bytes=count * (kept + len(member)),
             sha256="",
             embedding_bytes=count * len(member),
             payload_bytes=count * _payload(arrays, plan.options.precision),
+            without_picture=shard.indexes[0].samples - shard.indexes[0].pictures,
         )
-        for source, count in zip(plan.manifest.source, samples, strict=True)
+        for shard in plan.shards
     ]
     return _report(plan, directory, "dry-run", finished, broken, complete=False)
 
@@ -286,20 +295,29 @@ def _differences(found: Reinforcement, wanted: Reinforcement) -> list[str]:
 
 def _announce(plan: Plan, directory: Path) -> None:
     """Put the manifest where there is none; of processes that do so at once the first wins."""
-    path = directory / MANIFEST_NAME
+    _publish(directory, plan.manifest, (directory / MANIFEST_NAME).exists)
+    _check_directory(plan, directory)
+
+
+def _publish(directory: Path, manifest: Reinforcement, is_there: Callable[[], bool]) -> None:
+    """Write the manifest, unless another process does.
+
+    Raises:
+        BlockingIOError: something else holds its folder all the time.
+    """
     for _ in range(_ATTEMPTS):
-        if path.exists():
-            break
+        if is_there():
+            return
         # Another process may hold the folder, or remove it while it is opened here.
         with (
             contextlib.suppress(BlockingIOError, FileNotFoundError),
             _staging(directory, MANIFEST_NAME) as staging,
         ):
-            if not path.exists():
-                _put(staging, path, _document(plan.manifest))
-                break
+            if not is_there():
+                _put(staging, directory / MANIFEST_NAME, _document(manifest))
+            return
         time.sleep(_WAIT_S)
-    _check_directory(plan, directory)
+    raise BlockingIOError(errno.EAGAIN, "another process holds the manifest", str(directory))
 
 
 def _document(value: Any) -> bytes:
@@ -349,7 +367,7 @@ def _make(
     shard: ShardSamples,
     target: Path,
     staging: Path,
-    allowed: int,
+    check: Callable[[Sequence[LeftOut]], None],
     progress: Callable[[int], None] | None,
 ) -> FinishedShard:
     """Make one shard, its index and its record, in this order."""
@@ -363,8 +381,7 @@ def _make(
         try:
             for count, group, left_out in _groups(plan, shard):
                 broken += left_out
-                if len(broken) > allowed:
-                    _check_allowed([Broken(-1, one.key, one.reason) for one in broken], allowed, len(shard))
+                check(broken)
                 for one, arrays in zip(group, plan.embed(group) if group else (), strict=True):
                     extension, member = write_stored(arrays, plan.options.precision)
                     name = free_name(one.name, names)
@@ -428,7 +445,7 @@ def _groups(plan: Plan, shard: ShardSamples) -> Iterator[tuple[int, list[Prepare
     )
     group: list[Prepared] = []
     broken: list[LeftOut] = []
-    for count, item in enumerate(loader, 1):
+    for count, item in enumerate(loaded(loader, "preparing samples"), 1):
         if isinstance(item, LeftOut):
             broken.append(item)
         else:
@@ -449,7 +466,10 @@ def _put(staging: Path, path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
-def _check_allowed(broken: Sequence[Broken], allowed: int, samples: int) -> None:
+def _check_allowed(
+    allowed: int, samples: int, before: Sequence[LeftOut], further: Sequence[LeftOut] = ()
+) -> None:
+    broken = [*before, *further]
     if len(broken) > allowed:
         raise InputError(
             f"{len(broken)} of {samples} samples cannot be used, {allowed} are allowed; the last one is "
@@ -466,12 +486,5 @@ def _complete(plan: Plan, directory: Path) -> bool:
             return False
         entries.append(record.shard)
     whole = msgspec.structs.replace(plan.manifest, complete=True, shards=tuple(entries))
-    found = read_reinforcement(directory)
-    if found != whole:
-        # Where another process holds the folder it has seen the last shard too, and writes the same.
-        with (
-            contextlib.suppress(BlockingIOError, FileNotFoundError),
-            _staging(directory, MANIFEST_NAME) as staging,
-        ):
-            _put(staging, directory / MANIFEST_NAME, _document(whole))
+    _publish(directory, whole, lambda: read_reinforcement(directory) == whole)
     return True

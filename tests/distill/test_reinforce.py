@@ -24,6 +24,8 @@ import torch.nn.functional as F  # noqa: E402, N812
 from reinforced_shards import PROBES, SIZE_PX, WIDTH, make_reinforced, make_shapes, probe  # noqa: E402
 from tar_shards import make_shard, picture  # noqa: E402
 
+from edgeclip.distill import reinforce as reinforce_module  # noqa: E402
+from edgeclip.distill import reinforce_plan as plan_module  # noqa: E402
 from edgeclip.distill.batches import to_float  # noqa: E402
 from edgeclip.distill.caption_file import CaptionFile  # noqa: E402
 from edgeclip.distill.inputs import STORED_IMAGE, STORED_TEXT, Consumer, Inputs, StoredViews  # noqa: E402
@@ -35,8 +37,9 @@ from edgeclip.distill.reinforce_plan import ReinforceOptions, open_plan  # noqa:
 from edgeclip.distill.reinforcement import read_reinforcement, reinforcement_of  # noqa: E402
 from edgeclip.distill.samples import BrokenLimit, ShardSamples, open_samples  # noqa: E402
 from edgeclip.distill.teachers import open_teacher  # noqa: E402
-from edgeclip.errors import ConfigError, InputError  # noqa: E402
+from edgeclip.errors import ConfigError, EdgeClipError, InputError  # noqa: E402
 from edgeclip.models.checkpoints import load_model  # noqa: E402
+from edgeclip.storage import DirectoryLock  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
 
 pytestmark = [
@@ -383,8 +386,6 @@ def test_settings_that_cannot_be(folder: Path, options: dict[str, Any], message:
 
 
 def test_a_shard_that_is_being_made_is_left_to_its_process(folder: Path) -> None:
-    from edgeclip.storage import DirectoryLock
-
     out = folder / "locked"
     staging = out / ".edgeclip-tmp-shard-000000.tar"
     staging.mkdir(parents=True)
@@ -395,6 +396,28 @@ def test_a_shard_that_is_being_made_is_left_to_its_process(folder: Path) -> None
     finally:
         lock.release()
     assert not list(out.glob("shard-*"))
+
+
+def test_the_manifest_is_completed_though_another_process_holds_its_folder_for_a_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "dr", folder / "held")
+    manifest = folder / "held" / "reinforcement.json"
+    wanted = manifest.read_bytes()
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    staging = folder / "held" / ".edgeclip-tmp-reinforcement.json"
+    staging.mkdir()
+    lock = DirectoryLock(staging)
+    monkeypatch.setattr(reinforce_module.time, "sleep", lambda seconds: lock.release())
+    report = make_reinforced(folder, "held", TEACHERS, captions=folder / "captions.jsonl", **SETTINGS)
+    assert (report.status, report.complete) == ("present", True)
+    assert manifest.read_bytes() == wanted
+
+
+def test_a_worker_that_is_killed_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module._Preparing, "_prepared", lambda self, row: os._exit(9))
+    with pytest.raises(EdgeClipError, match=r"preparing samples: DataLoader worker .* Take fewer workers"):
+        make_reinforced(folder, "killed", TEACHERS, workers=1, **SETTINGS)
 
 
 def test_broken_samples_are_left_out_under_the_limit(tmp_path: Path) -> None:
@@ -418,6 +441,8 @@ def test_broken_samples_are_left_out_under_the_limit(tmp_path: Path) -> None:
         )
         return open_plan([tmp_path / "in"], [TEACHERS[1]], options, root=tmp_path)
 
+    tried = reinforce(plan(2), tmp_path / "out", dry_run=True)
+    assert (tried.samples, tried.without_picture) == (4, 1)
     with pytest.raises(InputError, match=r"2 of 4 samples cannot be used, 1 are allowed.*'a\.tar/2'"):
         reinforce(plan(1), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["reinforcement.json"]
@@ -431,8 +456,12 @@ def test_broken_samples_are_left_out_under_the_limit(tmp_path: Path) -> None:
     assert [one.key for one in manifest.shards[0].broken] == ["a.tar/1", "a.tar/2"]
     kept = reinforce(plan(2), tmp_path / "out")
     assert (kept.status, [one.key for one in kept.broken]) == ("present", ["a.tar/1", "a.tar/2"])
+    assert kept.to_dict()["broken"][1]["key"] == "a.tar/2"
     with pytest.raises(InputError, match="2 of 4 samples cannot be used, 1 are allowed"):
         reinforce(plan(1), tmp_path / "out")
+    make_shard(tmp_path / "in" / "b.tar", {"0.jpg": good, "0.txt": b"fine", "1.jpg": good})
+    with pytest.raises(InputError, match=r"3 of 6 samples cannot be used, 2 are allowed.*'b\.tar/1'"):
+        reinforce(plan(2), tmp_path / "two")
 
 
 def test_shards_without_pictures_are_explained(tmp_path: Path) -> None:
