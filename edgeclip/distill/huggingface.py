@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,10 +140,13 @@ def _open_tokenizer(
         )
     masked = "attention_mask" in tokenizer.model_input_names
     text = getattr(config, "text_config", config)
-    limit = int(getattr(text, "max_position_embeddings", _LONGEST))
-    if config.model_type in _POSITIONS_AFTER_PADDING:
-        limit -= int(text.pad_token_id) + 1
-    limit = min(limit, int(tokenizer.model_max_length))
+    with _translated(who, f"config.json in {path.name!r} does not say how long texts may be"):
+        limit = int(getattr(text, "max_position_embeddings", _LONGEST))
+        if config.model_type in _POSITIONS_AFTER_PADDING:
+            limit -= int(text.pad_token_id) + 1
+        limit = min(limit, int(tokenizer.model_max_length))
+        if limit < 1:
+            raise ValueError(f"{limit} tokens")
     rows = fixed_length(length, limit, masked=masked, who=who)
     if len(tokenizer) > text.vocab_size:
         raise ConfigError(
@@ -212,8 +216,8 @@ def open_huggingface(spec: HuggingFaceTeacher, root: Path) -> OnlineTeacher:
     """
     who = f"teacher {spec.name!r}"
     path = _directory(root / spec.path, who)
-    model_type = _json(path / "config.json", who).get("model_type")
-    if model_type not in _CLASSES:
+    model_type = _object(path / "config.json", who).get("model_type")
+    if not isinstance(model_type, str) or model_type not in _CLASSES:
         raise ConfigError(
             f"{who}: config.json in {path.name!r} has the model_type {model_type!r}, expected one of "
             f"{sorted(_CLASSES)}; sentence encoders are kind = 'sentence'."
@@ -248,19 +252,21 @@ def _preprocessing(path: Path, who: str) -> tuple[ViewForm, tuple[float, ...], t
     file = path / "preprocessor_config.json"
     said: Mapping[str, Any] = {}
     if file.is_file():
-        said = _json(file, who)
+        said = _object(file, who)
     elif (path / "processor_config.json").is_file():
         file = path / "processor_config.json"
-        said = _json(file, who).get("image_processor", {})
+        said = _object(file, who).get("image_processor", {})
     where = f"{who}: {file.name} in {path.name!r}"
     if not isinstance(said, Mapping) or "size" not in said:
         raise ConfigError(
             f"{where} has no 'size' of pictures, expected preprocessor_config.json of an image processor."
         )
     resample = said.get("resample", 3)
-    if resample not in _INTERPOLATIONS:
+    if not isinstance(resample, int) or resample not in _INTERPOLATIONS:
         raise ConfigError(f"{where}: 'resample' is {resample!r}, expected 2 (bilinear) or 3 (bicubic).")
-    if abs(said.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not said.get("do_rescale", True):
+    factor = said.get("rescale_factor", 1 / 255)
+    scaled = isinstance(factor, float | int) and abs(factor * 255 - 1) <= 1e-6
+    if not scaled or not said.get("do_rescale", True):
         raise ConfigError(f"{where}: 'rescale_factor' is not 1/255, expected pixels scaled to 0 … 1.")
     size = said.get("crop_size", said["size"]) if said.get("do_center_crop") else said["size"]
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -272,12 +278,13 @@ def _preprocessing(path: Path, who: str) -> tuple[ViewForm, tuple[float, ...], t
         size_px = (int(sides[0]), int(sides[1]))
         if said.get("do_normalize", True):
             mean, std = tuple(map(float, said["image_mean"])), tuple(map(float, said["image_std"]))  # type: ignore[assignment]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{where} cannot be used ({type(error).__name__}: {error}), expected 'size', 'image_mean' and "
             "'image_std' of an image processor."
         ) from error
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or min(size_px) < 1:
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if not finite or len(mean) != 3 or len(std) != 3 or min(std) <= 0 or min(size_px) < 1:
         raise ConfigError(
             f"{where}: size {size_px}, mean {mean} and deviation {std}, expected two sides and three numbers "
             "each."
@@ -356,6 +363,8 @@ def _check_pooling(path: Path, pooling: str, who: str) -> None:
     """Raise where sentence-transformers' files beside the model say that it ends otherwise."""
     if (path / "modules.json").is_file():
         listed = _json(path / "modules.json", who)
+        if not isinstance(listed, list):
+            raise ConfigError(f"{who}: modules.json in {path.name!r} holds an object, expected an array.")
         steps = [str(step.get("type", "")).rpartition(".")[2] for step in listed if isinstance(step, Mapping)]
         further = sorted(set(steps) - _POOLING_STEPS)
         if further:
@@ -364,7 +373,7 @@ def _check_pooling(path: Path, pooling: str, who: str) -> None:
                 f"here; expected only {sorted(_POOLING_STEPS)}."
             )
     if (path / "1_Pooling" / "config.json").is_file():
-        said = _json(path / "1_Pooling" / "config.json", who)
+        said = _object(path / "1_Pooling" / "config.json", who)
         prefix = "pooling_mode_"
         modes = [
             key.removeprefix(prefix)
@@ -437,12 +446,16 @@ def _directory(path: Path, who: str) -> Path:
     return path
 
 
-def is_directory_of_transformers(path: Path) -> bool:
+def is_directory_of_transformers(path: Path, *, who: str) -> bool:
     """Return whether the ``config.json`` of a directory is theirs and not ours."""
-    if not (path / "config.json").is_file():
-        return False
-    said = _json(path / "config.json", "teacher")
-    return isinstance(said, dict) and "model_type" in said
+    return (path / "config.json").is_file() and "model_type" in _object(path / "config.json", who)
+
+
+def _object(path: Path, who: str) -> dict[str, Any]:
+    said = _json(path, who)
+    if not isinstance(said, dict):
+        raise ConfigError(f"{who}: {path.name} holds {type(said).__name__}, expected an object.")
+    return said
 
 
 def _json(path: Path, who: str) -> Any:
@@ -454,6 +467,4 @@ def _json(path: Path, who: str) -> Any:
         said = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{who}: {path.name} cannot be read: {error}.") from error
-    if not isinstance(said, dict | list):
-        raise ConfigError(f"{who}: {path.name} holds {type(said).__name__}, expected an object.")
     return said

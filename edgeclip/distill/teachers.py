@@ -139,7 +139,7 @@ def open_teacher(spec: TeacherSpec, root: Path, data: Mapping[str, Samples] | No
 
 def _checkpoint(spec: CheckpointTeacher, root: Path) -> OnlineTeacher:
     path = root / spec.path
-    if is_directory_of_transformers(path):
+    if is_directory_of_transformers(path, who=f"teacher {spec.name!r}"):
         raise ConfigError(
             f"teacher {spec.name!r}: 'path' is {spec.path!r}, a directory of transformers; say kind = "
             "'huggingface', or name the model.safetensors in it, if it is of a model of the zoo."

@@ -165,6 +165,9 @@ def test_rows_that_are_not_the_samples_are_refused(
     [
         (None, "which cannot be read as a .npy file: .*No such file"),
         (b"not an array", "which cannot be read as a .npy file"),
+        (b"PK\x03\x04 but no archive", "which cannot be read as a .npy file"),
+        (b"\x93NUMPY\x01\x00\x08\x00{'a': ( ", "which cannot be read as a .npy file"),
+        (b"\x93NUMPY\x01\x00\x20\x4e" + b" " * 20000, "which cannot be read as a .npy file"),
         (np.ones(3, np.float32), r"with float32 \(3,\), expected \(N, d\)"),
         (np.ones((3, 2), np.int64), r"with int64 \(3, 2\), expected \(N, d\) of float16 or"),
         (np.ones((3, 0), np.float32), r"with float32 \(3, 0\), expected"),
@@ -176,11 +179,12 @@ def test_files_that_hold_something_else_are_named(content: Any, message: str, tm
         (tmp_path / "x.npy").write_bytes(content)
     elif content is not None:
         np.save(tmp_path / "x.npy", content, allow_pickle=True)
-    with pytest.raises(ConfigError, match=f"teacher 't': 'text' is '.*x.npy'.*{message}"):
+    with pytest.raises(ConfigError, match=f"teacher 't': 'text' is '.*x.npy'.*{message}") as caught:
         open_teacher(EmbeddingsTeacher(name="t", text="x.npy"), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_archive_of_arrays_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.ones((3, 2), np.float32))
-    with pytest.raises(ConfigError, match=r"x.npz', an archive of arrays; expected one array"):
+    with pytest.raises(ConfigError, match=r"x.npz', which cannot be read as a .npy file: the magic string"):
         open_teacher(EmbeddingsTeacher(name="t", image="x.npz"), tmp_path)

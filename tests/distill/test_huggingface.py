@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle  # noqa: TID251 - as workers get it
 import shutil
 import socket
@@ -24,7 +25,13 @@ from train_runs import STAGE, make_data, recipe_text, run, steps  # noqa: E402
 
 from edgeclip.distill.batches import to_float  # noqa: E402
 from edgeclip.distill.huggingface import pooled  # noqa: E402
-from edgeclip.distill.recipe import HuggingFaceTeacher, SentenceTeacher, TeacherSpec, parse_recipe  # noqa: E402
+from edgeclip.distill.recipe import (  # noqa: E402
+    CheckpointTeacher,
+    HuggingFaceTeacher,
+    SentenceTeacher,
+    TeacherSpec,
+    parse_recipe,
+)
 from edgeclip.distill.run import open_run  # noqa: E402
 from edgeclip.distill.teachers import open_teacher  # noqa: E402
 from edgeclip.errors import ConfigError, InputError, MissingExtraError  # noqa: E402
@@ -224,6 +231,10 @@ def changed(folder: Path, tmp_path: Path, kind: str, file: str, **values: Any) -
         ("clip", "config.json", {"model_type": "blip"}, r"'clip' has the model_type 'blip', expected one of"),
         ("clip", "preprocessor_config.json", {"resample": 5}, "'resample' is 5, expected 2 .* or 3"),
         ("clip", "preprocessor_config.json", {"rescale_factor": 1}, "'rescale_factor' is not 1/255"),
+        ("clip", "preprocessor_config.json", {"resample": [3]}, r"'resample' is \[3\], expected 2"),
+        ("clip", "preprocessor_config.json", {"rescale_factor": "1/255"}, "'rescale_factor' is not 1/255"),
+        ("clip", "preprocessor_config.json", {"image_std": [1, math.nan, 1]}, r"deviation \(1.0, nan, 1.0\)"),
+        ("clip", "config.json", {"model_type": ["clip"]}, r"model_type \['clip'\], expected one of"),
         ("clip", "preprocessor_config.json", {"size": None}, "has no 'size' of pictures"),
         ("clip", "preprocessor_config.json", {"image_mean": [0.5]}, r"mean \(0.5,\) .* three numbers"),
         (
@@ -246,6 +257,37 @@ def test_a_directory_that_does_not_fit_is_one_sentence(
     root = changed(models[0], tmp_path, kind, file, **values)
     with pytest.raises(ConfigError, match=f"teacher 't': .*{message}") as caught:
         open_teacher(HuggingFaceTeacher(name="t", path=kind), root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "file", "expected"),
+    [
+        (HuggingFaceTeacher(name="t", path="bert"), "config.json", "an object"),
+        (HuggingFaceTeacher(name="t", path="clip"), "preprocessor_config.json", "an object"),
+        (CheckpointTeacher(name="t", path="bert"), "config.json", "an object"),
+        (SentenceTeacher(name="t", path="bert"), "1_Pooling/config.json", "an object"),
+        (SentenceTeacher(name="t", path="bert"), "modules.json", "an array"),
+    ],
+)
+def test_json_of_another_shape_is_one_sentence(
+    spec: TeacherSpec, file: str, expected: str, models: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    shutil.copytree(models[0] / spec.path, tmp_path / spec.path)
+    path = tmp_path / spec.path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}" if expected == "an array" else "[[1]]")
+    with pytest.raises(ConfigError, match=f"teacher 't': {path.name} .*holds .*expected {expected}"):
+        open_teacher(spec, tmp_path)
+
+
+def test_a_config_without_positions_is_one_sentence(
+    models: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    said = json.loads((models[0] / "altclip" / "config.json").read_text())["text_config"]
+    root = changed(models[0], tmp_path, "altclip", "config.json", text_config={**said, "pad_token_id": 99})
+    with pytest.raises(ConfigError, match=r"teacher 't': .*'altclip'") as caught:
+        open_teacher(HuggingFaceTeacher(name="t", path="altclip"), root)
     assert "\n" not in str(caught.value)
 
 
