@@ -47,7 +47,7 @@ def written_scalars(directory: Path, *, every: int = 1) -> Iterator[Callable[[Pr
         nonlocal writer
         if progress.kind == "remark":
             return
-        try:
+        with _translated(directory):
             if writer is None:
                 directory.mkdir(parents=True, exist_ok=True)
                 writer = SummaryWriter(str(directory), purge_step=progress.step, flush_secs=_FLUSH_S)
@@ -60,16 +60,23 @@ def written_scalars(directory: Path, *, every: int = 1) -> Iterator[Callable[[Pr
                 said["samples_per_s"] = progress.entry["samples_per_s"]
                 _write(writer, "train", said, progress.step)
                 _write(writer, "loss", progress.entry["parts"], progress.step)
-        except OSError as error:
-            raise InputError(
-                f"TensorBoard's files in {str(directory)!r} cannot be written: {error.strerror or error}."
-            ) from error
 
     try:
         yield hear
     finally:
         if writer is not None:
-            writer.close()
+            with _translated(directory):
+                writer.close()
+
+
+@contextmanager
+def _translated(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"TensorBoard's files in {str(directory)!r} cannot be written: {error.strerror or error}."
+        ) from error
 
 
 def _write(writer: Any, group: str, values: Mapping[str, Any], step: int) -> None:

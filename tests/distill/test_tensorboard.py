@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib.util
 import math
 from pathlib import Path
@@ -111,4 +112,23 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     entry = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "scale": 10.0, "parts": {}, "samples_per_s": 1.0}
     refused = pytest.raises(InputError, match=r"files in .*file.* cannot be written: File exists")
     with refused, written_scalars(tmp_path / "file") as write:
+        write(Progress("step", 1, 1, entry))
+
+
+@needs_tensorboard
+def test_what_cannot_be_written_at_the_end_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    close = SummaryWriter.close
+
+    def full(writer: SummaryWriter) -> None:
+        close(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "close", full)
+    entry = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "scale": 10.0, "parts": {}, "samples_per_s": 1.0}
+    refused = pytest.raises(InputError, match="cannot be written: No space left on device")
+    with refused, written_scalars(tmp_path / "made") as write:
         write(Progress("step", 1, 1, entry))
