@@ -250,6 +250,7 @@ def _offered(
     templates: Sequence[str],
     notes: Notes,
 ) -> Offered:
+    from edgeclip.errors import InputError
     from edgeclip.evaluate.offered import offer, repeated_names
     from edgeclip.label_sets import LabelSet
 
@@ -258,8 +259,14 @@ def _offered(
     ]
     if languages and len(given) > 1:
         raise click.UsageError("--language takes aliases of one file; leave it out or give one --labels.")
+    brought = pictures.labels
     if not given:
-        given = [(None, pictures.labels or LabelSet.of(_labels_found(pictures)))]
+        given = [(None, brought or LabelSet.of(_labels_found(pictures)))]
+    elif pictures.numbered and brought is not None and len(given[0][1]) != len(brought):
+        raise InputError(
+            f"--labels: got {len(given[0][1]):,}, expected {len(brought):,} in the order of "
+            f"{pictures.path!r}, whose pictures have numbers for labels."
+        )
     repeated = repeated_names(given[0][1])
     if repeated:
         notes.say(
@@ -364,8 +371,10 @@ class _Models:
         if importlib.util.find_spec("torch") is None:
             raise MissingExtraError(f"evaluating {said!r}", extra="train", module="torch")
         from edgeclip.distill.eager import open_eager
+        from edgeclip.runtime.host import usable_cores
 
-        self.subjects.append(open_eager(path, model=model, device=self.device, threads=self.threads))
+        threads = self.threads or usable_cores()
+        self.subjects.append(open_eager(path, model=model, device=self.device, threads=threads))
 
     def close(self) -> None:
         """Close them."""

@@ -21,6 +21,7 @@ from tiny_bundle import COLOURS, colour_picture
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.data import read_samples
 from edgeclip.evaluate.zero_shot import evaluate_classifier
+from edgeclip.runtime.host import usable_cores
 
 PROBES = Path(__file__).parent.parent / "data" / "probes"
 PHOTOS = Path(__file__).parents[2] / "edgeclip/assets/photos"
@@ -183,6 +184,8 @@ def test_sets_in_the_form_of_clip_benchmark(evaluate, tiny_bundle: Path, tmp_pat
     assert said["templates"] == {"": ["a photo of a {}.", "art of the {}."]}
     # Of two equal labels the first wins: the second one's pictures are missed.
     assert said["rows"][0]["zero_shot"][""]["top1"]["value"] == pytest.approx(4 / 6)
+    shifted = evaluate(tiny_bundle, "--data", root, "--labels", "background,red,green,blue")
+    assert "--labels: got 4, expected 3 in the order of" in shifted.err
     retrieval = clip_benchmark(tmp_path / "pairs", retrieval=True)
     said = document(evaluate(tiny_bundle, "--data", retrieval, "--json", "-"))
     assert (said["task"], said["rows"][0]["retrieval"]["alt"]["texts"]) == ("retrieval", 7)
@@ -282,6 +285,7 @@ def test_captions_in_two_languages(evaluate, shapes: Path) -> None:
                  "--captions", "alt", "--captions", "zh", "--limit", 30, "--json", "-")
     )  # fmt: skip
     assert said["captions"] == ["alt", "zh"]
+    assert said["rows"][0]["about"]["threads"] == usable_cores()
     for kind in ("alt", "zh"):
         assert said["rows"][0]["retrieval"][kind]["image_to_text"]["r5"]["value"] > 0.9
 
