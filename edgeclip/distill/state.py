@@ -1,13 +1,13 @@
 """Where training stands, on disk: a checkpoint with the optimizer's state beside the weights.
 
 A directory ``step-00001234`` holds a checkpoint (``config.json``, ``model.safetensors``, the tokenizer),
-``optimizer.safetensors`` (moments by parameter name, the objective's own parameters, random generators by
-rank), ``ema.safetensors`` where a running average is kept, and ``state.json``. It is written under another
-name and renamed when it is complete and synced, so that whatever directory is there can be resumed from; the
-one before it stays until then.
+``optimizer.safetensors`` (moments by parameter name, the objective's own parameters), ``ema.safetensors``
+where a running average is kept, and ``state.json``. It is written under another name and renamed when it is
+complete and synced, so that whatever directory is there can be resumed from; the one before it stays until
+then.
 
-Resuming is exact: the order of samples is a function of the position, the learning rate of the step, and
-everything else is here. No pickle.
+Resuming is exact: the order of samples is a function of the position, learning rate and random numbers are
+functions of the step, and everything else is here. No pickle.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ __all__ = [
     "latest_state",
     "load_state",
     "optimizer_moments",
-    "random_generators",
-    "restore_generators",
     "restore_moments",
     "save_state",
 ]
@@ -76,7 +74,6 @@ class TrainingState:
         recipe_digest: of the recipe (``recipe_digest``); another recipe cannot resume.
         moments: the optimizer's state by ``<parameter>/<moment>``.
         objective: parameters that only training needs, by name.
-        generators: state of the random generators, by ``<device>/<rank>``.
         ema: running average of the weights by name; empty where none is kept.
         scaler: state of the loss scaling of float16.
     """
@@ -85,7 +82,6 @@ class TrainingState:
     recipe_digest: str
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     objective: Mapping[str, Tensor] = field(default_factory=dict)
-    generators: Mapping[str, Tensor] = field(default_factory=dict)
     ema: Mapping[str, Tensor] = field(default_factory=dict)
     scaler: Mapping[str, float] = field(default_factory=dict)
 
@@ -158,11 +154,7 @@ def save_state(
         save_checkpoint(model, staging, info, tokenizer_files=tokenizer_files)
         tensors = {
             f"{prefix}:{key}": value.detach().cpu().contiguous()
-            for prefix, part in (
-                ("moments", state.moments),
-                ("objective", state.objective),
-                ("generators", state.generators),
-            )
+            for prefix, part in (("moments", state.moments), ("objective", state.objective))
             for key, value in part.items()
         }
         write_state(staging / _OPTIMIZER, tensors)
@@ -220,6 +212,10 @@ def load_state(path: Path, model: nn.Module, *, recipe_digest: str) -> TrainingS
         if said["schema"] != SCHEMA:
             raise ConfigError(f"{where}: got schema {said['schema']!r}, expected {SCHEMA}.")
         position, digest, scaler = Position(**said["position"]), said["recipe_digest"], said["scaler"]
+        parts: dict[str, dict[str, Tensor]] = {"moments": {}, "objective": {}}
+        for key, value in tensors.items():
+            prefix, _, name = key.partition(":")
+            parts[prefix][name] = value
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{where} cannot be read: {error}. Remove it to resume from the one before."
@@ -235,10 +231,6 @@ def load_state(path: Path, model: nn.Module, *, recipe_digest: str) -> TrainingS
     if difference:
         raise InputError(f"{where}: weights and model disagree about {sorted(difference)[:5]}.")
     model.load_state_dict(weights)
-    parts: dict[str, dict[str, Tensor]] = {"moments": {}, "objective": {}, "generators": {}}
-    for key, value in tensors.items():
-        prefix, _, name = key.partition(":")
-        parts[prefix][name] = value
     return TrainingState(position, digest, **parts, ema=ema, scaler=scaler)
 
 
@@ -254,19 +246,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def random_generators(rank: int) -> dict[str, Tensor]:
-    """Return the states of this process's random generators by ``<device>/<rank>``."""
-    found = {f"cpu/{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        found[f"cuda/{rank}"] = torch.cuda.get_rng_state()
-    return found
-
-
-def restore_generators(generators: Mapping[str, Tensor], rank: int) -> None:
-    """Put back what :func:`random_generators` returned; a rank or device that is not there keeps its own."""
-    if f"cpu/{rank}" in generators:
-        torch.set_rng_state(generators[f"cpu/{rank}"])
-    if f"cuda/{rank}" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state(generators[f"cuda/{rank}"])

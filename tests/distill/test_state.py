@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from edgeclip.distill.state import (  # noqa: E402
@@ -19,8 +20,6 @@ from edgeclip.distill.state import (  # noqa: E402
     latest_state,
     load_state,
     optimizer_moments,
-    random_generators,
-    restore_generators,
     restore_moments,
     save_state,
 )
@@ -69,7 +68,6 @@ def state(made: CLIP, optimizer: torch.optim.Optimizer, done: int) -> TrainingSt
         DIGEST,
         moments=optimizer_moments(optimizer, names(made)),
         objective={"biases.0": torch.tensor(-3.0)},
-        generators=random_generators(0),
         ema={"x": torch.ones(2)},
         scaler={"scale": 1024.0},
     )
@@ -97,16 +95,6 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         straight.state_dict().items(), resumed.state_dict().values(), strict=True
     ):
         assert torch.equal(expected, got), name
-
-
-def test_random_generators_go_on() -> None:
-    torch.manual_seed(3)
-    saved = random_generators(1)
-    first = torch.rand(4)
-    restore_generators(saved, 0)  # another rank's: nothing happens
-    assert not torch.equal(torch.rand(4), first)
-    restore_generators(saved, 1)
-    assert torch.equal(torch.rand(4), first)
 
 
 def saved(directory: Path, done: int) -> Path:
@@ -147,6 +135,13 @@ def test_damaged_files_are_named(tmp_path: Path, file: str) -> None:
     path = saved(tmp_path, 1)
     (path / file).write_bytes(b"\x00" * 20)
     with pytest.raises(InputError, match=r"step-00000001' cannot be read"):
+        load_state(path, model(), recipe_digest=DIGEST)
+
+
+def test_tensors_of_no_known_kind_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, 1)
+    save_file({"other:x": torch.zeros(1)}, path / "optimizer.safetensors")
+    with pytest.raises(InputError, match="step-00000001' cannot be read: 'other'"):
         load_state(path, model(), recipe_digest=DIGEST)
 
 
