@@ -134,7 +134,7 @@ def open_embedding_files(spec: EmbeddingsTeacher, root: Path) -> EmbeddingFiles:
 
 def _mapped(path: Path, where: str) -> NDArray[Any]:
     try:
-        rows: Any = np.lib.format.open_memmap(path, mode="r")
+        rows: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # whatever its parser of headers stumbles over
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

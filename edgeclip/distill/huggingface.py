@@ -140,7 +140,7 @@ def _open_tokenizer(
         )
     masked = "attention_mask" in tokenizer.model_input_names
     text = getattr(config, "text_config", config)
-    with _translated(who, f"config.json in {path.name!r} does not say how long texts may be"):
+    with _translated(who, f"{path.name!r} does not say how long texts may be"):
         limit = int(getattr(text, "max_position_embeddings", _LONGEST))
         if config.model_type in _POSITIONS_AFTER_PADDING:
             limit -= int(text.pad_token_id) + 1

@@ -159,11 +159,23 @@ class CheckpointTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag
 
 
 class OpenClipTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="open-clip"):
-    """A model of open_clip (extra ``openclip``), run beside the student."""
+    """A model of open_clip (extra ``openclip``), run beside the student.
+
+    Attributes:
+        name: as losses call it.
+        model: as open_clip calls it.
+        pretrained: local file with its weights.
+        tag: which of the weights that open_clip lists for the model these are: mean, deviation and
+            interpolation are theirs. Needed where the listed ones differ in that.
+        licence: SPDX identifier of its weights' terms, which the file does not state.
+        scale: the teacher's own multiplier of cosines.
+    """
 
     name: str
     model: str
     pretrained: str
+    tag: str | None = None
+    licence: str = ""
     scale: Positive = 100.0
 
 

@@ -191,7 +191,7 @@ def _open_clip(spec: OpenClipTeacher, root: Path) -> OnlineTeacher:
             f"teacher {spec.name!r}: {spec.pretrained!r} cannot be loaded as {spec.model!r}: "
             f"{str(error)[:300]}"
         ) from error
-    prepared = open_clip.get_model_preprocess_cfg(model)
+    prepared = {**open_clip.get_model_preprocess_cfg(model), **_published_preprocessing(open_clip, spec)}
     size = prepared.get("size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     interpolation: Literal["bilinear", "bicubic"] = (
@@ -209,5 +209,26 @@ def _open_clip(spec: OpenClipTeacher, root: Path) -> OnlineTeacher:
         tokenizer=Tokenizer.clip(context_length),
         embed_dim=rows.shape[1],
         scale=spec.scale,
-        parent=parent_of(spec.model, "teacher", "", spec.pretrained, "open_clip", ()),
+        parent=parent_of(spec.model, "teacher", spec.licence, spec.pretrained, "open_clip", ()),
     )
+
+
+def _published_preprocessing(library: Any, spec: OpenClipTeacher) -> dict[str, Any]:
+    """Return mean, deviation and interpolation of published weights, which open_clip has not for files."""
+    listed = library.list_pretrained_tags_by_model(spec.model)
+    if spec.tag is not None and spec.tag not in listed:
+        raise ConfigError(
+            f"teacher {spec.name!r}: 'tag' is {spec.tag!r}, expected one that open_clip lists for "
+            f"{spec.model!r}: {sorted(listed) or 'it lists none'}."
+        )
+    found: list[dict[str, Any]] = []
+    for tag in listed if spec.tag is None else [spec.tag]:
+        said = library.get_pretrained_cfg(spec.model, tag)
+        keys = ("mean", "std", "interpolation")
+        found.append({key: said[key] for key in keys if said.get(key) is not None})
+    if any(each != found[0] for each in found):
+        raise ConfigError(
+            f"teacher {spec.name!r}: the weights of {spec.model!r} differ in how pictures are prepared; say "
+            f"with 'tag' in its [[teacher]] which {spec.pretrained!r} is, one of {sorted(listed)}."
+        )
+    return found[0] if found else {}

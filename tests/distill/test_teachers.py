@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from msgspec.structs import replace  # noqa: E402
 from train_runs import (  # noqa: E402
     FASTVIT,
     SIZE_PX,
@@ -344,7 +345,9 @@ def test_without_open_clip_the_extra_is_named(folder: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_open_clip_teachers_give_open_clip_s_embeddings(folder: Path, tmp_path: Path) -> None:
+def test_open_clip_teachers_give_open_clip_s_embeddings(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torchvision_shim")
     open_clip = pytest.importorskip("open_clip")
     from safetensors.torch import save_file
@@ -363,6 +366,8 @@ def test_open_clip_teachers_give_open_clip_s_embeddings(folder: Path, tmp_path: 
     assert isinstance(teacher, OnlineTeacher)
     assert (teacher.image_dim, teacher.consumer.form.size_px) == (24, (SIZE_PX, SIZE_PX))
     assert teacher.parent["licence"] == "NOASSERTION"
+    stated = open_teacher(replace(spec, licence="CC0-1.0"), tmp_path)
+    assert stated.parent["licence"] == "CC0-1.0"
     image = torch.randint(0, 256, (2, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8)
     tokens = torch.from_numpy(teacher.consumer.tokenizer(["a cat", "a dog"]))
     said = teacher(image, tokens[:, None])
@@ -380,3 +385,21 @@ def test_open_clip_teachers_give_open_clip_s_embeddings(folder: Path, tmp_path: 
         values = {"name": "big", "model": "tiny-openclip", "pretrained": "w.safetensors", **change}
         with pytest.raises(ConfigError, match=message):
             open_teacher(OpenClipTeacher(**values), tmp_path)
+
+    # Files do not say how their pictures are prepared, open_clip's list does.
+    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"}
+    listed = {"plain": {"url": "", "hf_hub": "", **plain}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-openclip", listed)
+    one = open_teacher(spec, tmp_path)
+    assert (one.mean, one.std, one.consumer.form.interpolation) == (*list(plain.values())[:2], "bilinear")
+    assert torch.allclose(
+        one(image, None).image, theirs.encode_image(to_float(image, mean=one.mean, std=one.std)), atol=1e-6
+    )
+    listed["other"] = {"url": "", "hf_hub": "", **plain, "mean": (0.5, 0.5, 0.5)}
+    with pytest.raises(
+        ConfigError, match=r"say with 'tag' .* which 'w.safe.*' is, one of \['other', 'plain'\]"
+    ):
+        open_teacher(spec, tmp_path)
+    assert open_teacher(replace(spec, tag="other"), tmp_path).mean == (0.5, 0.5, 0.5)
+    with pytest.raises(ConfigError, match=r"'tag' is 'third', expected one .*\['other', 'plain'\]"):
+        open_teacher(replace(spec, tag="third"), tmp_path)
