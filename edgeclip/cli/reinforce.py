@@ -182,7 +182,7 @@ def reinforce(
         if rank == 0:
             click.echo(json.dumps({"schema": SCHEMA, **report.to_dict()}, ensure_ascii=False, indent=2))
         return
-    lines = _described(report, augmentations)
+    lines = _described(report, augmentations, captioned=captions is not None)
     if rank == 0:
         click.echo("\n".join(lines))
     else:
@@ -255,7 +255,7 @@ def _reporting(notes: Notes) -> Callable[[int, int], None]:
     return show
 
 
-def _described(report: ReinforceReport, augmentations: int) -> list[str]:
+def _described(report: ReinforceReport, augmentations: int, *, captioned: bool) -> list[str]:
     samples = max(1, report.samples)
     size, member, payload = (
         f"{count / samples / 1024:,.1f} KiB"
@@ -272,6 +272,9 @@ def _described(report: ReinforceReport, augmentations: int) -> list[str]:
         f"a sample takes {size}, its embeddings {member} ({payload} of numbers, {augmentations} views)",
         f"teachers: {', '.join(columns)}",
     ]
+    if captioned and report.status != "dry-run":
+        hint = "" if report.captioned else "; 'edgeclip data inspect' shows a key as the file must have it"
+        lines.append(f"{report.captioned:,} samples got further captions{hint}")
     if report.without_picture:
         lines.append(f"{report.without_picture:,} samples without a picture are left out")
     if not report.complete and report.status != "dry-run":

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from edgeclip.data import texts_of
 from edgeclip.distill.samples import Sample
 from edgeclip.errors import InputError
 
@@ -66,7 +67,8 @@ class CaptionFile:
         kinds = self._found.setdefault(key, {})
         for kind, texts in said.items():
             named = "synthetic" if kind == "captions" else kind
-            kinds[named] = kinds.get(named, ()) + ((texts,) if isinstance(texts, str) else tuple(texts))
+            if found := texts_of(texts):
+                kinds[named] = kinds.get(named, ()) + found
 
     def of(self, sample: Sample) -> Mapping[str, tuple[str, ...]]:
         """Return what the file says about a sample; empty if nothing."""
@@ -89,7 +91,11 @@ def with_captions(
     changed = dict(members)
     for extension in ("json", "syn.json"):
         is_synthetic = extension == "syn.json"
-        kinds = {kind: texts for kind, texts in extra.items() if kind.startswith("synthetic") is is_synthetic}
+        kinds = {
+            kind: texts
+            for kind, texts in extra.items()
+            if (kind.split("_")[0] == "synthetic") is is_synthetic
+        }
         if not kinds:
             continue
         said = _object(members.get(extension, b"{}"), f"{what}.{extension}")

@@ -22,7 +22,7 @@ from edgeclip.distill.inputs import ViewForm
 from edgeclip.errors import ConfigError, InputError, MissingExtraError
 from edgeclip.tokenizer import Tokenizer
 
-__all__ = ["CAPTIONER_PREFIX", "Captioner", "central_square", "open_captioner"]
+__all__ = ["CAPTIONER_PREFIX", "Captioner", "central_square", "open_captioner", "weights_digest"]
 
 CAPTIONER_PREFIX = "open-clip:"
 _TOP_P, _TOP_K = 0.9, 1000
@@ -34,6 +34,16 @@ def central_square(height: int, width: int) -> CropBox:
     """Return the largest square in the middle of a picture."""
     side = min(height, width)
     return CropBox((height - side) // 2, (width - side) // 2, side, side)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the sha256 of a model's parameters and buffers: names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+    return digest.hexdigest()
 
 
 class Captioner:
@@ -54,11 +64,7 @@ class Captioner:
         self._model = model.requires_grad_(False).eval()
         self._mean, self._std = tuple(mean), tuple(std)
         self._tokenizer = Tokenizer.clip()
-        digest = hashlib.sha256()
-        for key, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        self.digest = digest.hexdigest()
+        self.digest = weights_digest(model)
 
     def to(self, device: str) -> Captioner:
         """Move the model."""
@@ -150,10 +156,10 @@ def open_captioner(said: str) -> Captioner:
         )
     try:
         opened = open_clip.create_model(model, pretrained=str(file), weights_only=True)
-    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
-        raise ConfigError(
-            f"captioner {said!r}: {name!r} cannot be loaded as {model!r}: {str(error)[:300]}"
-        ) from error
+    # The parsers of pickles, safetensors and numpy files raise whatever they stumble over.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"captioner {said!r}: {name!r} cannot be loaded as {model!r}: {reason}") from error
     prepared = open_clip.get_model_preprocess_cfg(opened)
     size = prepared.get("size", 224)
     height, width = (size, size) if isinstance(size, int) else size

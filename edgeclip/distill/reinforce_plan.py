@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from edgeclip.distill.augment import Augmentation, RandAugment, RandomResizedCrop, Transform
 from edgeclip.distill.caption_file import CaptionFile, with_captions
-from edgeclip.distill.captioner import Captioner, central_square, open_captioner
+from edgeclip.distill.captioner import Captioner, central_square, open_captioner, weights_digest
 from edgeclip.distill.inputs import TextInput, ViewForm, with_form
 from edgeclip.distill.online_teacher import OnlineTeacher
 from edgeclip.distill.randomness import random_stream
@@ -423,15 +423,6 @@ def _records(opened: Sequence[tuple[OnlineTeacher, float]]) -> Iterator[TeacherR
             parent=teacher.parent,
             image_size_px=form.size_px,
             interpolation=form.interpolation,
-            sha256=_weights_digest(teacher),
+            sha256=weights_digest(teacher),
         )
         column += teacher.image_dim
-
-
-def _weights_digest(teacher: OnlineTeacher) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
-    return digest.hexdigest()

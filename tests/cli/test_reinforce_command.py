@@ -54,12 +54,13 @@ def test_shards_are_made_inspected_checked_and_trained_on(run, folder: Path, tmp
     assert not out.exists()
     made = run(*arguments)
     assert (made.code, made.err) == (0, "")
-    first, second, third = made.out.splitlines()
+    first, second, third, fourth = made.out.splitlines()
     assert first.startswith("16 samples in 2 shards (written), ")
     assert first.endswith(f" MB, in {out} (0 left out)")
     numbers = 8 * 2 * WIDTH * 2 / 1024  # two views, six texts
     assert second.endswith(f"({numbers:.1f} KiB of numbers, 2 views)")
     assert third == "teachers: big in columns 0 to 95, tinyclip in columns 96 to 191"
+    assert fourth == "16 samples got further captions"
     again = run(*arguments)
     assert again.out.startswith("16 samples in 2 shards (present), ")
 
@@ -81,6 +82,13 @@ def test_shards_are_made_inspected_checked_and_trained_on(run, folder: Path, tmp
                   "--set", "stage.0.batch_size=8", "--set", "stage.0.schedule.warmup=0")  # fmt: skip
     assert trained.code == 0, trained.err
     assert trained.out.startswith("finished: 2 steps")
+
+
+def test_captions_that_fit_no_sample_are_said(run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "others.jsonl").write_text('{"key": "nobody", "captions": ["a cat"]}\n')
+    made = run("reinforce", folder / "shards", "--teacher", TINY, *QUICK,
+               "--captions", tmp_path / "others.jsonl", "-o", tmp_path / "dr")  # fmt: skip
+    assert "0 samples got further captions; 'edgeclip data inspect' shows a key" in made.out
 
 
 def test_damaged_reinforcement_is_found(run, folder: Path, tmp_path: Path) -> None:

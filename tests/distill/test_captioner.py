@@ -173,6 +173,26 @@ def test_captioners_that_cannot_be(said: str, message: str, weights: Path) -> No
         open_captioner(said.replace("FILE", str(weights)))
 
 
+class Harm:
+    """Pickled, it would call something when it is read."""
+
+    def __reduce__(self) -> Any:
+        return print, ("harm was done",)
+
+
+@pytest.mark.parametrize("name", ["evil.pt", "empty.pt", "junk.pt", "list.pt", "junk.safetensors"])
+def test_files_that_are_no_weights_are_refused(
+    name: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.write_bytes({"empty.pt": b""}.get(name, b"junk" * 9))
+    if name in ("evil.pt", "list.pt"):
+        torch.save({"evil.pt": {"a": Harm()}, "list.pt": [1]}[name], file)
+    with pytest.raises(ConfigError, match=rf"{name}' cannot be loaded as 'tiny_coca'"):
+        open_captioner(f"open-clip:tiny_coca:{file}")
+    assert "harm" not in capsys.readouterr().out
+
+
 def test_captions_come_from_one_place(tmp_path: Path) -> None:
     options = ReinforceOptions(captions=tmp_path / "a.jsonl", captioner="open-clip:a:b")
     with pytest.raises(ConfigError, match="from a file or a captioner"):

@@ -237,7 +237,7 @@ def test_further_captions_go_behind_those_that_are_there(tmp_path: Path) -> None
     )
     lines = [
         {"key": "a.tar/7", "captions": ["one", "two"], "zh": "二", "rewrite": ["again"]},
-        {"key": "8", "alt": "only here"},
+        {"key": "8", "alt": "only here", "synthetics": ["kept"], "zh": [" "]},
     ]
     file = tmp_path / "captions.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -249,7 +249,9 @@ def test_further_captions_go_behind_those_that_are_there(tmp_path: Path) -> None
     assert json.loads(found["7.json"]) == {"captions": {"zh": ["一", "二"], "rewrite": ["again"]}, "syn": 1}
     shapes = {k: v.shape[0] for k, v in np.load(io.BytesIO(found["7.npz"])).items()}
     assert shapes == {"image_emb": 1, "text_emb": 3, "caption_rewrite_emb": 1, "caption_zh_emb": 2}
-    assert json.loads(found["8.json"]) == {"captions": {"alt": ["only here"]}}
+    assert json.loads(found["8.json"]) == {"captions": {"alt": ["only here"], "synthetics": ["kept"]}}
+    others = {k: v.shape[0] for k, v in np.load(io.BytesIO(found["8.npz"])).items()}
+    assert others == {"image_emb": 1, "text_emb": 1, "caption_synthetics_emb": 1}
     again = ReinforceOptions(augmentations=2, precision="bfloat16")
     reinforce(
         open_plan([tmp_path / "out" / "a.tar"], [TEACHERS[1]], again, root=tmp_path), tmp_path / "twice"
