@@ -21,7 +21,7 @@ from edgeclip.distill.augment import (
 )
 from edgeclip.errors import ConfigError, InputError
 
-__all__ = ["VIEWS_EXTENSION", "list_views", "view_of", "views_from_json", "views_to_json"]
+__all__ = ["VIEWS_EXTENSION", "list_views", "view_of", "views_to_json"]
 
 VIEWS_EXTENSION = "paug.json"
 _FIELD = "param_aug"
@@ -36,31 +36,13 @@ def views_to_json(augmentation: Augmentation, views: Sequence[Parameters]) -> by
     return msgspec.json.encode({_FIELD: [augmentation.to_json(view) for view in views]})
 
 
-def views_from_json(
-    augmentation: Augmentation, member: bytes, *, where: str = "paug.json"
-) -> tuple[Parameters, ...]:
-    """Return the views that a member says, in its order.
+def list_views(member: bytes, *, where: str = "paug.json") -> list[Any]:
+    """Return the views that a member says, as JSON has them: nothing in them has been checked.
 
     Args:
-        augmentation: what they were drawn with; the size of its views may be another.
         member: JSON. ``param_aug`` may also be a string that holds the list as JSON, as in tables made of
             DataCompDR's shards. Other fields are left alone.
         where: names the member in errors.
-
-    Raises:
-        InputError: no such JSON, no view, or a view that `Augmentation.from_json` refuses.
-    """
-    listed = list_views(member, where=where)
-    views: list[Parameters] = []
-    try:
-        views.extend(augmentation.from_json(view) for view in listed)
-    except InputError as error:
-        raise InputError(f"{where}: view {len(views)} of {len(listed)}: {error}") from error
-    return tuple(views)
-
-
-def list_views(member: bytes, *, where: str = "paug.json") -> list[Any]:
-    """Return the views that a member says, as JSON has them: nothing in them has been checked.
 
     Raises:
         InputError: no such JSON, or no view.
