@@ -124,6 +124,7 @@ class TowerFiles:
     """One tower, ready to be opened: its files are on disk and their hashes are checked.
 
     ``digest`` is over the hashes of its files: the same network has the same digest in every bundle.
+    ``bundle`` and ``bundle_digest`` say which bundle it was opened from, for messages and the host cache.
     """
 
     tower: str
@@ -137,6 +138,8 @@ class TowerFiles:
     requires: Requires
     session_config: dict[str, str]
     digest: str
+    bundle: Path | None = None
+    bundle_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class Variant:
             requires=self.entry.requires,
             session_config=dict(self.entry.session_config),
             digest=self.tower_digest(name),
+            bundle=self.bundle.path,
+            bundle_digest=self.bundle.digest,
         )
 
     def tower_digest(self, name: str) -> str:

@@ -41,6 +41,7 @@ __all__ = [
     "ModelFiles",
     "OpenSession",
     "Placement",
+    "Prepared",
     "RuntimeOptions",
     "Session",
     "TensorSpec",
@@ -262,6 +263,7 @@ class ModelFiles:
         precision: see :class:`Placement`.
         session_config: engine keys the bundle asks for.
         digest: identifies the content; ``None`` for a bare file.
+        variant: its name in the bundle, with ``bundle`` and ``bundle_digest``: where it comes from.
     """
 
     model: Path
@@ -270,6 +272,26 @@ class ModelFiles:
     precision: str = "as stored"
     session_config: Mapping[str, str] = field(default_factory=dict)
     digest: str | None = None
+    variant: str | None = None
+    bundle: Path | None = None
+    bundle_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a backend's ``prepare`` leaves behind for a tower, so that opening it is quick.
+
+    Attributes:
+        path: the compiled form; ``None`` where the engine has none for this tower.
+        size_bytes: of it.
+        seconds: spent.
+        up_to_date: it was there already, and nothing was done.
+    """
+
+    path: Path | None
+    size_bytes: int
+    seconds: float
+    up_to_date: bool
 
 
 @dataclass(frozen=True)
@@ -281,18 +303,20 @@ class Backend:
         library: the foreign module it needs.
         formats: variant formats it runs.
         install: what to type when the library is missing.
+        bindings: the inner half of ``library``, which suffices where it is installed alone.
     """
 
     module: str
     library: str
     formats: tuple[str, ...]
     install: str
+    bindings: str | None = None
 
     def unavailable(self) -> str | None:
         """Return why this backend cannot be used here, or ``None`` where it can. Imports nothing."""
         if importlib.util.find_spec(self.module) is None:
             return "this edgeclip has no such backend yet"
-        if not _has_module(self.library):
+        if not _has_module(self.library) and not (self.bindings and _has_module(self.bindings)):
             return f"the package {self.library!r} is not installed: run {self.install}"
         return None
 
@@ -308,9 +332,14 @@ BACKENDS: Final[Mapping[str, Backend]] = MappingProxyType(
             "tensorrt",
             ("tensorrt",),
             "pip install tensorrt (Jetson: part of JetPack)",
+            "tensorrt_bindings",
         ),
         "tensorrt_rtx": Backend(
-            "edgeclip.runtime.trt", "tensorrt_rtx", ("tensorrt",), 'pip install "edgeclip[rtx]"'
+            "edgeclip.runtime.trt",
+            "tensorrt_rtx",
+            ("tensorrt",),
+            'pip install "edgeclip[rtx]"',
+            "tensorrt_rtx_bindings",
         ),
         "eager": Backend("edgeclip.runtime.eager", "torch", (), 'pip install "edgeclip[export]"'),
     }
@@ -552,6 +581,9 @@ def _model_files(tower: TowerFiles | Path | str) -> ModelFiles:
         precision=tower.precision,
         session_config=dict(tower.session_config),
         digest=tower.digest,
+        variant=tower.variant,
+        bundle=tower.bundle,
+        bundle_digest=tower.bundle_digest,
     )
 
 
