@@ -25,6 +25,7 @@ __all__ = ["VIEWS_EXTENSION", "list_views", "view_of", "views_to_json"]
 
 VIEWS_EXTENSION = "paug.json"
 _FIELD = "param_aug"
+_MAX_OPERATIONS = 64
 
 
 def views_to_json(augmentation: Augmentation, views: Sequence[Parameters]) -> bytes:
@@ -82,9 +83,11 @@ def view_of(crop: RandomResizedCrop, said: object, *, where: str) -> tuple[Augme
             for entry in steps[1:]
         ),
     ]
-    if len(steps) != len(set(map(type, kinds))) or len(kinds) > 3:
+    most = max((kind.num_ops for kind in kinds if isinstance(kind, RandAugment)), default=0)
+    if len(steps) != len(set(map(type, kinds))) or len(kinds) > 3 or most > _MAX_OPERATIONS:
         raise InputError(
-            f"{where}: is {_shorten(said)}, expected a crop, a flip and operations. Draw it again."
+            f"{where}: is {_shorten(said)}, expected a crop, a flip and operations ({_MAX_OPERATIONS} at "
+            "most). Draw it again."
         )
     try:
         augmentation = Augmentation(tuple(kinds))

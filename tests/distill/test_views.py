@@ -79,6 +79,7 @@ def test_what_follows_the_crop_is_known_by_its_form(view: list[object], kinds: l
         ([VIEW[0], True, False], "expected a crop, a flip and operations"),
         ([VIEW[0], VIEW[1], True], "RandomResizedCrop first"),
         ([VIEW[0], [[99, 0.0]]], "operation is 99"),
+        ([VIEW[0], [[1, 0.0]] * 65], r"operations \(64 at most\)"),
         ([VIEW[0], True, VIEW[1], VIEW[1]], "expected a crop, a flip and operations"),
     ],
 )
