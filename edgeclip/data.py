@@ -40,6 +40,7 @@ _LABEL_COLUMNS = ("label", "class", "cls", "category")
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _DESCRIBING = ("txt", "cls", "json", "syn.json")
 _MAX_MEMBER_BYTES = 1 << 28
+_MAX_LINE = 1 << 24  # characters of a JSON object
 _LIST_BLOCK_BYTES = 1 << 16
 
 Skipped = Callable[[Path, str], None]
@@ -271,7 +272,13 @@ def _json_rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     number = 0
     try:
         with table.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, 1):
+            while line := stream.readline(_MAX_LINE + 1):
+                number += 1
+                if len(line) > _MAX_LINE:
+                    raise InputError(
+                        f"table {str(table)!r}, line {number}: is too long, expected a JSON object of at "
+                        f"most {_MAX_LINE} characters."
+                    )
                 if not line.strip():
                     continue
                 row = json.loads(line)

@@ -344,6 +344,16 @@ def test_damaged_tables_are_named(tmp_path: Path, name: str, content: bytes, mes
         list(read_samples([tmp_path / name]))
 
 
+def test_a_line_without_end_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeclip.data._MAX_LINE", 40)
+    table = tmp_path / "t.jsonl"
+    table.write_text(json.dumps({"path": "x" * 15 + ".jpg"}) + "\n" + '{"path": "' + "x" * 10_000, "utf-8")
+    found = read_samples([table])
+    assert next(found).key == "x" * 15 + ".jpg"
+    with pytest.raises(InputError, match="line 2: is too long, expected a JSON object of at most 40 char"):
+        next(found)
+
+
 # Shards
 
 
