@@ -14,7 +14,6 @@ from train_runs import (  # noqa: E402
     STAGE,
     assert_same_weights,
     log,
-    make_data,
     recipe_text,
     run,
     start,
@@ -27,11 +26,6 @@ from edgeclip.distill.ranks import Ranks, place_of_process, ranks  # noqa: E402
 from edgeclip.errors import ConfigError  # noqa: E402
 
 TOLERANCE = 1e-4  # float32 sums in another order, over the steps of a run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def assert_close(found: Path, expected: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from edgeclip.models.fastvit import AttentionBlock, Downsample  # noqa: E402
 from edgeclip.models.mobileone import MobileOneBlock, RepMixerBlock  # noqa: E402
 from edgeclip.models.text_transformer import ConvLayer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VIT = ViTConfig(
     width=24, heads=(2, 2, 2), hidden_dims=(48, 48, 48), head_dim=12, patch_px=8, grid=(4, 4), embed_dim=16
 )
@@ -47,14 +48,6 @@ TOWERS: dict[str, tuple[ImageConfig, bool, int]] = {
     "fastvit": (FASTVIT, True, 64),
     "efficientnet-lite": (LITE, False, 64),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from train_runs import (  # noqa: E402
     FASTVIT,
     assert_same_weights,
     log,
-    make_data,
     recipe_text,
     run,
     steps,
@@ -27,20 +26,9 @@ from edgeclip.distill.state import latest_state  # noqa: E402
 from edgeclip.distill.trainer import Progress, TrainOptions, train  # noqa: E402
 from edgeclip.errors import InputError  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OFTEN = ("checkpoint_every=2",)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

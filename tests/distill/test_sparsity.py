@@ -20,8 +20,7 @@ from train_runs import (  # noqa: E402
     VIT,
     assert_same_weights,
     log,
-    make_data,
-    recipe_text,
+    opened,
     run,
     run_recipe,
     start,
@@ -32,8 +31,7 @@ from train_runs import (  # noqa: E402
 
 from edgeclip.distill import trainer as trainer_module  # noqa: E402
 from edgeclip.distill.randomness import random_stream  # noqa: E402
-from edgeclip.distill.recipe import PruneSpec, load_recipe, parse_recipe  # noqa: E402
-from edgeclip.distill.run import open_run  # noqa: E402
+from edgeclip.distill.recipe import PruneSpec, load_recipe  # noqa: E402
 from edgeclip.distill.sparsity import Sparsity, TowerMasks  # noqa: E402
 from edgeclip.distill.state import latest_state  # noqa: E402
 from edgeclip.errors import ConfigError  # noqa: E402
@@ -43,10 +41,7 @@ from edgeclip.models.config import CLIPConfig, TextTransformerConfig, ViTConfig 
 from edgeclip.models.gates import gated, layer_parameters, sampled_gates  # noqa: E402
 from edgeclip.models.reparam import reparameterize  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = CLIPConfig(
     name="full",
@@ -77,19 +72,6 @@ multiplier_learning_rate = 2.0
 """
 SECOND = STAGE.replace("contrastive", "second").replace("samples = 320", "samples = 160")
 FIRST = STAGE.replace("samples = 320", "samples = 192") + PRUNE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +260,9 @@ def test_what_cannot_be_pruned_is_named(
 
 def test_channels_of_mct_and_losses_over_tokens_are_named(folder: Path) -> None:
     stage = FIRST + '[[stage.loss]]\nkind = "token-alignment"\n'
-    opened = open_run(parse_recipe(recipe_text(folder, stage).encode()), folder)
+    run_ = opened(folder, stage)
     with pytest.raises(ConfigError, match="'prune' stands beside a loss over patches or words"):
-        opened.sparsity(opened.recipe.stage[0])
+        run_.sparsity(run_.recipe.stage[0])
     config = dataclasses.replace(
         CONFIG, text=dataclasses.replace(CONFIG.text, attention="full", conv_ends=True)
     )
@@ -305,7 +287,7 @@ def test_a_stage_prunes_and_the_next_goes_on_with_what_is_left(folder: Path, who
     assert said["step"] == 6
     assert said["towers"]["image"]["share"] < 0.8
     info = read_checkpoint_info(whole / "model")
-    start = open_run(parse_recipe(recipe_text(folder, STAGE).encode()), folder).student
+    start = opened(folder, STAGE).student
     assert isinstance(info.config.image, ViTConfig)
     assert info.config.image.width == said["towers"]["image"]["width"][1] < 48
     assert info.config.name == "tiny"
@@ -428,10 +410,10 @@ def test_the_average_is_pruned_as_the_weights_are(folder: Path, tmp_path: Path) 
     assert all(torch.equal(found[name], value) for name, value in average.items())
     assert not all(torch.equal(raw[name], value) for name, value in average.items())
     # The last validation is of the model that comes out.
-    opened = open_run(parse_recipe(recipe_text(folder, FIRST, validation).encode()), folder)
+    run_ = opened(folder, FIRST, validation)
     loaded = load_model(tmp_path / "model")
-    expected = opened.validations[0].measure(
-        loaded.model, loaded.config, opened.student.tokenizer, device=torch.device("cpu")
+    expected = run_.validations[0].measure(
+        loaded.model, loaded.config, run_.student.tokenizer, device=torch.device("cpu")
     )
     assert log(tmp_path, "validation")[-1]["values"] == expected
 

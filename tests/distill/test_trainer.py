@@ -16,7 +16,7 @@ from train_runs import (  # noqa: E402
     assert_same_weights,
     log,
     make_data,
-    recipe_text,
+    opened,
     run,
     steps,
     weights,
@@ -24,8 +24,6 @@ from train_runs import (  # noqa: E402
 
 from edgeclip.distill import stage as stage_module  # noqa: E402
 from edgeclip.distill.ranks import Ranks  # noqa: E402
-from edgeclip.distill.recipe import parse_recipe  # noqa: E402
-from edgeclip.distill.run import Run, open_run  # noqa: E402
 from edgeclip.distill.state import latest_state  # noqa: E402
 from edgeclip.distill.student import Student  # noqa: E402
 from edgeclip.distill.trainer import MAX_SKIPPED_IN_A_ROW  # noqa: E402
@@ -34,6 +32,7 @@ from edgeclip.models.checkpoints import load_model, read_checkpoint_info  # noqa
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
@@ -54,30 +53,12 @@ limit = 40
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Tiny matrices are faster on one thread, and tests share the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(scope="module")
 def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that was never stopped."""
     out = tmp_path_factory.mktemp("plain") / "run"
     run(folder, out)
     return out
-
-
-def opened(folder: Path, *rest: str, **options: Any) -> Run:
-    return open_run(parse_recipe(recipe_text(folder, *rest, **options).encode()), folder)
 
 
 # What comes out

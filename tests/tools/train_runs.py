@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edgeclip.distill.recipe import Recipe, load_recipe, parse_recipe
+from edgeclip.distill.run import Run, open_run
 from edgeclip.distill.trainer import Progress, Result, TrainOptions, train
 from edgeclip.shape_files import write_shapes
 from edgeclip.tokenizer import train_bpe
@@ -124,6 +125,11 @@ def recipe_text(folder: Path, *rest: str, student: str = VIT) -> str:
         vocab=tokenizer.vocab_size, pad=tokenizer.config.special.pad, context=CONTEXT, embed=EMBED
     )
     return BASE.format(student=student + text) + "".join(rest or (STAGE,))
+
+
+def opened(folder: Path, *rest: str, student: str = VIT) -> Run:
+    """Open what a recipe of :func:`recipe_text` names."""
+    return open_run(parse_recipe(recipe_text(folder, *rest, student=student).encode()), folder)
 
 
 def run(
