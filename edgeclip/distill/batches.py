@@ -19,7 +19,7 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,12 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from edgeclip.distill.randomness import Randomness, permutation
 from edgeclip.distill.samples import Broken, BrokenLimit, Sample, Samples
 from edgeclip.errors import ConfigError, EdgeClipError, InputError
-from edgeclip.pictures import DEFAULT_MAX_PIXELS, decode_image
-from edgeclip.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from PIL import Image
 
 __all__ = [
     "Batch",
@@ -42,10 +39,8 @@ __all__ = [
     "BatchPlan",
     "Caption",
     "CaptionMix",
-    "ImageText",
     "Position",
     "Prepare",
-    "View",
     "choose_captions",
     "loaded",
     "to_float",
@@ -235,9 +230,6 @@ def choose_captions(
 
 # -- From samples to arrays ---------------------------------------------------------------------------------
 
-View: TypeAlias = "Callable[[Image.Image, np.random.Generator], NDArray[np.uint8]]"
-"""From a picture (RGB, in full) to what the tower sees: ``(H, W, 3)`` uint8, the same size every time."""
-
 
 class Prepare(Protocol):
     """From a sample to named arrays, which are stacked into a batch. It is pickled where workers start anew.
@@ -249,38 +241,6 @@ class Prepare(Protocol):
     def __call__(self, sample: Sample, randomness: Randomness) -> Mapping[str, NDArray[Any]]:
         """Return the arrays of a sample; its streams give the chance that is needed."""
         ...
-
-
-@dataclass(frozen=True)
-class ImageText:
-    """Decodes and augments the picture, chooses captions and tokenizes them.
-
-    Gives ``image`` ``(H, W, 3)`` uint8 and ``tokens`` ``(len(captions), L)`` int32; what is too long is cut.
-
-    Attributes:
-        view: makes the pixels.
-        tokenizer: of the student.
-        captions: one mix for each caption of a sample.
-        max_pixels: larger pictures count as broken.
-    """
-
-    view: View
-    tokenizer: Tokenizer
-    captions: tuple[CaptionMix, ...] = (CaptionMix(),)
-    max_pixels: int = DEFAULT_MAX_PIXELS
-
-    def __call__(self, sample: Sample, randomness: Randomness) -> dict[str, NDArray[Any]]:
-        """Return the arrays of a sample.
-
-        Raises:
-            InputError: the picture cannot be decoded, or there is no caption of the kinds asked for.
-        """
-        chosen = choose_captions(self.captions, sample.captions, randomness.stream("caption"))
-        image = decode_image(sample.image, max_pixels=self.max_pixels)
-        return {
-            "image": self.view(image, randomness.stream("view")),
-            "tokens": self.tokenizer([caption.text for caption in chosen], truncate=True),
-        }
 
 
 # -- Batches ------------------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ from edgeclip.distill.batches import (  # noqa: E402
     BatchLoader,
     BatchPlan,
     CaptionMix,
-    ImageText,
     Position,
     choose_captions,
     to_float,
 )
+from edgeclip.distill.inputs import Consumer, Inputs, ViewForm  # noqa: E402
 from edgeclip.distill.randomness import Randomness, random_stream  # noqa: E402
 from edgeclip.distill.samples import BrokenLimit, Sample, Samples, open_samples  # noqa: E402
 from edgeclip.distill.shards import write_shards  # noqa: E402
@@ -48,6 +48,7 @@ pytestmark = [
 COUNT, BATCH = 22, 6
 MIXES = (CaptionMix({"alt": 1.0, "rewrite": 2.0}), CaptionMix({"synthetic": 1.0}))
 VIEW = Augmentation((RandomResizedCrop((8, 8)), RandAugment()))
+TOKENIZER = Tokenizer.clip(16)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,14 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def prepare() -> ImageText:
-    return ImageText(VIEW, Tokenizer.clip(16), MIXES)
+def prepare() -> Inputs:
+    return inputs(MIXES)
+
+
+def inputs(captions: tuple[CaptionMix, ...], **options: Any) -> Inputs:
+    crop = VIEW.transforms[0]
+    assert isinstance(crop, RandomResizedCrop)
+    return Inputs(VIEW, captions, (Consumer(ViewForm((8, 8), crop.interpolation), TOKENIZER),), **options)
 
 
 def loader(samples: Samples, prepare: Any, *, seed: int = 1, **options: Any) -> BatchLoader:
@@ -149,7 +156,7 @@ def test_a_position_of_other_data_is_an_error(position: Position) -> None:
         next(BatchPlan(COUNT, BATCH).requests(position))
 
 
-def test_a_plan_for_other_data_is_an_error(samples: Samples, prepare: ImageText) -> None:
+def test_a_plan_for_other_data_is_an_error(samples: Samples, prepare: Inputs) -> None:
     with pytest.raises(ConfigError, match="the plan is for 99 samples, got 22"):
         BatchLoader(samples, BatchPlan(99, BATCH), prepare)
 
@@ -158,26 +165,26 @@ def test_a_plan_for_other_data_is_an_error(samples: Samples, prepare: ImageText)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_change_nothing(samples: Samples, prepare: ImageText, workers: int) -> None:
+def test_workers_change_nothing(samples: Samples, prepare: Inputs, workers: int) -> None:
     expected = drawn(loader(samples, prepare), 7)
     assert_same(drawn(loader(samples, prepare, workers=workers), 7), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_that_start_anew_change_nothing(samples: Samples, prepare: ImageText, method: str) -> None:
+def test_workers_that_start_anew_change_nothing(samples: Samples, prepare: Inputs, method: str) -> None:
     expected = drawn(loader(samples, prepare), 5)
     assert_same(drawn(loader(samples, prepare, workers=2, start_method=method), 5), expected)
 
 
 @pytest.mark.parametrize("step", range(7))
-def test_a_restart_changes_nothing(samples: Samples, prepare: ImageText, step: int) -> None:
+def test_a_restart_changes_nothing(samples: Samples, prepare: Inputs, step: int) -> None:
     whole = drawn(loader(samples, prepare), 8)
     found = loader(samples, prepare)
     assert_same(drawn(found, 8 - step - 1, found.plan.after(whole[step].position)), whole[step + 1 :])
 
 
-def test_ranks_together_see_what_one_process_sees(samples: Samples, prepare: ImageText) -> None:
+def test_ranks_together_see_what_one_process_sees(samples: Samples, prepare: Inputs) -> None:
     whole = drawn(loader(samples, prepare), 4)
     ranks = [drawn(loader(samples, prepare, world=3, rank=rank), 4) for rank in range(3)]
     for step, expected in enumerate(whole):
@@ -187,7 +194,7 @@ def test_ranks_together_see_what_one_process_sees(samples: Samples, prepare: Ima
             assert torch.equal(torch.cat([share[name] for share in shares]), expected[name])
 
 
-def test_another_seed_and_another_epoch_are_other_batches(samples: Samples, prepare: ImageText) -> None:
+def test_another_seed_and_another_epoch_are_other_batches(samples: Samples, prepare: Inputs) -> None:
     batches = drawn(loader(samples, prepare), 6)
     assert batches[0].keys != drawn(loader(samples, prepare, seed=2), 1)[0].keys
     views = [
@@ -200,16 +207,14 @@ def test_another_seed_and_another_epoch_are_other_batches(samples: Samples, prep
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_leaves_the_global_generators_alone(
-    samples: Samples, prepare: ImageText, workers: int
-) -> None:
+def test_loading_leaves_the_global_generators_alone(samples: Samples, prepare: Inputs, workers: int) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     drawn(loader(samples, prepare, workers=workers), 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_shards_and_files_give_the_same_batches(tmp_path: Path, samples: Samples, prepare: ImageText) -> None:
+def test_shards_and_files_give_the_same_batches(tmp_path: Path, samples: Samples, prepare: Inputs) -> None:
     files = open_samples([make_table(tmp_path, COUNT)])
     for one, other in zip(drawn(loader(samples, prepare), 3), drawn(loader(files, prepare), 3), strict=True):
         assert torch.equal(one["image"], other["image"])
@@ -219,7 +224,7 @@ def test_shards_and_files_give_the_same_batches(tmp_path: Path, samples: Samples
 # What is in a batch
 
 
-def test_a_batch_holds_views_and_tokens_of_the_chosen_captions(samples: Samples, prepare: ImageText) -> None:
+def test_a_batch_holds_views_and_tokens_of_the_chosen_captions(samples: Samples, prepare: Inputs) -> None:
     batch = drawn(loader(samples, prepare), 1)[0]
     assert (batch["image"].dtype, tuple(batch["image"].shape)) == (torch.uint8, (BATCH, 3, 8, 8))
     assert (batch["tokens"].dtype, tuple(batch["tokens"].shape)) == (torch.int32, (BATCH, 2, 16))
@@ -232,11 +237,11 @@ def test_a_batch_holds_views_and_tokens_of_the_chosen_captions(samples: Samples,
         assert torch.equal(batch["image"][row], torch.from_numpy(pixels).permute(2, 0, 1))
         chosen = choose_captions(MIXES, sample.captions, randomness.stream("caption"))
         assert [caption.kind for caption in chosen] in (["alt", "synthetic"], ["rewrite", "synthetic"])
-        ids = prepare.tokenizer([caption.text for caption in chosen])
+        ids = TOKENIZER([caption.text for caption in chosen])
         np.testing.assert_array_equal(batch["tokens"][row].numpy(), ids)
 
 
-def test_moving_keeps_everything_else(samples: Samples, prepare: ImageText) -> None:
+def test_moving_keeps_everything_else(samples: Samples, prepare: Inputs) -> None:
     batch = drawn(loader(samples, prepare), 1)[0]
     assert_same([batch.to("cpu")], [batch])
     assert batch.to("meta")["image"].device.type == "meta"
@@ -323,7 +328,7 @@ def torn(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 def test_broken_samples_are_replaced_by_the_same_ones_whoever_finds_them(
-    torn: Samples, prepare: ImageText, caplog: pytest.LogCaptureFixture
+    torn: Samples, prepare: Inputs, caplog: pytest.LogCaptureFixture
 ) -> None:
     limit = BrokenLimit(share=0.5)
     alone = loader(torn, prepare, limit=limit)
@@ -342,7 +347,7 @@ def test_broken_samples_are_replaced_by_the_same_ones_whoever_finds_them(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_broken_samples_are_an_error(torn: Samples, prepare: ImageText, workers: int) -> None:
+def test_too_many_broken_samples_are_an_error(torn: Samples, prepare: Inputs, workers: int) -> None:
     with pytest.raises(
         InputError, match=r"3 of 22 samples cannot be used, 2 are allowed; the last one is '00\d\.png'"
     ):
@@ -350,7 +355,7 @@ def test_too_many_broken_samples_are_an_error(torn: Samples, prepare: ImageText,
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_have_gone_are_an_error_at_once(tmp_path: Path, prepare: ImageText, workers: int) -> None:
+def test_data_that_have_gone_are_an_error_at_once(tmp_path: Path, prepare: Inputs, workers: int) -> None:
     samples = open_samples([make_table(tmp_path, COUNT)])
     for path in tmp_path.glob("*.png"):
         path.unlink()
@@ -363,7 +368,7 @@ def test_data_that_have_gone_are_an_error_at_once(tmp_path: Path, prepare: Image
 def test_pictures_above_the_limit_count_as_broken(tmp_path: Path) -> None:
     table = make_table(tmp_path, COUNT)
     (tmp_path / "005.png").write_bytes(picture(5, size_px=(50, 50)))
-    small = ImageText(VIEW, Tokenizer.clip(16), max_pixels=1000)
+    small = inputs((CaptionMix(),), max_pixels=1000)
     found = loader(open_samples([table]), small)
     drawn(found, 9)
     assert [broken.key for broken in found.broken.values()] == ["005.png"]
@@ -389,7 +394,7 @@ def test_a_worker_that_was_killed_is_one_sentence(samples: Samples) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_outlive_a_signal_to_the_group(
-    number: signal.Signals, samples: Samples, prepare: ImageText
+    number: signal.Signals, samples: Samples, prepare: Inputs
 ) -> None:
     found = loader(samples, prepare, workers=1).batches()
     drawn = [next(found)]
