@@ -84,6 +84,7 @@ def train(
     """
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("edgeclip train", extra="train", module="torch")
+    from edgeclip.distill.ranks import place_of_process
     from edgeclip.distill.recipe import parse_recipe
     from edgeclip.distill.run import dry_run_of
     from edgeclip.distill.trainer import TrainOptions
@@ -95,6 +96,8 @@ def train(
     parsed = parse_recipe(content, where=where, changes=changes)
     if dry_run:
         plans, remark = dry_run_of(parsed, root, device=device)
+        if place_of_process("cpu")[1]:  # the first rank speaks for all
+            return
         if as_json:
             _print({"dry_run": True, "stages": [plan.to_dict() for plan in plans]})
             return

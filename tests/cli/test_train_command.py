@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 from train_runs import STAGE, log, make_data, recipe_text  # noqa: E402
 
 from edgeclip.cli.train import train as train_command  # noqa: E402
+from edgeclip.distill.ranks import Ranks  # noqa: E402
 from edgeclip.distill.recipe import load_recipe  # noqa: E402
 from edgeclip.distill.run import open_run  # noqa: E402
 
@@ -117,6 +119,18 @@ def test_errors_are_one_line(
     assert message in done.err
     assert done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(0, 2), (1, 0)])
+def test_only_the_first_rank_prints_a_dry_run(
+    rank: int, lines: int, train, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Ranks(2, rank, torch.device("cpu"))
+    monkeypatch.setattr("edgeclip.distill.run.ranks", lambda _: nullcontext(place))  # without the other one
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    done = train(folder / "tiny.toml", "-o", tmp_path / "run", *SHORT, "--dry-run")
+    assert (done.code, done.out.count("\n")) == (0, lines)
 
 
 def test_a_folder_called_like_a_built_in_recipe_does_not_hide_it(
