@@ -247,6 +247,11 @@ def _replace_banks(raw: dict[str, Any], name: str, entry: dict[str, Any]) -> Non
     # A head fitted on a bank that is gone says nothing about the new one: the model's own scale takes over.
     heads = raw.get("heads", {})
     raw["heads"] = {key: head for key, head in heads.items() if head.get("bank") in (None, *kept)}
+    # A graph with the labels of such a bank inside would go on to offer them.
+    for variant in raw["variants"].values():
+        baked = variant.get("parity", {}).get("classifier", {}).get("bank")
+        if baked is not None and baked not in kept:
+            _drop_tower(variant, "classifier")
 
 
 # --- packing -----------------------------------------------------------------------------------------------

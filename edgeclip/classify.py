@@ -35,6 +35,7 @@ from .preprocess import Preprocess
 from .runtime.choose import choose_variant, open_tower
 from .runtime.host import usable_cores
 from .runtime.latency import NO_CLOCK
+from .runtime.rows import fixed_batch, run_rows
 from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class ZeroShotClassifier:
         self._fresh = True  # no tower call yet
         (self._input,) = session.inputs
         (self._output,) = session.outputs
+        self._one_batch = fixed_batch(session) is not None
         self._size = (*bundle.manifest.preprocess.image_size_px, 3)
         self._on_host = bundle.manifest.preprocess.applied == "host"
 
@@ -490,13 +492,16 @@ class ZeroShotClassifier:
         feed: NDArray[Any] = self._preprocess.normalize(batch) if self._on_host else batch
         clock = self._clock
         if clock is NO_CLOCK:  # not even a context that does nothing
-            outputs = self._session.run({self._input: feed})
-        else:
-            first = clock.span("first_run", batch=len(batch)) if self._fresh else nullcontext()
-            self._fresh = False
-            with first, clock.span("image_tower", batch=len(batch)):
-                outputs = self._session.run({self._input: feed})
-        embeddings: NDArray[np.float32] = outputs[self._output]
+            return self._run(feed)
+        first = clock.span("first_run", batch=len(batch)) if self._fresh else nullcontext()
+        self._fresh = False
+        with first, clock.span("image_tower", batch=len(batch)):
+            return self._run(feed)
+
+    def _run(self, feed: NDArray[Any]) -> NDArray[np.float32]:
+        if self._one_batch:
+            return run_rows(self._session, feed)
+        embeddings: NDArray[np.float32] = self._session.run({self._input: feed})[self._output]
         return embeddings
 
     def _predict(

@@ -145,13 +145,16 @@ class Parity(Struct, frozen=True, kw_only=True):
     ``n`` counts the compared samples, ``bank`` names the label bank behind the top-k agreements, ``proxy``
     says what was run in place of an engine that is not available where the bundle was made. ``missed`` holds
     the limit of each number that did not reach it and was accepted all the same by whoever made the bundle:
-    ``passed`` without it means that every limit was met.
+    ``passed`` without it means that every limit was met. ``basis`` is ``centred`` where all embeddings of the
+    reference set are nearly one, as random weights make them: cosines and ranks then mean nothing, and
+    ``max_abs`` and ``centred_cosine_mean`` (the mean embedding taken off both) were judged instead.
     """
 
     status: Literal["passed", "unverified"]
     max_abs: float | None = None
     cosine_min: float | None = None
     cosine_mean: float | None = None
+    centred_cosine_mean: float | None = None
     top1_agreement: float | None = None
     top5_agreement: float | None = None
     n: Count = 0
@@ -159,6 +162,7 @@ class Parity(Struct, frozen=True, kw_only=True):
     host: dict[str, Any] = {}
     proxy: str | None = None
     missed: dict[KeyName, float] = {}
+    basis: Literal["trained", "centred"] = "trained"
 
 
 class VariantEntry(Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ import numpy as np
 from .bundle import Bundle, Variant
 from .errors import BundleError
 from .runtime.latency import NO_CLOCK
+from .runtime.rows import run_rows
 from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions, open_session
 
 if TYPE_CHECKING:
@@ -82,7 +83,6 @@ class TextEncoder:
             session, tokenizer = self._open()
             embeddings = np.empty((len(texts), self.embed_dim), np.float32)
             truncated = np.zeros(len(texts), np.bool_)
-            name = next(iter(session.inputs))
             for start in range(0, len(texts), _BATCH):
                 batch = texts[start : start + _BATCH]
                 with clock.span("tokenize"):
@@ -91,7 +91,7 @@ class TextEncoder:
                     for row in np.flatnonzero(tokens[:, -1] != tokenizer.config.special.pad).tolist():
                         truncated[start + row] = tokenizer.count(batch[row]) > tokenizer.context_length
                 with clock.span("text_tower"):
-                    out = next(iter(session.run({name: tokens}).values()))
+                    out = run_rows(session, tokens, batch=_BATCH)
                 self.runs += 1
                 if out.shape != (len(batch), self.embed_dim):
                     raise BundleError(

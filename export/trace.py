@@ -2,7 +2,7 @@
 
 Image graph: ``image`` uint8 ``(B, H, W, 3)`` RGB -> cast, scale, mean and std, transpose, tower, L2 norm ->
 ``image_embedding`` float32 ``(B, E)``. Text graph: ``tokens`` int32 ``(B, L)`` -> ``text_embedding`` float32
-``(B, E)``, unit norm. Batch symbolic, the rest static, opset 20.
+``(B, E)``, unit norm. Batch symbolic, the rest static, opset 20, unless :class:`GraphOptions` say otherwise.
 
 The graph to export is a wrapper of its own, so that no tower ever asks whether it is being exported. Towers
 are folded in a copy before tracing, and explicit padding goes into the convolutions after it; both are exact.
@@ -30,6 +30,8 @@ from edgeclip.models.clip import CLIP
 from edgeclip.models.config import CLIPConfig
 from edgeclip.models.reparam import reparameterize
 
+from .options import OPSET, OPSETS, GraphOptions
+
 __all__ = [
     "OPSET",
     "ImageGraph",
@@ -45,9 +47,9 @@ __all__ = [
     "trace_text_tower",
 ]
 
-OPSET = 20
-"""One node for GELU; from 23 on an Attention node that older runtimes lack."""
-_IR_VERSION = 9
+_IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}
+"""Version of the file format that came with an opset: engines refuse files newer than themselves."""
+_DEFAULT = GraphOptions()
 _EXAMPLE_BATCH = 2  # 0 and 1 would be taken for constants
 
 
@@ -76,6 +78,18 @@ class ImageGraph(nn.Module):
         x = image.to(torch.float32) * self.factor + self.shift
         embedding = self.tower(x.permute(0, 3, 1, 2))
         return _normalize(embedding)
+
+
+class FloatImageGraph(nn.Module):
+    """Float NCHW pixels, scaled and normalized on the host, to unit embeddings."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed ``(B, 3, H, W)`` float32 pixels."""
+        return _normalize(self.tower(image))
 
 
 class TextGraph(nn.Module):
@@ -107,31 +121,51 @@ class TracedTowers:
         return {"image": self.image, "text": self.text}
 
 
-def trace(model: CLIP, config: CLIPConfig) -> TracedTowers:
+def trace(model: CLIP, config: CLIPConfig, options: GraphOptions = _DEFAULT) -> TracedTowers:
     """Trace both towers of a model, which stays as it is.
 
     Raises:
         ExportError: a graph cannot be traced or fails the checker.
     """
     return TracedTowers(
-        trace_image_tower(model.image_tower, config),
-        trace_text_tower(model.text_tower, config.text.context_length),
+        trace_image_tower(model.image_tower, config, options),
+        trace_text_tower(model.text_tower, config.text.context_length, options),
     )
 
 
-def trace_image_tower(tower: nn.Module, config: CLIPConfig) -> onnx.ModelProto:
-    """Trace an image tower with the preprocessing of ``config`` inside, folded in a copy."""
-    graph = ImageGraph(reparameterize(tower), mean=config.mean, std=config.std)
+def trace_image_tower(
+    tower: nn.Module, config: CLIPConfig, options: GraphOptions = _DEFAULT
+) -> onnx.ModelProto:
+    """Trace an image tower, folded in a copy, with the preprocessing of ``config`` inside.
+
+    Without it where ``options.float_input`` leaves that to the host.
+
+    Raises:
+        ExportError: the tower cannot be traced or fails the checker.
+    """
+    folded = reparameterize(tower)
     height, width = config.image_size_px
-    example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
-    return _trace(graph, example, input_name="image", output_name="image_embedding")
+    batch = options.static_batch or _EXAMPLE_BATCH
+    graph: nn.Module
+    if options.float_input:
+        graph, example = FloatImageGraph(folded), torch.zeros(batch, 3, height, width)
+    else:
+        graph = ImageGraph(folded, mean=config.mean, std=config.std)
+        example = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
+    return _trace(graph, example, input_name="image", output_name="image_embedding", options=options)
 
 
-def trace_text_tower(tower: nn.Module, context_length: int) -> onnx.ModelProto:
-    """Trace a text tower for rows of ``context_length`` tokens, folded in a copy."""
+def trace_text_tower(
+    tower: nn.Module, context_length: int, options: GraphOptions = _DEFAULT
+) -> onnx.ModelProto:
+    """Trace a text tower for rows of ``context_length`` tokens, folded in a copy.
+
+    Raises:
+        ExportError: the tower cannot be traced or fails the checker.
+    """
     graph = TextGraph(reparameterize(tower))
-    example = torch.ones(_EXAMPLE_BATCH, context_length, dtype=torch.int32)
-    return _trace(graph, example, input_name="tokens", output_name="text_embedding")
+    example = torch.ones(options.static_batch or _EXAMPLE_BATCH, context_length, dtype=torch.int32)
+    return _trace(graph, example, input_name="tokens", output_name="text_embedding", options=options)
 
 
 def trace_module(
@@ -151,18 +185,21 @@ def trace_module(
     return _trace(module, example, input_name=input_name, output_name=output_name)
 
 
-def _trace(graph: nn.Module, example: Tensor, *, input_name: str, output_name: str) -> onnx.ModelProto:
+def _trace(
+    graph: nn.Module, example: Tensor, *, input_name: str, output_name: str, options: GraphOptions = _DEFAULT
+) -> onnx.ModelProto:
     graph = graph.eval().requires_grad_(False)
+    is_static = options.static_batch is not None
     try:
         with _quiet():
             program = torch.onnx.export(
                 graph,
                 (example,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=max(options.opset, _LEAST_TRACED),
                 input_names=[input_name],
                 output_names=[output_name],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
+                dynamic_shapes=None if is_static else ({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
                 verbose=False,
             )
         assert program is not None
@@ -170,27 +207,68 @@ def _trace(graph: nn.Module, example: Tensor, *, input_name: str, output_name: s
     except Exception as error:  # the exporter raises whatever its stages stumble over
         reason = " ".join(str(error).split())[:300]
         raise ExportError(
-            f"{input_name!r} tower cannot be traced to ONNX opset {OPSET} ({type(error).__name__}: {reason})."
+            f"{input_name!r} tower cannot be traced to ONNX opset {options.opset} "
+            f"({type(error).__name__}: {reason})."
         ) from error
+    if options.opset < _LEAST_TRACED:
+        _say_as_before(model)
     fold_padding(model)
     strip_provenance(model)
-    _name_batch(model)
-    model.ir_version = _IR_VERSION
-    check_model(model, what=f"{input_name!r} tower")
+    if not is_static:
+        _name_batch(model)
+    model.ir_version = _IR_VERSIONS[options.opset]
+    check_model(model, what=f"{input_name!r} tower", opset=options.opset)
     return model
 
 
-def check_model(model: onnx.ModelProto, *, what: str) -> None:
+_LEAST_TRACED = 18
+"""The exporter writes none older, whatever it is asked for."""
+
+
+def _say_as_before(model: onnx.ModelProto) -> None:
+    """Say in opset 17 what opset 18 says: sizes for Split's ``num_outputs``, axes of reductions as attribute.
+
+    The checker, which runs afterwards, finds whatever else 18 brought.
+    """
+    graph = model.graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        attributes = {each.name: each for each in node.attribute}
+        if node.op_type == "Split" and "num_outputs" in attributes:
+            axis = attributes["axis"].i if "axis" in attributes else 0
+            sizes = [shapes[name][axis].dim_value for name in node.output]
+            node.attribute.remove(attributes["num_outputs"])
+            name = f"{node.output[0]}_sizes"
+            graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), name))
+            node.input.append(name)
+        elif node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) == 2:
+            axes = numpy_helper.to_array(tensors[node.input.pop()]).tolist()
+            node.attribute.append(helper.make_attribute("axes", axes))
+            if "noop_with_empty_axes" in attributes:
+                node.attribute.remove(attributes["noop_with_empty_axes"])
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = _LEAST_TRACED - 1
+
+
+def check_model(model: onnx.ModelProto, *, what: str, opset: int | None = None) -> None:
     """Run the full checker: types and shapes of every node.
 
+    Args:
+        model: the graph.
+        what: how messages name it.
+        opset: the one it must have; ``None`` for any that an export may have.
+
     Raises:
-        ExportError: the graph is not valid ONNX.
+        ExportError: the graph is not valid ONNX, or not of that opset alone.
     """
+    expected = OPSETS if opset is None else (opset,)
     try:
         onnx.checker.check_model(model, full_check=True)
         imported = {entry.domain: entry.version for entry in model.opset_import}
-        if imported.get("") != OPSET or any(imported[domain] for domain in imported if domain):
-            raise ValueError(f"opset imports {imported}, expected {{'': {OPSET}}}")
+        if imported.get("") not in expected or any(imported[domain] for domain in imported if domain):
+            raise ValueError(f"opset imports {imported}, expected {{'': {opset or OPSET}}}")
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ExportError(f"{what}: the ONNX checker refuses the graph: {reason}.") from error
