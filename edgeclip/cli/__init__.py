@@ -25,6 +25,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "bundle": ("edgeclip.cli.bundle:bundle", "Inspect, slim, compare and pack bundles."),
     "cache": ("edgeclip.cli.cache:cache", "Show or clear what edgeclip keeps on this host."),
     "classify": ("edgeclip.cli.classify:classify", "Classify pictures against labels of your choice."),
+    "compile": ("edgeclip.cli.compile:compile_", "Build the engines of a bundle for this host."),
     "data": ("edgeclip.cli.data:data", "Fetch, generate, pack and check data."),
     "doctor": ("edgeclip.cli.doctor:doctor", "Say what this machine is and which backends work."),
     "embed": ("edgeclip.cli.embed:embed", "Write image embeddings to a file."),

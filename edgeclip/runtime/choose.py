@@ -35,7 +35,15 @@ from edgeclip.runtime.session import (
 if TYPE_CHECKING:
     from edgeclip.bundle import Bundle, Variant
 
-__all__ = ["GOLDEN_PICTURES", "PROFILE_NAME", "VariantChoice", "choose_variant", "open_tower", "unmet"]
+__all__ = [
+    "GOLDEN_PICTURES",
+    "PROFILE_NAME",
+    "VariantChoice",
+    "choose_variant",
+    "open_tower",
+    "unmet",
+    "with_cache",
+]
 
 PROFILE_NAME: Final = "profile.json"
 GOLDEN_PICTURES: Final = 8
@@ -44,8 +52,8 @@ GOLDEN_PICTURES: Final = 8
 _DISTRIBUTIONS: Final = {
     "ort": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
     "openvino": ("openvino",),
-    "tensorrt": ("tensorrt",),
-    "tensorrt_rtx": ("tensorrt-rtx",),
+    "tensorrt": ("tensorrt", *(f"tensorrt-cu{major}-bindings" for major in (13, 12))),
+    "tensorrt_rtx": ("tensorrt-rtx", *(f"tensorrt-rtx-cu{major}-bindings" for major in (13, 12))),
 }
 _ENGINE_OF_FORMAT: Final = {
     "onnx": ("ort",),
@@ -126,17 +134,14 @@ def open_tower(
 
     The first time an int8 variant is opened on a kind of host, eight golden pictures are run, and the host
     cache is stamped. From then on this costs one small read. The host cache also keeps what the engine made
-    of an image tower, unless ``options.cache_dir`` names another place.
+    of a tower, unless ``options.cache_dir`` names another place.
 
     Raises:
         BundleError: files are missing or damaged.
         BackendError: the engine cannot load it, or its answers on this host are wrong.
     """
     variant = choice.variant if isinstance(choice, VariantChoice) else choice
-    if options.cache_dir is None and tower == "image":
-        # A text tower is opened for new labels alone, and is mostly a table: nothing to optimise.
-        options = replace(options, cache_dir=_cache(bundle).directory)
-    session = open_session(variant.tower(tower), options=options)
+    session = open_session(variant.tower(tower), options=with_cache(variant, tower, options))
     try:
         if variant.entry.precision == "int8" and tower == "image":
             _prove(bundle, variant, session)
@@ -144,6 +149,14 @@ def open_tower(
         session.close()
         raise
     return session
+
+
+def with_cache(variant: Variant, tower: str, options: RuntimeOptions) -> RuntimeOptions:
+    """Return options whose ``cache_dir`` is the host cache, where none is named and the tower gains by it."""
+    # ONNX Runtime's text towers are opened for new labels alone, and are mostly a table: nothing to optimise.
+    if options.cache_dir is not None or (tower != "image" and variant.entry.format == "onnx"):
+        return options
+    return replace(options, cache_dir=_cache(variant.bundle).directory)
 
 
 def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | None:
@@ -170,10 +183,33 @@ def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | Non
         fits = None if have is None else version_fits(have, requires.engine)
         if fits is False:
             return f"it needs {backend} {requires.engine}, this host has {have}"
-    if requires.compute_capability is not None and not host.gpus:
-        return f"it needs a GPU of capability {requires.compute_capability}, and no driver is loaded"
+    if entry.format == "tensorrt" or requires.compute_capability is not None:
+        problem = _gpu_problem(requires.compute_capability, options, host)
+        if problem is not None:
+            return problem
     if parse_device(options.device)[0] == "cuda" and backend == "openvino":
         return f"{backend} does not run on {options.device}"
+    return None
+
+
+def _gpu_problem(capability: str | None, options: RuntimeOptions, host: Host) -> str | None:
+    """Return why this host's GPU cannot run a variant; asks the driver only where a GPU was asked for."""
+    needs = "it needs a GPU" if capability is None else f"it needs a GPU of capability {capability}"
+    kind, index = parse_device(options.device)
+    if kind != "cuda":
+        found = host.gpus or "nvidia" in (host.board or "").lower()  # a Jetson lists none where others do
+        if not found:
+            return f"{needs}, and no driver is loaded"
+        return f"{needs}, and the device asked for is {options.device!r}: ask for 'cuda'"
+    from edgeclip.runtime.cuda import find_gpu
+
+    try:
+        gpu = find_gpu(index)
+    except BackendUnavailableError as error:
+        return f"{needs}, and {str(error).rstrip('.')}"
+    have, want = _numbers(gpu.compute_capability), None if capability is None else _numbers(capability)
+    if have is not None and want is not None and have < want:
+        return f"{needs} or newer, and {gpu.name} has {gpu.compute_capability}"
     return None
 
 

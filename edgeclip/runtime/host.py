@@ -47,7 +47,11 @@ _ENGINES: Final = (
     "onnxruntime-openvino",
     "openvino",
     "tensorrt",
+    "tensorrt-cu12-bindings",
+    "tensorrt-cu13-bindings",
     "tensorrt-rtx",
+    "tensorrt-rtx-cu12-bindings",
+    "tensorrt-rtx-cu13-bindings",
 )
 _PACKAGES: Final = ("edgeclip", "numpy", "pillow", "torch", *_ENGINES)
 

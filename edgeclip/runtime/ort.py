@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,19 @@ from typing import TYPE_CHECKING, Any, Final
 from edgeclip.cache import HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime.host import Host, usable_cores
-from edgeclip.runtime.session import ModelFiles, Placement, RuntimeOptions, TensorSpec, parse_device
+from edgeclip.runtime.session import (
+    ModelFiles,
+    Placement,
+    Prepared,
+    RuntimeOptions,
+    TensorSpec,
+    parse_device,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["OrtEngine", "import_onnxruntime", "load"]
+__all__ = ["OrtEngine", "import_onnxruntime", "load", "prepare"]
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
@@ -90,6 +98,49 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> OrtEngin
             reason=f"{reason}; {why_threads}" + ("; optimised graph from the cache" if from_cache else ""),
         ),
     )
+
+
+def prepare(
+    model: ModelFiles,
+    options: RuntimeOptions,
+    *,
+    force: bool = False,
+    on_progress: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Keep the optimised graph of a tower in ``options.cache_dir``, unless it is there.
+
+    Args:
+        model: a tower of a bundle.
+        options: as for :func:`load`.
+        force: optimise again although it is there.
+        on_progress: told what is done.
+
+    Raises:
+        BackendUnavailableError: as :func:`load`.
+        BackendError: as :func:`load`.
+    """
+    ort = import_onnxruntime()
+    cache = _GraphCache.of(ort, model, options, _providers(options))
+    if cache is None:
+        return Prepared(None, 0, 0.0, up_to_date=True)
+    if force:
+        cache.entries.remove(cache.name)
+    kept = cache.entries.get(cache.name)
+    began = time.perf_counter()
+    if kept is None:
+        if on_progress is not None:
+            on_progress("optimising the graph")
+        load(model, options, reason="to be prepared").close()
+        data = cache.entries.get(cache.name)
+        if data is None:
+            raise BackendError(
+                f"{model.name}: its optimised graph cannot be kept in {str(options.cache_dir)!r}. Set "
+                "EDGECLIP_CACHE_DIR to a directory that can be written."
+            )
+        return Prepared(
+            cache.entries.path(cache.name), len(data), time.perf_counter() - began, up_to_date=False
+        )
+    return Prepared(cache.entries.path(cache.name), len(kept), 0.0, up_to_date=True)
 
 
 class OrtEngine:

@@ -45,6 +45,7 @@ __all__ = [
     "RuntimeOptions",
     "Session",
     "TensorSpec",
+    "model_files",
     "open_session",
     "resolve_backend",
 ]
@@ -512,7 +513,7 @@ def open_session(tower: TowerFiles | Path | str, *, options: RuntimeOptions = DE
         BackendError: the engine cannot load the file.
         BundleError: the tower is not what the manifest says.
     """
-    model = _model_files(tower)
+    model = model_files(tower)
     name, reason = resolve_backend(model.format, options)
     module = cast(Any, importlib.import_module(BACKENDS[name].module))
     engine: Engine = module.load(model, options, reason=reason)
@@ -563,7 +564,12 @@ _FORMAT_OF_SUFFIX: Final = {
 }
 
 
-def _model_files(tower: TowerFiles | Path | str) -> ModelFiles:
+def model_files(tower: TowerFiles | Path | str) -> ModelFiles:
+    """Return a tower of a bundle or a bare file as backends take it.
+
+    Raises:
+        InputError: the bare file is not there, or its suffix says no format.
+    """
     if isinstance(tower, (str, os.PathLike)):
         path = Path(tower)
         if path.suffix not in _FORMAT_OF_SUFFIX:

@@ -1,0 +1,442 @@
+"""TensorRT and TensorRT-RTX: run engines that ``edgeclip compile`` built on this host.
+
+Loading never builds: that takes seconds to minutes. One engine has one stream, one context and buffers on the
+GPU that are made once and grow with the batch, so that a call copies in, runs and copies out; batches outside
+the engine's profile are cut or filled up. Not for many threads at once. CUDA is reached through ctypes
+(``runtime/cuda.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
+from edgeclip.runtime.cuda import CudaRuntime, Gpu, find_gpu
+from edgeclip.runtime.session import (
+    ModelFiles,
+    Placement,
+    Prepared,
+    RuntimeOptions,
+    TensorSpec,
+    parse_device,
+    resolve_backend,
+)
+from edgeclip.runtime.trt_build import BatchRange, EngineLog, build_engine, import_tensorrt, is_rtx
+from edgeclip.runtime.trt_cache import EngineCache, EngineRecord
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["EngineSettings", "TrtEngine", "load", "prepare"]
+
+_ENGINE_SUFFIXES: Final = (".engine", ".plan")
+_DTYPES: Final = {
+    "UINT8": "uint8",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "HALF": "float16",
+    "FLOAT": "float32",
+}
+
+
+# --- building ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Choices for a build.
+
+    Attributes:
+        batch: batches the engine is for.
+        compute_capability: build for this GPU generation instead of the GPU at hand (TensorRT-RTX alone);
+            ``"any"`` for all that it supports.
+        workspace_bytes: see :func:`edgeclip.runtime.trt_build.build_engine`.
+    """
+
+    batch: BatchRange = field(default_factory=BatchRange)
+    compute_capability: str | None = None
+    workspace_bytes: int | None = None
+
+
+def prepare(
+    model: ModelFiles,
+    options: RuntimeOptions,
+    *,
+    settings: EngineSettings | None = None,
+    force: bool = False,
+    on_progress: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Build the engine of a tower and keep it, unless one that fits is there.
+
+    Args:
+        model: a tower of a bundle.
+        options: backend, device (``cuda:N``) and where engines are kept.
+        settings: choices for the build.
+        force: build although there is one.
+        on_progress: told the stages; what it raises ends the build.
+
+    Raises:
+        BackendUnavailableError: no TensorRT, no GPU, or a generation that cannot be built for.
+        BackendError: the build failed, or its result cannot be kept.
+    """
+    settings = settings or EngineSettings()
+    if model.digest is None:
+        raise BackendError(f"{model.name}: engines are built from towers of bundles, got a bare file.")
+    backend, _ = resolve_backend(model.format, options)
+    trt = import_tensorrt(backend)
+    version = str(trt.__version__)
+    cache = EngineCache.of(model, options)
+    gpu = None if settings.compute_capability is not None else _gpu(model, options)
+    capability = gpu.compute_capability if gpu is not None else settings.compute_capability
+    aim = None if capability == "any" else capability
+    if capability == "any" and not is_rtx(trt):
+        raise ConfigError(
+            "compute capability: got 'any', expected none: TensorRT builds for the GPU at hand."
+        )
+    record = cache.find(model.digest, backend=backend, capability=aim)
+    if (
+        not force
+        and record is not None
+        and record.misfit(version=version, gpu=gpu) is None
+        and record.batch == str(settings.batch)
+        and cache.holds(record)
+    ):
+        return Prepared(cache.entries.path(record.engine), record.size_bytes, 0.0, up_to_date=True)
+    if not cache.entries.writable:
+        raise BackendError(
+            f"{model.name}: its engine cannot be kept in {cache.where}. Set EDGECLIP_CACHE_DIR to a "
+            "directory that can be written."
+        )
+    began = time.perf_counter()
+    built = build_engine(
+        trt,
+        model.model,
+        name=model.name,
+        batch=settings.batch,
+        compute_capability=aim if is_rtx(trt) else None,
+        workspace_bytes=settings.workspace_bytes,
+        timing_cache=cache.timing_cache(version),
+        on_progress=on_progress,
+    )
+    if built.timing_cache is not None:
+        cache.keep_timing_cache(version, built.timing_cache)
+    stored = cache.keep(
+        EngineRecord(
+            engine="",
+            size_bytes=len(built.data),
+            tower_digest=model.digest,
+            tower=model.name,
+            precision=model.precision,
+            backend=backend,
+            engine_version=version,
+            compute_capability=aim,
+            gpu=None if gpu is None else gpu.name,
+            gpu_uuid=None if gpu is None else gpu.uuid,
+            driver=None if gpu is None else gpu.driver,
+            batch=str(settings.batch),
+            profile={name: [list(shape) for shape in shapes] for name, shapes in built.profile.items()},
+            layers=built.layers,
+            build_s=round(built.build_s, 3),
+        ),
+        built.data,
+    )
+    path = cache.entries.path(stored.engine)
+    return Prepared(path, stored.size_bytes, time.perf_counter() - began, up_to_date=False)
+
+
+# --- running ----------------------------------------------------------------------------------------------
+
+
+def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> TrtEngine:
+    """Load the engine of a tower onto the GPU.
+
+    Args:
+        model: a tower whose engine is in the host cache, or a bare engine file.
+        options: device (``cuda:N``); ``cache_dir`` instead of the bundle's host cache.
+        reason: why this backend, kept in :class:`Placement`.
+
+    Raises:
+        BackendUnavailableError: no TensorRT, no GPU, or no CUDA runtime.
+        BackendError: no engine was built for this host, or it does not load.
+    """
+    backend, _ = resolve_backend(model.format, options)
+    gpu = _gpu(model, options)
+    trt = import_tensorrt(backend)
+    data = _engine_bytes(trt, backend, model, options, gpu)
+    placement = Placement(
+        backend=backend,
+        provider=f"{'TensorRT-RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}",
+        device=f"cuda:{gpu.index}",
+        threads=1,
+        precision=model.precision,
+        reason=f"{reason}; engine for {gpu.name} from {'a file' if model.digest is None else 'the cache'}",
+    )
+    return TrtEngine(trt, CudaRuntime.open(), data, model=model, chosen=placement, index=gpu.index)
+
+
+def _gpu(model: ModelFiles, options: RuntimeOptions) -> Gpu:
+    kind, index = parse_device(options.device)
+    if kind != "cuda":
+        raise BackendUnavailableError(
+            f"{model.name}: TensorRT runs on a GPU, got the device {options.device!r}, expected 'cuda' or "
+            "'cuda:N'."
+        )
+    return find_gpu(index)
+
+
+def _engine_bytes(trt: Any, backend: str, model: ModelFiles, options: RuntimeOptions, gpu: Gpu) -> bytes:
+    if model.digest is None:
+        if model.model.suffix not in _ENGINE_SUFFIXES:
+            raise BackendError(
+                f"{model.name}: got no engine, expected a file {' or '.join(_ENGINE_SUFFIXES)}."
+            )
+        return model.model.read_bytes()
+    cache = EngineCache.of(model, options)
+    record = cache.find(model.digest, backend=backend, capability=gpu.compute_capability)
+    if record is None:
+        problem: str | None = f"there is none in {cache.where}"
+    else:
+        problem = record.misfit(version=str(trt.__version__), gpu=gpu)
+        data = cache.read(record) if problem is None else None
+        if data is not None:
+            return data
+        problem = problem or f"{record.engine!r} in {cache.where} is damaged"
+    raise BackendError(
+        f"{model.name}: no engine for this host ({problem}). {_how_to_compile(model, options, backend)}"
+    )
+
+
+def _how_to_compile(model: ModelFiles, options: RuntimeOptions, backend: str) -> str:
+    bundle = "BUNDLE" if model.bundle is None else repr(str(model.bundle))
+    device = "" if options.device in ("cuda", "cuda:0") else f" --device {options.device}"
+    which = "" if options.backend == "auto" else f" --backend {backend}"
+    return f"Run edgeclip compile {bundle} --variant {model.variant or 'NAME'}{which}{device}."
+
+
+@dataclass
+class _Buffer:
+    """Memory for one input or output, on the GPU and page-locked on the host."""
+
+    name: str
+    dtype: np.dtype[Any]
+    row_shape: tuple[int, ...]
+    cuda: CudaRuntime
+    size_bytes: int = 0
+    device: int = 0
+    host: int = 0
+
+    def reserve(self, rows: int) -> None:
+        """Make room for so many rows; room once made stays."""
+        wanted = max(1, rows * int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize)
+        if wanted <= self.size_bytes:
+            return
+        self.release()
+        self.device = self.cuda.allocate(wanted)
+        self.host = self.cuda.allocate_host(wanted)
+        self.size_bytes = wanted
+
+    def view(self, rows: int) -> NDArray[Any]:
+        """Return the host's memory as an array of so many rows."""
+        shape = (rows, *self.row_shape)
+        count = int(np.prod(shape, dtype=np.int64))
+        memory: Any = (ctypes.c_byte * (count * self.dtype.itemsize)).from_address(self.host)
+        rows_view: NDArray[Any] = np.frombuffer(memory, self.dtype, count).reshape(shape)
+        return rows_view
+
+    def release(self) -> None:
+        """Give the memory back."""
+        device, host = self.device, self.host
+        self.device = self.host = self.size_bytes = 0
+        if device:
+            self.cuda.free(device)
+        if host:
+            self.cuda.free_host(host)
+
+
+class TrtEngine:
+    """One tower on one GPU."""
+
+    concurrent_runs = False
+
+    def __init__(
+        self, trt: Any, cuda: CudaRuntime, data: bytes, *, model: ModelFiles, chosen: Placement, index: int
+    ) -> None:
+        self._cuda = cuda
+        self._index = index
+        self._model = model
+        self.chosen = chosen
+        self._log = EngineLog.of(trt)
+        self._log.begin()
+        cuda.use(index)
+        runtime = _made(lambda: trt.Runtime(self._log.logger), "give a runtime", self)
+        engine = _made(lambda: runtime.deserialize_cuda_engine(data), "load the engine", self)
+        context = _made(lambda: engine.create_execution_context(), "make a context for the engine", self)
+        self._runtime, self._engine, self._context = runtime, engine, context
+        self._limits: tuple[int, int] | None = None  # smallest and largest batch, where it is free
+        self.inputs: Mapping[str, TensorSpec]
+        self.outputs: Mapping[str, TensorSpec]
+        self.inputs, self.outputs = self._interface(trt)
+        self._buffers = {
+            spec.name: _Buffer(
+                spec.name,
+                np.dtype(spec.dtype),
+                tuple(int(size) for size in spec.shape[1:]),
+                cuda,
+            )
+            for spec in (*self.inputs.values(), *self.outputs.values())
+        }
+        self._rows = 0  # what shapes and addresses are set for
+        self._stream = cuda.create_stream()
+        self._finalizer = weakref.finalize(self, _release, cuda, index, self._stream, self._buffers)
+        self._finalizer.atexit = False  # at exit the driver may be gone, and takes all with it
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run once; the arrays returned are new.
+
+        Batches larger than the engine's largest are run in parts; smaller ones than its smallest are filled
+        up with their last row.
+        """
+        self._cuda.use(self._index)
+        if self._limits is None:
+            rows = int(next(iter(self.inputs.values())).shape[0])
+            return self._run(feeds, slice(0, rows), rows)
+        smallest, largest = self._limits
+        count = len(next(iter(feeds.values())))
+        parts = [
+            self._run(feeds, slice(start, end), max(smallest, end - start))
+            for start, end in _parts(count, largest)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+
+    def close(self) -> None:
+        """Free the engine and its memory on the GPU."""
+        self._cuda.use(self._index)
+        del self._context, self._engine, self._runtime
+        self._finalizer()
+
+    def _run(self, feeds: Mapping[str, NDArray[Any]], part: slice, rows: int) -> dict[str, NDArray[Any]]:
+        """Run the rows of ``part``, filled up to ``rows``."""
+        self._set_rows(rows)
+        stream = self._stream
+        taken = part.stop - part.start
+        for name in self.inputs:
+            buffer = self._buffers[name]
+            view = buffer.view(rows)
+            np.copyto(view[:taken], feeds[name][part])
+            view[taken:] = view[taken - 1]
+            self._cuda.to_device(buffer.device, buffer.host, view.nbytes, stream)
+        self._log.begin()
+        if not self._context.execute_async_v3(stream):
+            raise BackendError(f"{self._model.name}: TensorRT failed to run{self._log.last()}.")
+        for name in self.outputs:
+            buffer = self._buffers[name]
+            self._cuda.to_host(buffer.host, buffer.device, buffer.view(rows).nbytes, stream)
+        self._cuda.synchronize(stream)
+        return {name: self._buffers[name].view(rows)[:taken].copy() for name in self.outputs}
+
+    def _set_rows(self, rows: int) -> None:
+        """Tell the context shapes and addresses; nothing to do where they are those of the last call."""
+        if rows == self._rows:
+            return
+        self._rows = 0
+        self._log.begin()
+        for buffer in self._buffers.values():
+            buffer.reserve(rows)
+            if not self._context.set_tensor_address(buffer.name, buffer.device):
+                raise BackendError(
+                    f"{self._model.name}: TensorRT does not take memory for {buffer.name!r}"
+                    f"{self._log.last()}."
+                )
+        for name in self.inputs:
+            shape = (rows, *self._buffers[name].row_shape)
+            if not self._context.set_input_shape(name, shape):
+                raise BackendError(
+                    f"{self._model.name}: TensorRT does not take the shape {shape} for {name!r}"
+                    f"{self._log.last()}."
+                )
+        unknown = self._context.infer_shapes()
+        if unknown:
+            raise BackendError(
+                f"{self._model.name}: TensorRT lacks the shape of {', '.join(map(repr, unknown))}"
+                f"{self._log.last()}."
+            )
+        for name in self.outputs:
+            got = tuple(int(size) for size in self._context.get_tensor_shape(name))
+            expected = (rows, *self._buffers[name].row_shape)
+            if got != expected:
+                raise BackendError(
+                    f"{self._model.name}: the output {name!r} has the shape {got}, expected {expected}. "
+                    "Export the tower again."
+                )
+        self._rows = rows
+
+    def _interface(self, trt: Any) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
+        """Return inputs and outputs, and note which batches the engine takes."""
+        engine = self._engine
+        inputs: dict[str, TensorSpec] = {}
+        outputs: dict[str, TensorSpec] = {}
+        for number in range(engine.num_io_tensors):
+            name = str(engine.get_tensor_name(number))
+            kind = str(engine.get_tensor_dtype(name).name)
+            shape = tuple(int(size) for size in engine.get_tensor_shape(name))
+            if kind not in _DTYPES or not shape or min(shape[1:], default=1) < 1:
+                raise BackendError(
+                    f"{self._model.name}: {name!r} is {kind} {shape}, expected one of "
+                    f"{', '.join(sorted(_DTYPES))} with no free size but the batch. Export the tower again."
+                )
+            spec = TensorSpec(name, _DTYPES[kind], ("B" if shape[0] < 0 else shape[0], *shape[1:]))
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                inputs[name] = spec
+                if shape[0] < 0:
+                    smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
+                    self._limits = (int(smallest[0]), int(largest[0]))
+            else:
+                outputs[name] = spec
+        return MappingProxyType(inputs), MappingProxyType(outputs)
+
+
+def _made(make: Callable[[], Any], what: str, engine: TrtEngine) -> Any:
+    """Return what TensorRT makes, which is ``None`` (or a ``TypeError``, for constructors) where it fails."""
+    try:
+        made = make()
+    except TypeError as error:
+        raise _refused(engine, what) from error
+    if made is None:
+        raise _refused(engine, what)
+    return made
+
+
+def _refused(engine: TrtEngine, what: str) -> BackendError:
+    model, log = engine._model, engine._log
+    bundle = "BUNDLE" if model.bundle is None else repr(str(model.bundle))
+    again = f"Run edgeclip compile {bundle} --variant {model.variant or 'NAME'} --force."
+    return BackendError(f"{model.name}: {engine.chosen.provider} cannot {what}{log.last()}. {again}")
+
+
+def _parts(count: int, largest: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, largest):
+        yield start, min(start + largest, count)
+
+
+def _release(cuda: CudaRuntime, index: int, stream: int, buffers: Mapping[str, _Buffer]) -> None:
+    """Give back what a session holds on the GPU; a GPU that has failed gives nothing back, and need not."""
+    with contextlib.suppress(BackendError):
+        cuda.use(index)
+    for buffer in buffers.values():
+        with contextlib.suppress(BackendError):
+            buffer.release()
+    with contextlib.suppress(BackendError):
+        cuda.destroy_stream(stream)
