@@ -31,6 +31,9 @@ from edgeclip.models.config import CLIPConfig
 from edgeclip.models.reparam import reparameterize
 
 from .options import OPSET, OPSETS, GraphOptions
+from .passes import apply
+from .passes.fold_padding import FoldPadding
+from .passes.strip_provenance import StripProvenance
 
 __all__ = [
     "OPSET",
@@ -281,99 +284,37 @@ def to_bytes(model: onnx.ModelProto) -> bytes:
 
 
 def fold_padding(model: onnx.ModelProto) -> int:
-    """Move constant zero padding into the convolution behind it; return how many.
-
-    ``SAME`` padding of even inputs is asymmetric, which PyTorch writes as a node of its own; a Conv's
-    ``pads`` can say it. Case: ``Pad(constant, 0)`` of the two spatial axes whose only reader is a Conv with
-    explicit pads.
-    """
-    graph = model.graph
-    values = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            values[node.output[0]] = next(
-                attribute.t for attribute in node.attribute if attribute.name == "value"
-            )
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    folded = 0
-    for pad in [node for node in graph.node if node.op_type == "Pad"]:
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in pad.attribute}
-        reader = readers.get(pad.output[0], [])
-        if attributes.get("mode", b"constant") != b"constant" or [node.op_type for node in reader] != [
-            "Conv"
-        ]:
-            continue
-        if pad.input[1] not in values or (len(pad.input) > 3 and pad.input[3]):
-            continue
-        if len(pad.input) > 2 and pad.input[2]:
-            fill = values.get(pad.input[2])
-            if fill is None or float(numpy_helper.to_array(fill).reshape(-1)[0]) != 0:
-                continue
-        amounts = numpy_helper.to_array(values[pad.input[1]]).tolist()
-        if len(amounts) != 8 or any(amounts[axis] for axis in (0, 1, 4, 5)):
-            continue
-        conv = reader[0]
-        extra = [amounts[2], amounts[3], amounts[6], amounts[7]]
-        pads = next((attribute for attribute in conv.attribute if attribute.name == "pads"), None)
-        automatic = next((attribute for attribute in conv.attribute if attribute.name == "auto_pad"), None)
-        if automatic is not None and automatic.s not in (b"NOTSET", b"VALID"):
-            continue
-        if automatic is not None:
-            conv.attribute.remove(automatic)
-        if pads is None:
-            conv.attribute.append(helper.make_attribute("pads", extra))
-        else:
-            pads.ints[:] = [before + more for before, more in zip(pads.ints, extra, strict=True)]
-        conv.input[0] = pad.input[0]
-        graph.node.remove(pad)
-        folded += 1
-    _drop_unused(graph)
-    return folded
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove initializers, constants and shape notes nobody reads any more."""
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in used]:
-        graph.node.remove(node)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
-    produced = {name for node in graph.node for name in node.output}
-    for value in [value for value in graph.value_info if value.name not in produced]:
-        graph.value_info.remove(value)
+    """Run :class:`~.passes.fold_padding.FoldPadding` over a graph in place; return how many it moved."""
+    each = FoldPadding()
+    model.CopyFrom(apply(model, [each], what=model.graph.name))
+    return each.folded
 
 
 def strip_provenance(model: onnx.ModelProto) -> None:
-    """Remove stack traces, module paths, doc strings and producer notes; number the nodes by kind."""
-    del model.metadata_props[:]
-    model.doc_string = ""
-    model.producer_name, model.producer_version, model.domain = "edgeclip", "", ""
-    model.model_version = 0
+    """Run :class:`~.passes.strip_provenance.StripProvenance` over a graph in place.
+
+    Empty notes are written out and notes of shapes stay in their order, as in all files of the embedded
+    bundle.
+    """
+    shapes = list(model.graph.value_info)
+    stripped = apply(model, [StripProvenance()], what=model.graph.name)
+    del stripped.graph.value_info[:]
+    stripped.graph.value_info.extend(shapes)
+    model.CopyFrom(stripped)
+    model.producer_version, model.domain, model.model_version = "", "", 0
     graph = model.graph
-    del graph.metadata_props[:]
-    graph.doc_string = ""
-    graph.name = "tower"
-    graph.sparse_initializer.MergeFrom([])
-    counts: dict[str, int] = {}
-    for node in graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-        node.name = f"{node.op_type}_{counts[node.op_type]}"
-    for tensor in graph.initializer:
-        del tensor.metadata_props[:]
-        tensor.doc_string = ""
-    for value in (*graph.value_info, *graph.input, *graph.output):
+    for value in graph.value_info:
         del value.metadata_props[:]
-        value.doc_string = ""
-    # Opset imports of domains no node uses only frighten readers.
-    used = {node.domain for node in graph.node}
-    kept = [entry for entry in model.opset_import if entry.domain in used or not entry.domain]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
+    for part in (
+        model,
+        graph,
+        *graph.node,
+        *graph.initializer,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+    ):
+        part.doc_string = ""
 
 
 def _name_batch(model: onnx.ModelProto) -> None:

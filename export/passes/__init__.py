@@ -39,4 +39,9 @@ def apply(model: onnx.ModelProto, passes: Sequence[ir.passes.PassBase], *, what:
             after = f" after {', '.join(done)}" if done else ""
             raise ExportError(f"{what}: the pass {name} fails{after}: {reason}.") from error
         done.append(name)
-    return ir.to_proto(graph)
+    proto = ir.to_proto(graph)
+    # onnx_ir notes the shapes of weights a second time; files hold them once.
+    notes = [value for value in proto.graph.value_info if value.name not in graph.graph.initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(notes)
+    return proto
