@@ -518,6 +518,17 @@ class BundleWriter:
         self._added[stored] = {"sha256": sha256, "size_bytes": size_bytes}
         return stored
 
+    def draft(self) -> Bundle:
+        """Return what :meth:`commit` would make, opened and not committed: to try what was added.
+
+        It can be used while this writer is open.
+
+        Raises:
+            BundleError: the manifest cannot be used.
+        """
+        self._open_or_raise()
+        return Bundle(self.path, self._encoded())
+
     def commit(self) -> Bundle:
         """Make what was added and said the bundle, release the lock and return it opened.
 

@@ -18,7 +18,7 @@ from edgeclip.distill.inputs import check_tokenizer
 from edgeclip.errors import ConfigError
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import LabelBank, build_bank
-from edgeclip.models.checkpoints import load_model
+from edgeclip.models.checkpoints import LoadedModel, load_model
 from edgeclip.models.clip import CLIP, MAX_SCALE
 from edgeclip.models.config import CLIPConfig
 from edgeclip.models.zoo import MODELS
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from edgeclip.evaluate.subjects import OnProgress
 
-__all__ = ["EagerSubject", "open_eager", "preprocess_of"]
+__all__ = ["EagerSubject", "open_eager", "preprocess_of", "tokenizer_of"]
 
 
 class EagerSubject:
@@ -111,6 +111,31 @@ def preprocess_of(config: CLIPConfig) -> PreprocessSpec:
     )
 
 
+def tokenizer_of(path: str, loaded: LoadedModel) -> Tokenizer:
+    """Return the tokenizer that goes with a model: the one beside its weights, else CLIP's.
+
+    Args:
+        path: what was loaded.
+        loaded: what came of it.
+
+    Raises:
+        ConfigError: its text tower wants another tokenizer, and none is there.
+    """
+    config, directory = loaded.config, Path(path)
+    if loaded.source == "edgeclip" and (directory / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.open(directory)
+    else:
+        known = MODELS.get(config.name)
+        if known is not None and known.tokenizer != "clip-bpe":
+            raise ConfigError(
+                f"{path!r}: the model {config.name!r} has a tokenizer of kind {known.tokenizer!r} and none "
+                "beside its weights; expected a checkpoint with a tokenizer."
+            )
+        tokenizer = Tokenizer.clip(config.text.context_length)
+    check_tokenizer(config, tokenizer, who=f"{path!r}")
+    return tokenizer
+
+
 def open_eager(
     path: str, *, model: str | None = None, device: str = "cpu", threads: int | None = None
 ) -> EagerSubject:
@@ -136,18 +161,8 @@ def open_eager(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_model(path, model=model)
-    config, directory = loaded.config, Path(path)
-    if loaded.source == "edgeclip" and (directory / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.open(directory)
-    else:
-        known = MODELS.get(config.name)
-        if known is not None and known.tokenizer != "clip-bpe":
-            raise ConfigError(
-                f"{path!r}: the model {config.name!r} has a tokenizer of kind {known.tokenizer!r} and none "
-                "beside its weights; expected a checkpoint with a tokenizer."
-            )
-        tokenizer = Tokenizer.clip(config.text.context_length)
-    check_tokenizer(config, tokenizer, who=f"{path!r}")
+    config = loaded.config
+    tokenizer = tokenizer_of(path, loaded)
     towers = loaded.model.to(place).eval()
     about = {
         "kind": "checkpoint" if loaded.source == "edgeclip" else "published file",

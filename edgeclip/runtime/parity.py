@@ -226,7 +226,7 @@ def compare_logits(
     """
     numbers = compare_embeddings(reference, candidate)
     a, b = reference.astype(np.float64), candidate.astype(np.float64)
-    bad: NDArray[np.bool_] = ~np.isfinite(b).all(axis=1)
+    bad = np.asarray(~np.isfinite(b).all(axis=1))
     b[bad] = 0.0
     ours, theirs = _five(a), _five(b)
     shared = [len(set(x) & set(y)) / len(x) for x, y in zip(ours.tolist(), theirs.tolist(), strict=True)]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fixed_batch", "run_rows"]
 
-_BATCH: Final = 16
+_BATCH: Final = 8  # what engines that are built for a range of batches take
 
 
 def fixed_batch(session: Session) -> int | None:
