@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeclip.cli._options import SCHEMA, Notes, prepare_stdout, shown
-from edgeclip.errors import ConfigError, MissingExtraError
+from edgeclip.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from edgeclip.distill.run import StagePlan
@@ -86,13 +86,14 @@ def train(
         raise MissingExtraError("edgeclip train", extra="train", module="torch")
     from edgeclip.distill.ranks import place_of_process
     from edgeclip.distill.recipe import parse_recipe
+    from edgeclip.distill.recipe_text import find_recipe
     from edgeclip.distill.run import dry_run_of
     from edgeclip.distill.trainer import TrainOptions
     from edgeclip.distill.trainer import train as run_training
 
     prepare_stdout()
     notes = Notes()
-    content, root, where = _read(recipe)
+    content, root, where = find_recipe(recipe, "edgeclip.distill.recipes")
     parsed = parse_recipe(content, where=where, changes=changes)
     if dry_run:
         plans, remark = dry_run_of(parsed, root, device=device)
@@ -130,24 +131,6 @@ def train(
             click.echo(_outcome(result, output))
     if result.status == "interrupted":
         ctx.exit(EXIT_INTERRUPTED)
-
-
-def _read(recipe: str) -> tuple[bytes, Path, str]:
-    """Return a recipe's text, the folder its paths are relative to, and its name in messages."""
-    path = Path(recipe)
-    if path.suffix == ".toml" or path.is_file():
-        from edgeclip.distill.recipe import read_recipe_file
-
-        return read_recipe_file(path), path.parent, f"recipe {recipe!r}"
-    from importlib.resources import files
-
-    folder = files("edgeclip.distill.recipes")
-    names = sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    if recipe not in names:
-        raise ConfigError(
-            f"no recipe is called {recipe!r}: expected a .toml file or one of {', '.join(names)}."
-        )
-    return (folder / f"{recipe}.toml").read_bytes(), Path(), f"recipe {recipe!r}"
 
 
 @contextmanager

@@ -29,21 +29,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
 
+from edgeclip.distill.recipe_text import (
+    convert,
+    mapping,
+    parse_tables,
+    parse_toml,
+    read_recipe_file,
+    tables,
+)
 from edgeclip.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "AffinityLoss",
@@ -81,9 +83,6 @@ __all__ = [
     "recipe_digest",
     "teachers_of",
 ]
-
-SCHEMA = 1
-_MAX_BYTES = 1 << 20
 
 _LARGEST = sys.float_info.max  # TOML has inf and nan
 Finite = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
@@ -605,32 +604,9 @@ def load_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
     return parse_recipe(read_recipe_file(path), where=f"recipe {str(path)!r}", changes=changes)
 
 
-def read_recipe_file(path: Path) -> bytes:
-    """Return the content of a recipe's file, at most a byte more than a recipe may have.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as stream:
-            return stream.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}.") from error
-
-
 def parse_recipe(content: bytes, *, where: str = "recipe", changes: Iterable[str] = ()) -> Recipe:
     """Return the recipe of TOML text; see :func:`load_recipe`."""
-    if len(content) > _MAX_BYTES:
-        raise ConfigError(f"{where}: larger than {_MAX_BYTES} bytes; is it a recipe?")
-    try:
-        said = tomllib.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not valid TOML: {error}.") from error
-    for change in changes:
-        _apply(said, change, where)
-    for key, expected in (("schema", SCHEMA), ("kind", "train")):
-        if said.pop(key, None) != expected:
-            raise ConfigError(f"{where}: expected {key} = {expected!r} among the first lines.")
+    said = parse_tables(content, where=where, kind="train", changes=changes)
     recipe = _recipe(said, where)
     _check(recipe, where)
     return recipe
@@ -642,18 +618,13 @@ def parse_teachers(content: bytes, *, where: str) -> tuple[TeacherSpec, ...]:
     Raises:
         ConfigError: it is too large, not TOML, or holds something else.
     """
-    if len(content) > _MAX_BYTES:
-        raise ConfigError(f"{where}: larger than {_MAX_BYTES} bytes; are these teachers?")
-    try:
-        said = tomllib.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not valid TOML: {error}.") from error
+    said = parse_toml(content, where=where, what="are these teachers")
     others = sorted(said.keys() - {"teacher"})
     if others or not said:
         raise ConfigError(f"{where}: holds {others or 'nothing'}, expected [[teacher]] tables alone.")
     return tuple(
-        _convert(table, TeacherSpec, f"{where}: [[teacher]] {index}")
-        for index, table in enumerate(_list(said["teacher"], f"{where}: teacher"))
+        convert(table, TeacherSpec, f"{where}: [[teacher]] {index}")
+        for index, table in enumerate(tables(said["teacher"], f"{where}: teacher"))
     )
 
 
@@ -668,113 +639,37 @@ def _recipe(said: dict[str, Any], where: str) -> Recipe:
     """Convert table by table, so that messages name the place."""
     rest = dict(said)
     data = {
-        name: _convert(table, DataSpec, f"{where}: [data.{name}]")
-        for name, table in _mapping(rest.pop("data", {}), f"{where}: [data]").items()
+        name: convert(table, DataSpec, f"{where}: [data.{name}]")
+        for name, table in mapping(rest.pop("data", {}), f"{where}: [data]").items()
     }
     stages = tuple(
         _stage(table, f"{where}: [[stage]] {index}")
-        for index, table in enumerate(_list(rest.pop("stage", []), f"{where}: stage"))
+        for index, table in enumerate(tables(rest.pop("stage", []), f"{where}: stage"))
     )
     lists: dict[str, tuple[Any, ...]] = {}
     for key, kind in (("teacher", TeacherSpec), ("validation", ValidationSpec)):
         lists[key] = tuple(
-            _convert(table, kind, f"{where}: [[{key}]] {index}")
-            for index, table in enumerate(_list(rest.pop(key, []), f"{where}: {key}"))
+            convert(table, kind, f"{where}: [[{key}]] {index}")
+            for index, table in enumerate(tables(rest.pop(key, []), f"{where}: {key}"))
         )
     if "student" in rest:
-        rest["student"] = msgspec.to_builtins(_convert(rest["student"], StudentSpec, f"{where}: [student]"))
-    checked: Recipe = _convert({**rest, "data": {}, "stage": []}, Recipe, where)
+        rest["student"] = msgspec.to_builtins(convert(rest["student"], StudentSpec, f"{where}: [student]"))
+    checked: Recipe = convert({**rest, "data": {}, "stage": []}, Recipe, where)
     return msgspec.structs.replace(checked, data=data, stage=stages, **lists)
 
 
 def _stage(table: Any, where: str) -> StageSpec:
-    rest = dict(_mapping(table, where))
+    rest = dict(mapping(table, where))
     losses = tuple(
-        _convert(item, LossSpec, f"{where}: [[stage.loss]] {index}")
-        for index, item in enumerate(_list(rest.pop("loss", []), f"{where}: loss"))
+        convert(item, LossSpec, f"{where}: [[stage.loss]] {index}")
+        for index, item in enumerate(tables(rest.pop("loss", []), f"{where}: loss"))
     )
     groups = tuple(
-        _convert(item, GroupSpec, f"{where}: [[stage.group]] {index}")
-        for index, item in enumerate(_list(rest.pop("group", []), f"{where}: group"))
+        convert(item, GroupSpec, f"{where}: [[stage.group]] {index}")
+        for index, item in enumerate(tables(rest.pop("group", []), f"{where}: group"))
     )
-    checked: StageSpec = _convert({**rest, "loss": []}, StageSpec, where)
+    checked: StageSpec = convert({**rest, "loss": []}, StageSpec, where)
     return msgspec.structs.replace(checked, loss=losses, group=groups)
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_plain_message(str(error), value, kind)}") from error
-
-
-def _plain_message(said: str, value: Any, kind: Any) -> str:
-    """Return msgspec's message with the value that was found, and the keys that are known."""
-    message, _, place = said.partition(" - at `$")
-    path = place.rstrip("`").lstrip(".")
-    found, structs = value, _structs(kind, value)
-    for key in re.sub(r"\[.*?\]", "", path).split(".") if path else []:
-        types = [one.type for each in structs for one in msgspec.structs.fields(each) if one.name == key]
-        found = found.get(key) if isinstance(found, Mapping) else found
-        structs = [each for one in types for each in _structs(one, found)]
-    if "unknown field" in message:
-        known = sorted({name for each in structs for name in each.__struct_fields__})
-        return f"{f'{path!r}: ' if path else ''}{message}; known are {known}."
-    got = f"{path!r} is {found!r}" if path else f"got {found!r}"
-    return f"{got[:300]}: {message[0].lower()}{message[1:]}."
-
-
-def _structs(kind: Any, value: Any) -> list[type[Struct]]:
-    """Return the tables among the types that a value may have: of several, those of its ``kind``."""
-    structs = [one for one in get_args(kind) or (kind,) if isinstance(one, type) and issubclass(one, Struct)]
-    tag = value.get("kind") if isinstance(value, Mapping) else None
-    return [one for one in structs if one.__struct_config__.tag == tag] or structs
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: got {value!r}, expected a table.")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ConfigError(f"{where}: got {value!r}, expected an array of tables.")
-    return value
-
-
-def _apply(said: dict[str, Any], change: str, where: str) -> None:
-    """Set one dotted key to a TOML value, in place."""
-    key, equals, text = change.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {change!r}: expected key=value, such as stage.0.batch_size=64.")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except ValueError:
-        value = text.strip()  # a bare word is a string
-    at: Any = said
-    parts = key.strip().split(".")
-    for index, part in enumerate(parts):
-        last = index == len(parts) - 1
-        if isinstance(at, list):
-            if not part.isdecimal() or int(part) >= len(at):
-                raise ConfigError(
-                    f"--set {change!r}: {'.'.join(parts[:index])!r} has the entries 0 to {len(at) - 1}, "
-                    f"not {part!r}."
-                )
-            if last:
-                at[int(part)] = value
-            else:
-                at = at[int(part)]
-        elif isinstance(at, dict):
-            if last:
-                at[part] = value
-            else:
-                at = at.setdefault(part, {})
-        else:
-            raise ConfigError(
-                f"--set {change!r}: {'.'.join(parts[:index])!r} is {at!r} in {where}, not a table."
-            )
 
 
 def _check(recipe: Recipe, where: str) -> None:
