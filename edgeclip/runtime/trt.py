@@ -408,22 +408,22 @@ class TrtEngine:
         return MappingProxyType(inputs), MappingProxyType(outputs)
 
 
-def _made(make: Callable[[], Any], what: str, engine: TrtEngine) -> Any:
+def _made(make: Callable[[], Any], what: str, owner: TrtEngine) -> Any:
     """Return what TensorRT makes, which is ``None`` (or a ``TypeError``, for constructors) where it fails."""
     try:
         made = make()
     except TypeError as error:
-        raise _refused(engine, what) from error
+        raise _refused(owner, what) from error
     if made is None:
-        raise _refused(engine, what)
+        raise _refused(owner, what)
     return made
 
 
-def _refused(engine: TrtEngine, what: str) -> BackendError:
-    model, log = engine._model, engine._log
+def _refused(owner: TrtEngine, what: str) -> BackendError:
+    model, log = owner._model, owner._log
     bundle = "BUNDLE" if model.bundle is None else repr(str(model.bundle))
     again = f"Run edgeclip compile {bundle} --variant {model.variant or 'NAME'} --force."
-    return BackendError(f"{model.name}: {engine.chosen.provider} cannot {what}{log.last()}. {again}")
+    return BackendError(f"{model.name}: {owner.chosen.provider} cannot {what}{log.last()}. {again}")
 
 
 def _parts(count: int, largest: int) -> Iterator[tuple[int, int]]:

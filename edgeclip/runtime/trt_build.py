@@ -156,8 +156,8 @@ class EngineLog:
 
     def __init__(self, trt: Any) -> None:
         self._errors: deque[str] = deque(maxlen=64)
-        errors, severity = self._errors, trt.ILogger.Severity
-        loud = (severity.INTERNAL_ERROR, severity.ERROR)
+        errors = self._errors
+        loud = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
         class Logger(trt.ILogger):  # type: ignore[misc]  # the module is known at run time
             def __init__(self) -> None:

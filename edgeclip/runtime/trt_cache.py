@@ -7,6 +7,7 @@ between the two leaves the old pair or none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -121,7 +122,9 @@ class EngineCache:
 
     @classmethod
     def at(cls, directory: Path) -> EngineCache:
-        """Return the engines in a directory that exists."""
+        """Return the engines in a directory, which is made where it does not exist."""
+        with contextlib.suppress(OSError):  # what it then says is that it cannot be written
+            directory.mkdir(parents=True, exist_ok=True)
         return cls(HostCache(directory, writable=os.access(directory, os.W_OK | os.X_OK)))
 
     @property
