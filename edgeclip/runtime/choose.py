@@ -25,6 +25,7 @@ from edgeclip.errors import BackendError, BackendUnavailableError
 from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.session import (
     DEFAULT_OPTIONS,
+    OPENVINO_DEVICES,
     OpenSession,
     RuntimeOptions,
     open_session,
@@ -187,7 +188,8 @@ def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | Non
         problem = _gpu_problem(requires.compute_capability, options, host)
         if problem is not None:
             return problem
-    if parse_device(options.device)[0] == "cuda" and backend == "openvino":
+    kind, _ = parse_device(options.device)
+    if (kind == "cuda" and backend == "openvino") or (kind in OPENVINO_DEVICES and backend != "openvino"):
         return f"{backend} does not run on {options.device}"
     return None
 
@@ -279,7 +281,8 @@ def _prove(bundle: Bundle, variant: Variant, session: OpenSession) -> None:
         return  # nothing to check against; `edgeclip verify` says so
     placement = session.chosen
     cache = _cache(bundle)
-    stamp = f"golden-{variant.name}-{placement.backend}-{placement.device.replace(':', '')}.json"
+    device = re.sub(r"\W+", "", placement.device, flags=re.ASCII)
+    stamp = f"golden-{variant.name}-{placement.backend}-{device}.json"
     if cache.get(stamp) is not None:
         return
     from edgeclip.runtime.parity import Golden, check_tower

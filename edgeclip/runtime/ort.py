@@ -23,6 +23,7 @@ from edgeclip.cache import HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime.host import Host, usable_cores
 from edgeclip.runtime.session import (
+    OPENVINO_DEVICES,
     ModelFiles,
     Placement,
     Prepared,
@@ -258,6 +259,11 @@ def import_onnxruntime() -> Any:
 
 def _providers(options: RuntimeOptions) -> tuple[str, ...]:
     kind, _ = parse_device(options.device)
+    if kind in OPENVINO_DEVICES:
+        raise BackendUnavailableError(
+            f"backend 'ort' does not run on {options.device!r}, expected 'cpu' or 'cuda'. Choose "
+            "backend='openvino'."
+        )
     if options.providers is None:
         return (CPU,) if kind == "cpu" else (CUDA,)
     if kind == "cuda" and options.providers[0] == CPU:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import threading
 import weakref
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "DEFAULT_OPTIONS",
+    "OPENVINO_DEVICES",
     "Backend",
     "Engine",
     "ModelFiles",
@@ -76,7 +78,7 @@ class Placement:
     Attributes:
         backend: our name of the engine, such as ``"ort"``.
         provider: the engine's own name of what executes, such as ``"CPUExecutionProvider"``.
-        device: ``"cpu"`` or ``"cuda:0"``.
+        device: ``"cpu"``, ``"cuda:0"``, ``"gpu:0"`` …, as :func:`parse_device` takes it.
         threads: threads a call may use on the CPU.
         precision: precision of the variant, or ``"as stored"`` for a bare model file.
         reason: why this backend, device and thread count, in words.
@@ -90,18 +92,34 @@ class Placement:
     reason: str
 
 
+OPENVINO_DEVICES: Final = frozenset({"gpu", "npu", "auto", "hetero", "multi"})
+"""Kinds of device that OpenVINO alone runs on; the last three choose among others, when asked by name."""
+
+_ONE_DEVICE: Final = re.compile(r"(cpu|npu)|(cuda|gpu)(?::([0-9]{1,4}))?")
+_SEVERAL_DEVICES: Final = re.compile(r"(auto)|(auto|hetero|multi):((?:cpu|npu|gpu(?::[0-9]{1,4})?)(?:,|$))+")
+
+
 def parse_device(device: str) -> tuple[str, int]:
-    """Split ``"cpu"``, ``"cuda"`` or ``"cuda:N"`` into kind and index.
+    """Split a device into kind and index.
+
+    ``"cpu"``; ``"cuda"`` and ``"cuda:N"`` are NVIDIA's GPUs; ``"gpu"``, ``"gpu:N"`` and ``"npu"`` are
+    Intel's, for OpenVINO, as are ``"auto"``, ``"auto:LIST"``, ``"hetero:LIST"`` and ``"multi:LIST"`` with a
+    list such as ``gpu,cpu``, whose index is 0.
 
     Raises:
         ConfigError: it is none of these.
     """
-    kind, _, index = str(device).partition(":")
-    if device == "cpu":
-        return "cpu", 0
-    if kind == "cuda" and (device == "cuda" or (index.isascii() and index.isdecimal())):
-        return "cuda", int(index or 0)
-    raise ConfigError(f"device: got {device!r}, expected 'cpu', 'cuda' or 'cuda:N'.")
+    said = str(device)
+    one = _ONE_DEVICE.fullmatch(said)
+    if one is not None:
+        return one[1] or one[2], int(one[3] or 0)
+    several = _SEVERAL_DEVICES.fullmatch(said)
+    if several is not None and not said.endswith(","):
+        return several[1] or several[2], 0
+    raise ConfigError(
+        f"device: got {device!r}, expected 'cpu', 'cuda' or 'cuda:N'; or for OpenVINO 'gpu', 'gpu:N', 'npu', "
+        "'auto', or 'auto:', 'hetero:' or 'multi:' with a list such as gpu,cpu."
+    )
 
 
 def _is_int(value: object) -> bool:
@@ -114,7 +132,7 @@ class RuntimeOptions:
 
     Attributes:
         backend: ``"auto"`` (the backend of the variant's format) or a name in :data:`BACKENDS`.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or one of OpenVINO's, see :func:`parse_device`.
         providers: ONNX Runtime execution providers in order of preference; ``None`` follows ``device``.
         threads: threads a call may use, at least 1; ``None`` is the number of usable cores (affinity and
             container limits respected).
@@ -264,6 +282,7 @@ class ModelFiles:
         precision: see :class:`Placement`.
         session_config: engine keys the bundle asks for.
         digest: identifies the content; ``None`` for a bare file.
+        files: all files of the tower, ``model`` among them; empty for a bare file.
         variant: its name in the bundle, with ``bundle`` and ``bundle_digest``: where it comes from.
     """
 
@@ -273,6 +292,7 @@ class ModelFiles:
     precision: str = "as stored"
     session_config: Mapping[str, str] = field(default_factory=dict)
     digest: str | None = None
+    files: tuple[Path, ...] = ()
     variant: str | None = None
     bundle: Path | None = None
     bundle_digest: str | None = None
@@ -587,6 +607,7 @@ def model_files(tower: TowerFiles | Path | str) -> ModelFiles:
         precision=tower.precision,
         session_config=dict(tower.session_config),
         digest=tower.digest,
+        files=tower.files,
         variant=tower.variant,
         bundle=tower.bundle,
         bundle_digest=tower.bundle_digest,

@@ -58,6 +58,11 @@ def test_a_provider_that_does_not_start_is_an_error(
         open_session(tower, options=options)
 
 
+def test_a_device_of_openvino_is_an_error(tower: TowerFiles) -> None:
+    with pytest.raises(BackendUnavailableError, match=r"'ort' does not run on 'gpu:1'.*backend='openvino'"):
+        open_session(tower, options=RuntimeOptions(device="gpu:1"))
+
+
 def test_device_and_providers_that_contradict_each_other_are_an_error(tower: TowerFiles) -> None:
     options = RuntimeOptions(device="cuda:0", providers=("CPUExecutionProvider",))
     with pytest.raises(ConfigError, match=r"got 'CPUExecutionProvider' first for device 'cuda:0'"):

@@ -23,7 +23,7 @@ from edgeclip.runtime.session import BACKENDS, Backend, OpenSession, parse_devic
         ({"threads": 0}, r"threads: got 0, expected a whole number of at least 1"),
         ({"threads": True}, r"threads: got True"),
         ({"threads": 1.5}, r"threads: got 1.5"),
-        ({"device": "gpu"}, r"device: got 'gpu', expected 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": "tpu"}, r"device: got 'tpu', expected 'cpu', 'cuda' or 'cuda:N'"),
         ({"device": "cuda:"}, r"device: got 'cuda:'"),
         ({"device": "cuda:-1"}, r"device: got 'cuda:-1'"),
         ({"device": "cpu:0"}, r"device: got 'cpu:0'"),
@@ -62,10 +62,30 @@ def test_an_unknown_backend_lists_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "parsed"), [("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:3", ("cuda", 3))]
+    ("device", "parsed"),
+    [
+        ("cpu", ("cpu", 0)),
+        ("cuda", ("cuda", 0)),
+        ("cuda:3", ("cuda", 3)),
+        ("gpu", ("gpu", 0)),
+        ("gpu:1", ("gpu", 1)),
+        ("npu", ("npu", 0)),
+        ("auto", ("auto", 0)),
+        ("auto:gpu,cpu", ("auto", 0)),
+        ("hetero:gpu:1,cpu", ("hetero", 0)),
+        ("multi:npu,gpu", ("multi", 0)),
+    ],
 )
 def test_devices_are_split(device: str, parsed: tuple[str, int]) -> None:
     assert parse_device(device) == parsed
+
+
+@pytest.mark.parametrize(
+    "device", ["CPU", "cuda:", "npu:1", "hetero", "auto:", "auto:gpu,", "multi:cuda,cpu"]
+)
+def test_a_device_that_is_none_is_an_error(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device: got '{device}', expected 'cpu', 'cuda'"):
+        parse_device(device)
 
 
 def test_auto_takes_the_backend_of_the_format() -> None:
