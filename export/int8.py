@@ -1,18 +1,172 @@
-"""Int8 files for ONNX Runtime."""
+"""Int8 graphs: static Q/DQ with min-max ranges, for ONNX Runtime on CPUs and for TensorRT.
+
+*ONNX Runtime*: unsigned activations, signed weights. Processors with AVX2 and without VNNI add two products
+of bytes in 16 bits, which 8-bit weights overflow. Files for ``x86-avx2`` therefore have 7-bit weights; those
+for no target have 8-bit weights and the session setting ``session.x64quantprecision``, which takes exact
+kernels there and changes nothing elsewhere; all other targets have 8-bit weights and need nothing.
+
+*TensorRT*: signed and symmetric throughout (:func:`symmetric_qdq`), never the CPU's graph; what is not
+quantized is cast to float16 afterwards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeclip.bundle import Requires
 from edgeclip.errors import ExportError
 
 from .build import BuildRequest, BuiltVariant
+from .passes import apply
+from .passes._graph import constant
+from .passes.qdq import InsertQdq, is_product, observed, place
+from .quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8Policy, Scheme
+from .ranges import check_rows, observe
+from .storage import store_small
+from .to_onnx import built_tower
 
-__all__ = ["quantized"]
+__all__ = ["METHOD", "policy_of", "quantize", "quantized", "said", "scheme_of", "symmetric_qdq"]
+
+METHOD: Final = "minmax"
+_EXACT_KERNELS: Final[Mapping[str, str]] = MappingProxyType({"session.x64quantprecision": "1"})
+_LAST_OPSET: Final = 20
+"""Above it ONNX Runtime's integer kernels do not take over every Q/DQ pair."""
 
 
 def quantized(request: BuildRequest) -> BuiltVariant:
     """Make the int8 ONNX files of one variant.
 
     Raises:
-        ExportError: it cannot be made.
+        CalibrationError: a tower has no calibration rows, or ranges cannot be had from them.
+        ExportError: the opset is too new, or a graph cannot be quantized.
     """
-    raise ExportError(f"variant {request.spec.name!r}: no pass quantizes yet.")
+    name, target = request.spec.name, request.spec.target
+    for tower, graph in request.graphs.items():
+        _check_opset(graph, what=f"variant {name!r}, {tower} tower")
+        check_rows(graph, request.calibration.get(tower), what=f"variant {name!r}, {tower} tower")
+    scheme = scheme_of(8 if target is None else target.weight_bits)
+    towers, policies = {}, {}
+    for tower, graph in request.graphs.items():
+        request.on_step(f"quantize the {tower} tower")
+        what = f"variant {name!r}, {tower} tower"
+        policies[tower] = policy = policy_of(graph)
+        model = quantize(graph, request.calibration[tower], policy, scheme, what=what)
+        store_small(model, tables=policy.tables, others=policy.others)
+        _check(model, what=what)
+        towers[tower] = built_tower(tower, model, external_data=request.options.external_data)
+    return BuiltVariant(
+        towers,
+        requires=Requires() if target is None else target.requires,
+        session_config=_EXACT_KERNELS if target is None else {},
+        calibration=said(request, scheme, policies),
+    )
+
+
+def scheme_of(weight_bits: int) -> Scheme:
+    """Return ONNX Runtime's form of int8 with weights of so many bits."""
+    return replace(CPU, weight_bits=weight_bits)
+
+
+def policy_of(graph: onnx.ModelProto) -> Int8Policy:
+    """Return the default policy of a tower: by where most of its weights are."""
+    weights = {"Conv": 0, "Gemm": 0, "MatMul": 0}
+    for node in ir.from_proto(graph).graph:
+        if node.op_type in weights and is_product(node):
+            array = constant(node.inputs[1])
+            weights[node.op_type] += 0 if array is None else array.size
+    return CONVOLUTIONS if weights["Conv"] > weights["Gemm"] + weights["MatMul"] else TRANSFORMER
+
+
+def quantize(
+    graph: onnx.ModelProto, rows: NDArray[np.generic], policy: Int8Policy, scheme: Scheme, *, what: str
+) -> onnx.ModelProto:
+    """Return a graph with Q/DQ around what a policy chooses, ranges from calibration rows.
+
+    Args:
+        graph: float32, of one tower; stays as it is.
+        rows: ``(n, …)`` for its input, at least 16.
+        policy: what stays float.
+        scheme: what int8 means.
+        what: the graph, as messages name it.
+
+    Raises:
+        CalibrationError: rows do not fit, or a tensor is not finite for some of them.
+        ExportError: nothing can be quantized, or a pass fails.
+    """
+    # Which products are with one vector a picture is told by shapes.
+    shaped = onnx.shape_inference.infer_shapes(graph, data_prop=True)
+    model = ir.from_proto(shaped)
+    nodes = place(model, policy)
+    if not nodes:
+        raise ExportError(
+            f"{what}: nothing in it can be quantized (policy {policy.name!r}: products of "
+            f"{', '.join(sorted(policy.ops))} with constant weights); export it in float."
+        )
+    ranges = observe(graph, rows, observed(model, nodes, scheme), what=what)
+    return apply(shaped, [InsertQdq(nodes, ranges, scheme)], what=what)
+
+
+def symmetric_qdq(
+    graph: onnx.ModelProto,
+    rows: NDArray[np.generic],
+    policy: Int8Policy | None = None,
+    *,
+    what: str = "graph",
+) -> onnx.ModelProto:
+    """Return a graph as TensorRT wants it: activations and weights symmetric int8, everything else float32.
+
+    Q/DQ stand around the inputs and weights of products only; biases and outputs stay float, so that a cast
+    to float16 can follow. All scales are numbers that float16 holds.
+
+    Args:
+        graph: float32, of one tower; stays as it is.
+        rows: ``(n, …)`` for its input, at least 16.
+        policy: what stays float; :func:`policy_of` the graph if missing.
+        what: the graph, as messages name it.
+
+    Raises:
+        CalibrationError: rows do not fit, or a tensor is not finite for some of them.
+        ExportError: nothing can be quantized, or a pass fails.
+    """
+    return quantize(graph, rows, policy or policy_of(graph), TENSORRT, what=what)
+
+
+def said(request: BuildRequest, scheme: Scheme, policies: Mapping[str, Int8Policy]) -> dict[str, Any]:
+    """Return what the manifest says about how a variant was quantized."""
+    return {
+        "method": METHOD,
+        "rows": {tower: len(request.calibration[tower]) for tower in policies},
+        "digest": request.calibration_digest,
+        "scheme": scheme.to_dict(),
+        "policy": {tower: policy.to_dict() for tower, policy in policies.items()},
+    }
+
+
+def _check_opset(graph: onnx.ModelProto, *, what: str) -> None:
+    opset = next((entry.version for entry in graph.opset_import if not entry.domain), 0)
+    if opset > _LAST_OPSET:
+        raise ExportError(
+            f"{what}: it has opset {opset}, above which ONNX Runtime leaves some int8 pairs in float; "
+            f"expected at most {_LAST_OPSET}, so export it with --opset {_LAST_OPSET}."
+        )
+
+
+def _check(model: onnx.ModelProto, *, what: str) -> None:
+    """Run the full checker.
+
+    Raises:
+        ExportError: the graph is not valid.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"{what}: the ONNX checker refuses the int8 graph: {reason}.") from error

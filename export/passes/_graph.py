@@ -66,7 +66,7 @@ def fresh_name(graph: ir.Graph, stem: str) -> str:
 def new_constant(graph: ir.Graph, array: NDArray[Any], stem: str) -> ir.Value:
     """Add an initializer and return it."""
     name = fresh_name(graph, stem)
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
     kind = ir.TensorType(tensor.dtype)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
     graph.register_initializer(value)
