@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from edgeclip.distill.eager import EagerSubject, preprocess_of, tokenizer_of
 from edgeclip.errors import ConfigError, InputError
 from edgeclip.fetch import materials
 from edgeclip.hub import weights_directory
+from edgeclip.label_sets import LabelSet, Templates
+from edgeclip.labels import BankProgress, LabelBank, build_bank
 from edgeclip.models.checkpoints import load_model, read_checkpoint_info
 from edgeclip.models.clip import CLIP, MAX_SCALE
 from edgeclip.models.config import CLIPConfig
@@ -27,15 +30,20 @@ from edgeclip.models.zoo import MODELS
 from edgeclip.tokenizer import Tokenizer
 
 from .options import Checkpoint, GraphOptions
+from .passes import apply
+from .passes.sequences import shared
 from .trace import trace_image_tower, trace_text_tower
 
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
+    from edgeclip.runtime.latency import Clock
+
 __all__ = ["Source", "open_source"]
 
-_BATCH = 32
+_PICTURES, _TEXTS = 8, 32  # a call: small ones keep the peak of memory low
+_KEPT_TEXTS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +85,40 @@ class Source:
     ) -> NDArray[np.float32]:
         """Return unit embeddings ``(n, E)`` of prepared pictures ``(n, H, W, 3)``."""
         parts = []
-        for start in range(0, len(pictures), _BATCH):
-            parts.append(self.subject.images(pictures[start : start + _BATCH]))
-            on_progress(min(start + _BATCH, len(pictures)), len(pictures))
+        for start in range(0, len(pictures), _PICTURES):
+            parts.append(self._subject.images(pictures[start : start + _PICTURES]))
+            on_progress(min(start + _PICTURES, len(pictures)), len(pictures))
         return np.concatenate(parts)
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return unit embeddings ``(m, E)`` of texts, cut where they are too long."""
-        parts = [self.subject.texts(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH)]
-        return np.concatenate(parts)
+        """Return unit embeddings ``(m, E)`` of texts, cut where they are too long; each is encoded once."""
+        known = self._known_texts
+        rows: list[NDArray[np.float32]] = []
+        for start in range(0, len(texts), _TEXTS):
+            part = texts[start : start + _TEXTS]
+            missing = [text for text in dict.fromkeys(part) if text not in known]
+            fresh = dict(zip(missing, self._subject.texts(missing), strict=True)) if missing else {}
+            rows += [known[text] if text in known else fresh[text] for text in part]
+            if len(known) < _KEPT_TEXTS:
+                known.update(fresh)
+        return np.stack(rows)
 
-    @property
-    def subject(self) -> EagerSubject:
-        """The model as evaluation knows it."""
+    def bank(
+        self,
+        labels: LabelSet,
+        templates: Templates,
+        on_progress: Callable[[BankProgress], None] | None = None,
+    ) -> LabelBank:
+        """Return the bank of labels."""
+        return build_bank(labels, templates, _Encoder(self), on_progress=on_progress)
+
+    @cached_property
+    def _subject(self) -> EagerSubject:
         return EagerSubject(self.config.name, self.model, self.config, self.tokenizer)
+
+    @cached_property
+    def _known_texts(self) -> dict[str, NDArray[np.float32]]:
+        return {}
 
     def release(self) -> None:
         """Let go of the weights."""
@@ -108,7 +136,24 @@ class Source:
         else:
             graph = trace_text_tower(self.model.text_tower, self.config.text.context_length, options)
             self.model.text_tower = nn.Identity()
-        return graph
+        return apply(graph, shared(), what=f"{tower} tower")
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """What a bank is built with; see :class:`edgeclip.labels.Encoder`."""
+
+    source: Source
+    digest: str = ""  # its vectors are kept nowhere
+    space: str = ""
+
+    def encode(
+        self, texts: Sequence[str], *, clock: Clock | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return unit embeddings, and which texts were cut."""
+        tokenizer = self.source.tokenizer
+        cut = [tokenizer.count(text) > tokenizer.context_length for text in texts]
+        return self.source.texts(texts), np.array(cut, np.bool_)
 
 
 def open_source(checkpoint: Checkpoint, *, threads: int | None = None) -> Source:

@@ -30,6 +30,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("edgeclip.cli.doctor:doctor", "Say what this machine is and which backends work."),
     "embed": ("edgeclip.cli.embed:embed", "Write image embeddings to a file."),
     "eval": ("edgeclip.cli.eval:eval_", "Measure how good models are, all on the same pictures."),
+    "export": ("edgeclip.cli.export:export", "Export a model to a verified bundle."),
     "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
     "models": ("edgeclip.cli.models:models", "List the models edgeclip knows, and download their weights."),
     "reinforce": (

@@ -467,7 +467,9 @@ def _check_classifier(
 def _baked(bundle: Bundle, variant: Variant) -> NDArray[np.float32] | None:
     """Return the embeddings of the labels inside a variant's classifier, as its parity names their bank."""
     said = variant.entry.parity.get("classifier")
-    return None if said is None else _bank(bundle, said.bank)
+    labels = None if said is None else _bank(bundle, said.bank)
+    # Stored in float16, rows are a little off the unit length that they are baked with.
+    return None if labels is None else _unit(labels.astype(np.float64)).astype(np.float32)
 
 
 def _tensor(

@@ -1,0 +1,233 @@
+"""Is a stored tower what the float32 model is? It is opened as a device will open it, and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeclip.bundle import Bundle, BundleWriter, PreprocessSpec, TowerFiles, Variant
+from edgeclip.errors import BackendError, BackendUnavailableError, ExportError, ParityError
+from edgeclip.labels import LabelBank
+from edgeclip.preprocess import Preprocess
+from edgeclip.runtime.choose import unmet
+from edgeclip.runtime.host import Host, versions
+from edgeclip.runtime.parity import (
+    Basis,
+    Golden,
+    ParityLimits,
+    ParityNumbers,
+    check_parity,
+    check_tower,
+    compare_embeddings,
+    compare_logits,
+)
+from edgeclip.runtime.rows import run_rows
+from edgeclip.runtime.session import OpenSession, RuntimeOptions, open_session
+
+from .options import Gates, TowerReport
+from .reference import Expected, Reference
+from .variants import VariantSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Yardstick", "verify_tower"]
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """What every variant is compared with, and where it goes."""
+
+    writer: BundleWriter
+    spec: PreprocessSpec
+    reference: Reference
+    expected: Expected
+    tokens: NDArray[np.int32] | None
+    bank: LabelBank
+    bank_name: str
+    basis: Basis
+    similarity: float
+    scale: float
+    threads: int | None
+    remarks: list[str] = field(default_factory=list)
+
+
+def verify_tower(
+    spec: VariantSpec, tower: str, yardstick: Yardstick, gates: Gates, work: Path
+) -> TowerReport:
+    """Open a stored tower as a device will, compare it, and write what was measured into the manifest.
+
+    Raises:
+        ParityError: it is beyond its limits.
+        ExportError: its engine is here and cannot run it.
+    """
+    draft = yardstick.writer.draft()
+    variant = draft.variant(spec.name)
+    what = f"variant {spec.name!r}, {tower} tower"
+    try:
+        session, reason, proxy = _open(variant, tower, yardstick, work)
+        if session is None:
+            report = TowerReport("unverified", yardstick.basis, None, reason=reason)
+            _record(spec, tower, yardstick, report)
+            return report
+        with session:
+            candidate = run_rows(session, _rows(tower, yardstick))
+            numbers = _compare(tower, candidate, yardstick)
+            missed = _judge(spec, tower, yardstick, gates, numbers, proxy)
+            status = "unverified" if reason else "passed"
+            report = TowerReport(status, yardstick.basis, numbers, missed, proxy, reason)
+            _record(spec, tower, yardstick, report)
+            if not reason:
+                _check_golden(yardstick.writer.draft(), spec, tower, session)
+    except BackendError as error:
+        raise ExportError(f"{what}: its engine is here and cannot run it: {error}") from error
+    return report
+
+
+def _open(
+    variant: Variant, tower: str, yardstick: Yardstick, work: Path
+) -> tuple[OpenSession | None, str, str | None]:
+    """Open a tower on its engine, else on ONNX Runtime; say why not the former, and what the latter is."""
+    format_name = variant.entry.format
+    device = "cuda" if format_name == "tensorrt" else "cpu"
+    allow = frozenset({"unsafe-isa", "unverified"})
+    options = RuntimeOptions(
+        threads=yardstick.threads, device=device, allow=allow, cache_dir=work / "engines"
+    )
+    if format_name == "onnx":
+        options = replace(options, cache_dir=None)
+    files = variant.tower(tower)
+    host = Host.here()
+    reason = unmet(variant, options=options, host=host)
+    if reason is None:
+        try:
+            if format_name == "tensorrt":
+                from edgeclip.runtime.compile import compile_variant
+
+                compile_variant(variant, towers=[tower], options=options)
+            session = open_session(files, options=options)
+        except BackendUnavailableError as error:
+            reason = str(error).rstrip(".")
+        else:
+            return session, "", _other_isa(variant, host)
+    if files.model.suffix != ".onnx":
+        return None, reason, None
+    proxy = _open_proxy(files, yardstick)
+    installed = versions().get("onnxruntime", "")
+    return proxy, reason, None if proxy is None else f"ONNX Runtime {installed} on this CPU"
+
+
+def _other_isa(variant: Variant, host: Host) -> str | None:
+    """Return what to note where the numbers are from another kind of processor than the variant is for."""
+    needed = variant.entry.requires.isa_any
+    if not needed or (host.isa is not None and host.isa.intersection(needed)):
+        return None
+    return f"the same engine on {host.machine}, which has none of {', '.join(needed)}"
+
+
+def _open_proxy(files: TowerFiles, yardstick: Yardstick) -> OpenSession | None:
+    # 8-bit weights saturate where two products are added in 16 bits; this takes exact kernels there.
+    config = {"session.x64quantprecision": "1"} if files.precision == "int8" else {}
+    graph = replace(files, format="onnx", session_config=config)
+    try:
+        return open_session(graph, options=RuntimeOptions(backend="ort", threads=yardstick.threads))
+    except BackendError:
+        return None
+
+
+def _rows(tower: str, yardstick: Yardstick) -> NDArray[Any]:
+    if tower == "text":
+        assert yardstick.tokens is not None
+        return yardstick.tokens
+    pixels = yardstick.reference.pictures.pixels
+    return Preprocess(yardstick.spec).normalize(pixels) if yardstick.spec.applied == "host" else pixels
+
+
+def _compare(tower: str, candidate: NDArray[Any], yardstick: Yardstick) -> ParityNumbers:
+    image = yardstick.expected.image
+    ranked = yardstick.basis == "trained"
+    if tower == "classifier":
+        cosines = image @ yardstick.bank.embeddings.T
+        numbers = compare_logits(cosines, candidate / yardstick.scale, similarity=yardstick.similarity)
+        return numbers if ranked else replace(numbers, top1_agreement=None, top5_agreement=None)
+    if tower == "text":
+        assert yardstick.expected.text is not None
+        return compare_embeddings(yardstick.expected.text, candidate)
+    return compare_embeddings(image, candidate, bank=yardstick.bank.embeddings if ranked else None)
+
+
+def _judge(
+    spec: VariantSpec,
+    tower: str,
+    yardstick: Yardstick,
+    gates: Gates,
+    numbers: ParityNumbers,
+    proxy: str | None,
+) -> dict[str, float]:
+    """Return the default limits that were missed and accepted on purpose.
+
+    Raises:
+        ParityError: a number is beyond its limit.
+    """
+    precision = spec.form.precision
+    if tower == "classifier":
+        defaults = ParityLimits.of_classifier(precision, yardstick.basis)
+    else:
+        defaults = ParityLimits.of(precision, yardstick.basis)
+    if tower == "text":
+        defaults = replace(defaults, top1_agreement=None)
+    limits = gates.of(spec, defaults)
+    failures = check_parity(numbers, limits)
+    if failures:
+        names = yardstick.reference.texts if tower == "text" else yardstick.reference.pictures.names
+        where = f"variant {spec.name!r}, {tower} tower" + (f" ({proxy})" if proxy else "")
+        first = failures[0]
+        loosen = "" if first.number == "not_finite" else f", or --limit {precision}:{first.number}=…"
+        raise ParityError(
+            f"{where}: {'; '.join(map(str, failures))}, over {numbers.n} inputs; the worst input is "
+            f"{names[numbers.worst]!r}. Nothing was written: use another precision{loosen}."
+        )
+    return {failure.number: failure.limit for failure in check_parity(numbers, defaults)}
+
+
+def _record(spec: VariantSpec, tower: str, yardstick: Yardstick, report: TowerReport) -> None:
+    host = Host.here().to_dict()
+    said: dict[str, Any] = {
+        "status": report.status,
+        "n": 0 if report.numbers is None else report.numbers.n,
+        "host": {key: host[key] for key in ("machine", "system", "cpu_model", "isa") if key in host},
+        "proxy": report.proxy,
+        "missed": dict(report.missed),
+    }
+    if report.basis != "trained":
+        said["basis"] = report.basis
+    if report.numbers is not None:
+        for number in ("max_abs", "cosine_min", "cosine_mean", "top1_agreement", "top5_agreement"):
+            said[number] = _rounded(getattr(report.numbers, number))
+        if report.basis == "centred":
+            said["centred_cosine_mean"] = _rounded(report.numbers.centred_cosine_mean)
+    ranked = report.numbers is not None and report.numbers.top1_agreement is not None
+    if ranked or tower == "classifier":
+        said["bank"] = yardstick.bank_name
+    yardstick.writer.manifest["variants"][spec.name]["parity"][tower] = said
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _check_golden(draft: Bundle, spec: VariantSpec, tower: str, session: OpenSession) -> None:
+    """Make sure that the bundle's own check on a device passes.
+
+    Raises:
+        ParityError: it does not.
+    """
+    checked = check_tower(draft, Golden.of(draft), draft.variant(spec.name), tower, session)
+    if not checked.passed:
+        raise ParityError(
+            f"variant {spec.name!r}, {tower} tower: agrees on the reference set, but on the "
+            f"{checked.numbers.n} golden inputs {'; '.join(map(str, checked.failures))}, so that devices "
+            "would refuse it. Give other pictures with --reference, or use another precision."
+        )
