@@ -16,6 +16,10 @@ from edgeclip.bundle import Requires, TensorEntry, stored_name
 from edgeclip.errors import ExportError
 
 from .build import BuildRequest, BuiltTower, BuiltVariant
+from .passes import apply, check
+from .passes.float16 import Float16
+from .passes.sequences import for_onnx_runtime
+from .passes.strip_provenance import StripProvenance
 
 __all__ = ["build", "built_tower", "tensor_entries"]
 
@@ -35,18 +39,20 @@ def build(request: BuildRequest) -> BuiltVariant:
         from .int8 import quantized
 
         return quantized(request)
+    passes = for_onnx_runtime(request.spec.target_name, gelu_tanh=request.options.gelu_tanh)
     if precision == "fp16":
-        raise ExportError(f"variant {request.spec.name!r}: no pass makes float16 yet.")
+        passes += [Float16(), StripProvenance()]
     target = request.spec.target
-    towers = {
-        name: built_tower(name, graph, external_data=request.options.external_data)
-        for name, graph in request.graphs.items()
-    }
+    towers = {}
+    for name, graph in request.graphs.items():
+        request.on_step(f"{name} tower in {precision}")
+        made = apply(graph, passes, what=f"{name} tower of {request.spec.name!r}")
+        towers[name] = built_tower(name, made, external_data=request.options.external_data)
     return BuiltVariant(towers, requires=Requires() if target is None else target.requires)
 
 
 def built_tower(tower: str, graph: onnx.ModelProto, *, external_data: bool | None = None) -> BuiltTower:
-    """Return the files of one tower; equal graphs give equal bytes.
+    """Run the full checker and return the files of one tower; equal graphs give equal bytes.
 
     Args:
         tower: its name.
@@ -54,8 +60,9 @@ def built_tower(tower: str, graph: onnx.ModelProto, *, external_data: bool | Non
         external_data: see :class:`edgeclip.export.build.BuildOptions`.
 
     Raises:
-        ExportError: the graph needs a second file and that was ruled out.
+        ExportError: the graph is not valid, or needs a second file and that was ruled out.
     """
+    check(graph, what=f"{tower} tower")
     weights = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
     if external_data is False and weights > _LARGEST_FILE:
         raise ExportError(

@@ -7,14 +7,16 @@ A pass is an ``onnx_ir.passes.InPlacePass`` in a file of its own: ``requires`` (
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from edgeclip.errors import ExportError
 
-__all__ = ["apply"]
+__all__ = ["apply", "check"]
 
 
 def apply(model: onnx.ModelProto, passes: Sequence[ir.passes.PassBase], *, what: str) -> onnx.ModelProto:
@@ -45,3 +47,26 @@ def apply(model: onnx.ModelProto, passes: Sequence[ir.passes.PassBase], *, what:
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(notes)
     return proto
+
+
+def check(model: onnx.ModelProto, *, what: str) -> None:
+    """Run the full checker of ONNX: types and shapes of every node. The graph stays as it is.
+
+    Args:
+        model: of any size; above 2 GB it takes room for a copy in the temporary directory.
+        what: the graph, as messages name it.
+
+    Raises:
+        ExportError: the graph is not valid.
+    """
+    try:
+        if model.ByteSize() <= onnx.checker.MAXIMUM_PROTOBUF:
+            onnx.checker.check_model(model, full_check=True)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "graph.onnx"
+            ir.save(ir.from_proto(model), path, external_data="weights.data")
+            onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # the checker raises what its parts raise
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"{what}: the ONNX checker refuses the graph: {reason}.") from error
