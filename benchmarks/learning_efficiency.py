@@ -195,7 +195,7 @@ TASKS = (
             Apprentice("wide", 100, 4e-3, 96_000, 144, (24, 72, 144), (1, 1, 2)),
             Apprentice("deep", 101, 4e-3, 96_000, 144, (24, 48, 96), (2, 2, 2)),
         ),
-        reinforced=Reinforced(rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=2),
+        reinforced=Reinforced(rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=1),
         result="learning_efficiency_pictograms.json",
         plot="learning-efficiency-pictograms.svg",
     ),
