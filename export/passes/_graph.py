@@ -15,6 +15,7 @@ __all__ = [
     "drop_unread",
     "flag",
     "fresh_name",
+    "like",
     "new_constant",
     "readers",
     "require_flat",
@@ -32,8 +33,6 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 def scalar(value: ir.Value | None) -> float | None:
     """Return a constant of one element as a number."""
-    if value is None or (value.shape is not None and value.shape.rank() and value.shape.numpy()[0] != 1):
-        return None
     array = constant(value)
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
@@ -88,6 +87,16 @@ def after(
     made.outputs[0].name = fresh_name(graph, stem)
     graph.insert_after(node, made)
     return made.outputs[0]
+
+
+def like(value: ir.Value, other: ir.Value) -> ir.Value:
+    """Give a value the dtype and shape of another one, and return it.
+
+    The type is made anew: two values that share one would change together.
+    """
+    value.type = None if other.dtype is None else ir.TensorType(other.dtype)
+    value.shape = None if other.shape is None else ir.Shape(list(other.shape))
+    return value
 
 
 def drop_unread(graph: ir.Graph) -> int:

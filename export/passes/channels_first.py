@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ._graph import constant, fresh_name, new_constant, readers, require_flat
+from ._graph import constant, fresh_name, like, new_constant, readers, require_flat
 
 __all__ = ["ChannelsFirst"]
 
@@ -88,8 +88,7 @@ def _hoist(graph: ir.Graph, transpose: ir.Node) -> bool:
     graph.remove(transpose)
     graph.insert_before(top, transpose)
     top.replace_input_with(index, moved)
-    moved.type = source.type
-    moved.shape = _transposed(source.shape)
+    like(moved, source).shape = _transposed(source.shape)
     for node in chain:
         node.outputs[0].shape = _transposed(node.outputs[0].shape)
         for position, value in enumerate(node.inputs):

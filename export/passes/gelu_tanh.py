@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ._graph import drop_unread, flag, fresh_name, new_constant, readers, require_flat, scalar
+from ._graph import drop_unread, flag, fresh_name, like, new_constant, readers, require_flat, scalar
 
 __all__ = ["GeluTanh"]
 
@@ -143,9 +143,8 @@ def _replace(graph: ir.Graph, found: _Exact, *, has_gelu: bool) -> None:
     def step(op_type: str, *inputs: ir.Value, **attributes: str) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
         node.outputs[0].name = fresh_name(graph, f"{output.name}_{op_type.lower()}{len(made)}")
-        node.outputs[0].type, node.outputs[0].shape = x.type, x.shape
         made.append(node)
-        return node.outputs[0]
+        return like(node.outputs[0], x)
 
     if has_gelu:
         result = step("Gelu", x, approximate="tanh")

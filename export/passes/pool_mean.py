@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ._graph import constant, drop_unread, flag, require_flat
+from ._graph import constant, drop_unread, flag, like, require_flat
 
 __all__ = ["PoolMean"]
 
@@ -29,7 +29,7 @@ class PoolMean(ir.passes.InPlacePass):
             pool = ir.node("GlobalAveragePool", [node.inputs[0]])
             model.graph.insert_after(node, pool)
             old, new = node.outputs[0], pool.outputs[0]
-            new.name, new.type, new.shape = old.name, old.type, old.shape
+            like(new, old).name = old.name
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
         if found:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ._graph import constant, drop_unread, flag, fresh_name, new_constant, readers, require_flat
+from ._graph import constant, drop_unread, flag, fresh_name, like, new_constant, readers, require_flat
 
 __all__ = ["SplitGrouped"]
 
@@ -184,14 +184,14 @@ def _divide(graph: ir.Graph, node: ir.Node) -> None:
             inputs.append(new_constant(graph, bias[part::times], f"{output.name}_bias_{part}"))
         made = ir.Node("", "Conv", inputs, dict(node.attributes), num_outputs=1)
         made.outputs[0].name = fresh_name(graph, f"{output.name}_part_{part}")
-        made.outputs[0].type = output.type
+        like(made.outputs[0], output)
         if output.shape is not None:
             made.outputs[0].shape = ir.Shape([output.shape[0], groups, *list(output.shape)[2:]])
         parts.append(made)
     whole = ir.node("Concat", [part.outputs[0] for part in parts], {"axis": 1})
     graph.insert_after(node, [*parts, whole])
     result = whole.outputs[0]
-    result.type, result.shape = output.type, output.shape
+    like(result, output)
     output.replace_all_uses_with(result)
     graph.remove(node, safe=True)
     result.name = output.name
