@@ -33,6 +33,10 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("edgeclip.cli.export:export", "Export a model to a verified bundle."),
     "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
     "models": ("edgeclip.cli.models:models", "List the models edgeclip knows, and download their weights."),
+    "pipeline": (
+        "edgeclip.cli.pipeline:pipeline",
+        "Export, verify, time and judge a model by a recipe.",
+    ),
     "reinforce": (
         "edgeclip.cli.reinforce:reinforce",
         "Store what teachers say about every sample of shards.",

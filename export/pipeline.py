@@ -1,0 +1,577 @@
+"""Run a pipeline recipe: export, verify, time, judge; and leave one folder that CI can keep.
+
+Everything that was done is noted in ``state.json`` beside the bundle, with the digest of what it was made
+from: contents of files, options, versions of tools. Another run takes over what has not changed. The state is
+written after what it speaks of, atomically, so that a process killed at any moment leaves a folder in which
+another run succeeds; what it cannot vouch for is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.data import read_samples
+from edgeclip.errors import BackendError, BundleError, InputError, ParityError
+from edgeclip.runtime.choose import unmet
+from edgeclip.runtime.host import Host
+from edgeclip.runtime.latency_report import RatioEntry
+from edgeclip.runtime.session import RuntimeOptions
+
+from .artifacts import Inconclusive, PipelineReport, StageOutcome
+from .build import BuildOptions
+from .device_report import DeviceReport
+from .gates import Accuracy, Finding, Verdict
+from .options import Checkpoint, ExportSettings, Gates, References, Step
+from .pipeline_inputs import Inputs, digest_of, limits_of, offered_of, tools
+from .pipeline_judge import asked_of, gates_of, is_settled, judged, now, reports_of
+from .pipeline_recipe import (
+    AccuracyGate,
+    ExportSpec,
+    LatencyGate,
+    PipelineRecipe,
+    SectionSpec,
+    recipe_variants,
+)
+from .pipeline_state import ARTIFACTS, State, locked, write_artifacts
+from .timing import Effort, compare_towers, time_variant
+from .variants import VariantSpec
+from .verify import verify_bundle
+
+__all__ = ["PipelineOptions", "Planned", "judge_bundle", "judge_run", "plan_pipeline", "run_pipeline"]
+
+_BUNDLE: Final = "bundle"
+_NEW: Final = ".bundle-new"
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How to run.
+
+    Attributes:
+        root: folder that paths of the recipe are relative to.
+        out: folder of the run.
+        inconclusive: what an inconclusive gate counts as.
+        force: do everything again.
+        on_note: told what was done or taken over, a line each.
+        on_progress: told what is being done.
+    """
+
+    root: Path
+    out: Path
+    inconclusive: Inconclusive = "report"
+    force: bool = False
+    on_note: Callable[[str], None] = lambda said: None
+    on_progress: Callable[[str], None] = lambda said: None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage of a dry run: what it is about, and whether it would be taken over."""
+
+    name: str
+    what: str
+    outcome: str
+
+
+# --- the three ways in -------------------------------------------------------------------------------------
+
+
+def run_pipeline(recipe: PipelineRecipe, options: PipelineOptions) -> PipelineReport:
+    """Run a recipe and write its artifacts.
+
+    A variant that does not agree with float32 ends the run with a failed gate and not with an error, so that
+    CI has a summary of it.
+
+    Raises:
+        ConfigError: the recipe names what is not there.
+        MissingExtraError: a package that the export needs is not installed.
+        InputError: something that is read cannot be used, or the folder cannot be written.
+        BundleError: the bundle is damaged, or another run is at work in the folder.
+        ExportError: the model cannot be exported.
+    """
+    inputs = Inputs.of(recipe, options.root)
+    with locked(options.out):
+        for name in ARTIFACTS:  # of an earlier run: nobody should take them for this one's
+            (options.out / name).unlink(missing_ok=True)
+        run = _Run(recipe, options, inputs, State.load(options.out, options.force))
+        report = run.all()
+        write_artifacts(report, options.out)
+    return report
+
+
+def plan_pipeline(recipe: PipelineRecipe, options: PipelineOptions) -> tuple[Planned, ...]:
+    """Return what a run would do; nothing is written.
+
+    Raises:
+        ConfigError: the recipe names what is not there.
+        InputError: something cannot be read.
+    """
+    inputs = Inputs.of(recipe, options.root)
+    state = State.load(options.out, options.force)
+    return _Run(recipe, options, inputs, state).plan()
+
+
+def judge_run(
+    recipe: PipelineRecipe, options: PipelineOptions, reports: Sequence[DeviceReport]
+) -> PipelineReport:
+    """Judge a finished run again, with what devices reported; measure nothing, and write the artifacts.
+
+    Raises:
+        InputError: the folder holds no report of a run, or one of another bundle.
+        BundleError: the bundle is missing or damaged.
+    """
+    path = options.out / "report.json"
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{str(path)!r} cannot be read ({error}); expected what `edgeclip pipeline run` wrote."
+        ) from error
+    if not isinstance(said, dict) or said.get("kind") != "pipeline-report" or said.get("schema") != 1:
+        raise InputError(f"{str(path)!r}: expected a pipeline report of schema 1; run the pipeline again.")
+    bundle_said = said["bundle"]
+    if bundle_said is None:
+        raise InputError(f"{str(path)!r}: its run ended without a bundle; there is nothing to judge.")
+    with locked(options.out):
+        own = options.out / _BUNDLE
+        bundle = Bundle.open(own if recipe.model.bundle is None else options.root / recipe.model.bundle)
+        if bundle.digest != bundle_said["digest"]:
+            raise InputError(
+                f"{str(path)!r} is about the bundle {bundle_said['digest'][:12]}…, got {bundle.digest[:12]}… "
+                f"in {str(bundle.path)!r}; run the pipeline again."
+            )
+        report = judged(recipe, bundle, said, (*reports_of(said), *reports), options.inconclusive)
+        write_artifacts(report, options.out)
+    return report
+
+
+def judge_bundle(
+    recipe: PipelineRecipe,
+    bundle: Bundle,
+    reports: Sequence[DeviceReport],
+    *,
+    inconclusive: Inconclusive = "report",
+) -> PipelineReport:
+    """Judge a bundle by its manifest and by what devices reported; measure and write nothing."""
+    return judged(recipe, bundle, {}, reports, inconclusive)
+
+
+# --- stages ------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One run of a recipe."""
+
+    def __init__(
+        self, recipe: PipelineRecipe, options: PipelineOptions, inputs: Inputs, state: State
+    ) -> None:
+        self.recipe, self.options, self.inputs, self.state = recipe, options, inputs, state
+        self.outcomes: list[StageOutcome] = []
+        self.tools = tools()
+        self.host = Host.here()
+        threads = None if recipe.bench is None else recipe.bench.threads
+        self.runtime = RuntimeOptions(threads=threads)
+        self._eager: Any = None
+
+    def all(self) -> PipelineReport:
+        """Do what is not done yet."""
+        try:
+            bundle = self._bundle()
+        except ParityError as error:
+            return self._without_bundle(error)
+        verified = self._verify(bundle)
+        bench, not_timed = self._bench(bundle)
+        measured, unmeasured = self._measure(bundle)
+        said = {
+            "verify": verified,
+            "bench": bench,
+            "not_timed": not_timed,
+            "measured": measured,
+            "unmeasured": unmeasured,
+            "stages": [vars(each) for each in self.outcomes],
+            "remarks": self.state.remarks,
+            "host": self.host.to_dict(),
+            "versions": self.tools,
+        }
+        return judged(self.recipe, bundle, said, (), self.options.inconclusive)
+
+    def plan(self) -> tuple[Planned, ...]:
+        """Return what :meth:`all` would do."""
+        lines = []
+        bundle: Bundle | None = None
+        if self.inputs.bundle is not None:
+            bundle = Bundle.open(self.inputs.bundle)
+            lines.append(Planned("bundle", str(self.inputs.bundle), "is judged as it is"))
+        else:
+            lines.append(
+                Planned("checkpoint", f"sha256 {self.inputs.digests['checkpoint'][:12]}…", "is read")
+            )
+            wanted = self._wanted()
+            bundle, kept = self._built(wanted)
+            lines += [Planned("export", name, "reused" if name in kept else "to do") for name in wanted]
+            if set(kept) != set(wanted) or (bundle and set(bundle.manifest.variants) != set(wanted)):
+                bundle = None
+        verified = bundle and self.state.result("verify", self._verify_key(bundle))
+        lines.append(Planned("verify", "every variant, on this host", "reused" if verified else "to do"))
+        if self.recipe.bench is not None:
+            names = self.recipe.bench.variants or tuple(
+                bundle.manifest.variants if bundle else self._wanted()
+            )
+            for name in names:
+                timed = bundle and self.state.result(f"bench {name}", self._bench_key(bundle, name))
+                lines.append(Planned("bench", name, "reused" if timed else "to do"))
+        for gate in gates_of(self.recipe):
+            outcome = "judged"
+            if isinstance(gate, AccuracyGate | LatencyGate):
+                found = bundle and self.state.result(f"measure {gate.name}", self._measure_key(bundle, gate))
+                outcome = "measurement reused" if found else "to be measured"
+            lines.append(Planned("gate", f"{gate.name} ({gate.__struct_config__.tag})", outcome))
+        return tuple(lines)
+
+    # --- the bundle
+
+    def _bundle(self) -> Bundle:
+        if self.inputs.bundle is not None:
+            return Bundle.open(self.inputs.bundle)
+        began = time.perf_counter()
+        assert self.recipe.export is not None
+        self._done("checkpoint", began, f"sha256 {self.inputs.digests['checkpoint'][:12]}…")
+        wanted = self._wanted()
+        began = time.perf_counter()
+        bundle, kept = self._built(wanted)
+        path = self.options.out / _BUNDLE
+        if bundle is not None and set(kept) == set(wanted) == set(bundle.manifest.variants):
+            self.state.remarks += self.state.stages["export"]["result"]["remarks"]
+            self._done("export", began, _count(len(kept), "variant"), reused=True)
+            return bundle
+        fresh = bundle is None or not kept
+        target = self.options.out / _NEW if fresh else path
+        if fresh:
+            shutil.rmtree(target, ignore_errors=True)
+        built = dict(kept)
+        for section, specs in recipe_variants(self.recipe):
+            missing = [spec for spec in specs if spec.name not in kept]
+            if missing:
+                bundle = self._export(section, missing, target)
+                built |= {spec.name: wanted[spec.name] for spec in missing}
+                if not fresh:
+                    self._keep_export(bundle, built)
+        bundle = self._tidied(target, wanted)
+        if fresh:
+            shutil.rmtree(path, ignore_errors=True)
+            target.rename(path)
+            bundle = Bundle.open(path)
+        self._keep_export(bundle, wanted)
+        taken = f", {len(kept)} reused" if kept else ""
+        self._done("export", began, f"{_count(len(wanted) - len(kept), 'variant')} made{taken}")
+        return bundle
+
+    def _keep_export(self, bundle: Bundle, built: Mapping[str, str]) -> None:
+        result = {"variants": dict(built), "remarks": list(self.state.remarks)}
+        self.state.keep("export", bundle.digest, result)
+
+    def _wanted(self) -> dict[str, str]:
+        """Return the key of every variant of the recipe: what its files depend on."""
+        export = self.recipe.export
+        assert export is not None
+        return {
+            spec.name: self._variant_key(export, section, spec)
+            for section, specs in recipe_variants(self.recipe)
+            for spec in specs
+        }
+
+    def _variant_key(self, export: ExportSpec, section: SectionSpec, spec: VariantSpec) -> str:
+        digests = self.inputs.digests
+        calibration = self.recipe.calibration
+        limits = [change for change in limits_of(export) if change.where in (spec.form.precision, spec.name)]
+        return digest_of(
+            checkpoint=digests["checkpoint"],
+            model=self.inputs.model,
+            variant=spec.name,
+            graph=asdict(export.graph(section)),
+            labels=digests.get(export.labels) if isinstance(export.labels, str) else export.labels,
+            templates=digests.get(export.templates or "", export.templates),
+            reference=digests.get(export.reference or ""),
+            limits=[asdict(change) for change in limits],
+            calibration=[digests.get(calibration.data or ""), calibration.accuracy_control]
+            if spec.form.precision == "int8"
+            else None,
+            tools=self.tools,
+        )
+
+    def _built(self, wanted: Mapping[str, str]) -> tuple[Bundle | None, dict[str, str]]:
+        """Return the bundle of an earlier run if it is what the state says, and the variants still wanted."""
+        said = self.state.stages.get("export")
+        if said is None:
+            return None, {}
+        try:
+            bundle = Bundle.open(self.options.out / _BUNDLE)
+            if bundle.digest != said["key"]:
+                return None, {}
+            bundle.check_files()
+        except BundleError:
+            return None, {}
+        built = {
+            name: key
+            for name, key in said["result"]["variants"].items()
+            if wanted.get(name) == key and name in bundle.manifest.variants
+        }
+        return bundle, built
+
+    def _export(self, section: SectionSpec, specs: Sequence[VariantSpec], target: Path) -> Bundle:
+        from .exporter import export_bundle
+
+        export = self.recipe.export
+        assert export is not None
+        assert self.inputs.checkpoint is not None
+        names = {spec.form.precision for spec in specs} | {spec.name for spec in specs}
+        root, calibration = self.inputs.root, self.recipe.calibration
+        settings = ExportSettings(
+            graph=export.graph(section),
+            build=BuildOptions(accuracy_control=calibration.accuracy_control),
+            references=References(
+                pictures=None if export.reference is None else root / export.reference,
+                calibration=None if calibration.data is None else root / calibration.data,
+                offered=offered_of(export, root),
+            ),
+            gates=Gates(tuple(change for change in limits_of(export) if change.where in names)),
+            threads=self.runtime.threads,
+        )
+        checkpoint = Checkpoint(str(self.inputs.checkpoint), self.inputs.model)
+        exported = export_bundle(checkpoint, specs, target, settings, on_step=self._on_step)
+        self.state.remarks += [
+            remark for remark in exported.report.remarks if remark not in self.state.remarks
+        ]
+        return exported.bundle
+
+    def _tidied(self, target: Path, wanted: Mapping[str, str]) -> Bundle:
+        """Take out variants that the recipe no longer has, and say which recipe the rest is from."""
+        from .exporter import default_order
+
+        with BundleWriter(target) as writer:
+            manifest = writer.manifest
+            manifest["variants"] = {name: manifest["variants"][name] for name in wanted}
+            manifest["default_variants"] = default_order(manifest["variants"])
+            provenance = manifest.setdefault("provenance", {})
+            provenance["recipe"] = {"name": self.recipe.name, "variants": dict(wanted)}
+            known = provenance.get("variants", {})
+            provenance["variants"] = {name: said for name, said in known.items() if name in wanted}
+            return writer.commit()
+
+    def _without_bundle(self, error: ParityError) -> PipelineReport:
+        """Return the report of a run whose export failed its own gate."""
+        self._done("export", time.perf_counter(), str(error), failed=True)
+        finding = Finding("export", "failed", "wrong numbers", "within its limits", str(error))
+        if (self.options.out / _BUNDLE).is_dir():
+            self.state.remarks.append(f"{_BUNDLE}/ is of an earlier run")
+        return PipelineReport(
+            recipe=self.recipe.name,
+            recipe_digest=digest_of(recipe=msgspec.to_builtins(self.recipe)),
+            created=now(),
+            inconclusive=self.options.inconclusive,
+            verdicts=(Verdict("parity", "parity", (finding,)),),
+            stages=tuple(self.outcomes),
+            manifest=None,
+            bundle=None,
+            verify={},
+            bench={},
+            not_timed={},
+            measured={},
+            unmeasured={},
+            device_reports=(),
+            host=self.host.to_dict(),
+            versions=self.tools,
+            remarks=tuple(self.state.remarks),
+        )
+
+    # --- what is measured
+
+    def _verify_key(self, bundle: Bundle) -> str:
+        return digest_of(bundle=bundle.digest, host=self.host.fingerprint(), threads=self.runtime.threads)
+
+    def _verify(self, bundle: Bundle) -> dict[str, Any]:
+        key, began = self._verify_key(bundle), time.perf_counter()
+        found: dict[str, Any] | None = self.state.result("verify", key)
+        if found is None:
+            self.options.on_progress("verify")
+            report = verify_bundle(bundle, options=self.runtime)
+            if report.damaged:
+                report.raise_for()
+            said = report.to_dict()
+            self.state.keep("verify", key, said)
+            self._done("verify", began, _count(len(said["variants"]), "variant"))
+            return said
+        self._done("verify", began, _count(len(found["variants"]), "variant"), reused=True)
+        return found
+
+    def _bench_key(self, bundle: Bundle, name: str) -> str:
+        spec = self.recipe.bench
+        assert spec is not None
+        asked = {key: value for key, value in msgspec.to_builtins(spec).items() if key != "variants"}
+        return digest_of(
+            towers=_tower_digests(bundle, name),
+            asked=asked,
+            images=self.inputs.digests.get(spec.images or ""),
+            host=self.host.fingerprint(),
+        )
+
+    def _bench(self, bundle: Bundle) -> tuple[dict[str, Any], dict[str, str]]:
+        spec = self.recipe.bench
+        if spec is None:
+            return {}, {}
+        began, timed, left, reused = time.perf_counter(), {}, {}, 0
+        effort = Effort(spec.samples, spec.duration_s, spec.batch)
+        images = _images(self.inputs.root, spec.images)
+        for name in spec.variants or tuple(bundle.manifest.variants):
+            variant = bundle.variant(name)
+            problem = unmet(variant, options=self.runtime, host=self.host)
+            if problem is not None:
+                left[name] = problem
+                continue
+            key = self._bench_key(bundle, name)
+            found = self.state.result(f"bench {name}", key)
+            if found is None:
+                self.options.on_progress(f"bench {name}")
+                try:
+                    report = time_variant(variant, options=self.runtime, effort=effort, images=images)
+                except (BackendError, BundleError) as error:
+                    left[name] = str(error)
+                    continue
+                found = report.to_dict()
+                self.state.keep(f"bench {name}", key, found)
+            else:
+                reused += 1
+            timed[name] = found
+        note = _count(len(timed), "variant") + (f", {len(left)} cannot run here" if left else "")
+        self._done("bench", began, note, reused=bool(timed) and reused == len(timed))
+        return timed, left
+
+    def _measure_key(self, bundle: Bundle, gate: AccuracyGate | LatencyGate) -> str:
+        digests = self.inputs.digests
+        names = [gate.variant, gate.against if isinstance(gate, AccuracyGate) else gate.baseline]
+        paths = [value for value in msgspec.to_builtins(gate).values() if isinstance(value, str)]
+        bench = self.recipe.bench
+        return digest_of(
+            asked=asked_of(gate),
+            towers=[_tower_digests(bundle, name) for name in names if name in bundle.manifest.variants],
+            contents={said: digests[said] for said in paths if said in digests},
+            checkpoint=digests.get("checkpoint"),
+            threads=self.runtime.threads,
+            batch=None if bench is None else bench.batch,
+            host=self.host.fingerprint(),
+            tools=self.tools,
+        )
+
+    def _measure(self, bundle: Bundle) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what gates need, and why something could not be had."""
+        gates = [gate for gate in self.recipe.gate if isinstance(gate, AccuracyGate | LatencyGate)]
+        measured: dict[str, Any] = {}
+        unmeasured: dict[str, str] = {}
+        began, reused = time.perf_counter(), 0
+        for gate in gates:
+            stage, key = f"measure {gate.name}", self._measure_key(bundle, gate)
+            found = self.state.result(stage, key)
+            if found is not None and is_settled(gate, found):
+                reused += 1
+                measured[gate.name] = found
+                continue
+            self.options.on_progress(f"measure {gate.name}")
+            try:
+                value = (
+                    self._accuracy(bundle, gate)
+                    if isinstance(gate, AccuracyGate)
+                    else self._ratio(bundle, gate)
+                )
+            except BackendError as error:
+                unmeasured[gate.name] = str(error)
+                continue
+            found = {"asked": asked_of(gate), "value": msgspec.to_builtins(value)}
+            self.state.keep(stage, key, found)
+            measured[gate.name] = found
+        if gates:
+            note = f"{len(measured)} measured" + (f", {len(unmeasured)} could not be" if unmeasured else "")
+            self._done("gates", began, note, reused=reused == len(gates))
+        if self._eager is not None:
+            self._eager.close()
+        return measured, unmeasured
+
+    def _accuracy(self, bundle: Bundle, gate: AccuracyGate) -> Accuracy:
+        from .pipeline_accuracy import measure_accuracy
+
+        def eager() -> Any:
+            if self._eager is None:
+                from edgeclip.distill.eager import open_eager
+
+                self._eager = open_eager(
+                    str(self.inputs.checkpoint), model=self.inputs.model, threads=self.runtime.threads
+                )
+            return self._eager
+
+        return measure_accuracy(
+            bundle, gate, root=self.inputs.root, options=self.runtime, eager=eager,
+            on_progress=self.options.on_progress,
+        )  # fmt: skip
+
+    def _ratio(self, bundle: Bundle, gate: LatencyGate) -> RatioEntry:
+        other = (
+            bundle if gate.baseline_bundle is None else Bundle.open(self.inputs.root / gate.baseline_bundle)
+        )
+        batch = 1 if self.recipe.bench is None else self.recipe.bench.batch
+        found = compare_towers(
+            bundle.variant(gate.variant),
+            other.variant(gate.baseline),
+            tower=gate.tower,
+            options=self.runtime,
+            effort=Effort(gate.blocks, gate.duration_s, batch),
+        )
+        return RatioEntry(
+            a=gate.variant,
+            b=gate.baseline,
+            ratio=found.ratio,
+            low=found.low,
+            high=found.high,
+            n=found.n,
+            confidence=found.confidence,
+            seed=found.seed,
+            a_samples_ms=tuple(found.a.samples_ms.tolist()),
+            b_samples_ms=tuple(found.b.samples_ms.tolist()),
+        )
+
+    # --- what is told
+
+    def _on_step(self, step: Step) -> None:
+        took = "" if step.seconds is None else f": {step.seconds:.1f} s"
+        self.options.on_progress(f"export: {step.name}{took}")
+
+    def _done(
+        self, stage: str, began: float, note: str, *, reused: bool = False, failed: bool = False
+    ) -> None:
+        seconds = round(time.perf_counter() - began, 3)
+        outcome = StageOutcome(stage, "failed" if failed else "reused" if reused else "done", seconds, note)
+        self.outcomes.append(outcome)
+        self.options.on_note(f"{stage}: {outcome.outcome}, {note}")
+
+
+# --- small things -------------------------------------------------------------------------------------------
+
+
+def _tower_digests(bundle: Bundle, name: str) -> list[str]:
+    variant = bundle.variant(name)
+    return [variant.tower_digest(tower) for tower in sorted(variant.entry.towers)]
+
+
+def _images(root: Path, said: str | None) -> list[Path | bytes]:
+    return [] if said is None else [sample.source for sample in read_samples([root / said])]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
