@@ -32,8 +32,8 @@ class BuildOptions:
     """Choices that hold for every variant of an export.
 
     Attributes:
-        gelu_tanh: take the tanh form of GELU for targets on which it is faster (AVX2 without AVX-512); within
-            the limits of parity for the models it is used on.
+        gelu_tanh: let variants below float32 take the tanh form of GELU for targets on which it is faster
+            (AVX2 without AVX-512); in float32 it would miss the limits of parity.
         external_data: keep weights of ONNX files in a file beside them; ``None`` does so above 2 GB, where
             one file cannot hold them.
         accuracy_control: for OpenVINO's int8: let NNCF put layers back into float until its accuracy metric

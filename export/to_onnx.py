@@ -39,7 +39,7 @@ def build(request: BuildRequest) -> BuiltVariant:
         from .int8 import quantized
 
         return quantized(request)
-    passes = for_onnx_runtime(request.spec.target_name, gelu_tanh=request.options.gelu_tanh)
+    passes = for_onnx_runtime(request.spec, gelu_tanh=request.options.gelu_tanh)
     if precision == "fp16":
         passes += [Float16(), StripProvenance()]
     target = request.spec.target
