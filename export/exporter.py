@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["default_order", "export_bundle"]
 
-# In the order in which a host that can run several of them should try them: int8 first, then what is fastest in
-# float. TensorRT's files can stand before all others, as only hosts with its GPUs can run them.
+# In the order in which a host that can run several of them should try them: int8 first, then what is fastest
+# in float. TensorRT's files can stand before all others, as only hosts with its GPUs can run them.
 _ORDER: Final = (
     "tensorrt-int8",
     "tensorrt-fp16",

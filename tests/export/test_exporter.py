@@ -1,0 +1,584 @@
+"""From a checkpoint to a bundle whose numbers hold: what comes out, what is refused, what stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+from exported import (  # noqa: E402
+    NAMES,
+    PROBES,
+    export_probe,
+    manifest_of,
+    model_file,
+    run_file,
+    shape_pictures,
+    write_pictures,
+)
+
+from edgeclip.bundle import Bundle, BundleWriter, Requires  # noqa: E402
+from edgeclip.classify import ZeroShotClassifier  # noqa: E402
+from edgeclip.errors import BundleError, ConfigError, ExportError, InputError, ParityError  # noqa: E402
+from edgeclip.export import agreement, exporter, to_onnx  # noqa: E402
+from edgeclip.export.build import BuildRequest, BuiltVariant  # noqa: E402
+from edgeclip.export.exporter import default_order, export_bundle  # noqa: E402
+from edgeclip.export.options import (  # noqa: E402
+    Checkpoint,
+    ExportSettings,
+    Gates,
+    GraphOptions,
+    LimitChange,
+    Offered,
+    References,
+    Step,
+)
+from edgeclip.export.source import Source, open_source  # noqa: E402
+from edgeclip.export.variants import parse_variants  # noqa: E402
+from edgeclip.export.verify import verify_bundle  # noqa: E402
+from edgeclip.label_sets import LabelSet, Templates  # noqa: E402
+from edgeclip.models.checkpoints import read_checkpoint_info, save_checkpoint  # noqa: E402
+from edgeclip.models.clip import build_clip  # noqa: E402
+from edgeclip.runtime import parity  # noqa: E402
+from edgeclip.runtime.parity import ParityLimits, compare_embeddings  # noqa: E402
+from edgeclip.tensors import map_tensors  # noqa: E402
+from edgeclip.tokenizer import Tokenizer  # noqa: E402
+
+# float32 sums in another order, folded norms: measured 4e-7 on unit embeddings.
+FP32 = ParityLimits.of("fp32")
+COLOURS = ("red circle", "blue square", "green star", "yellow heart", "black cross")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("shapes") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def traced() -> Mapping[tuple[str, GraphOptions], Any]:
+    """Graphs that were traced before: tracing is most of an export, and the same graph each time."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _trace_once(traced: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Source.trace
+
+    def remembered(self: Source, tower: str, options: GraphOptions) -> Any:
+        key = (self.digest, tower, replace(options, text=True, bake_labels=False))
+        if key not in traced:
+            traced[key] = trace(self, tower, options)
+        return traced[key]
+
+    monkeypatch.setattr(Source, "trace", remembered)
+
+
+@pytest.fixture
+def bundle(pictures: Path, tmp_path: Path) -> Path:
+    """The tinyclip probe as onnx-fp32."""
+    export_probe("tinyclip", tmp_path / "bundle", pictures)
+    return tmp_path / "bundle"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def settings(pictures: Path | None, **graph: Any) -> ExportSettings:
+    return ExportSettings(graph=GraphOptions(**graph), references=References(pictures=pictures), threads=1)
+
+
+# --- what comes out ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_probe_keeps_its_numbers_at_batch_1_and_5(name: str, pictures: Path, tmp_path: Path) -> None:
+    done = export_probe(name, tmp_path / "bundle", pictures)
+    assert (done.report.basis, done.report.variants["onnx-fp32"].status) == ("trained", "passed")
+    # Pictures and texts that the export has not seen, run by ONNX Runtime alone.
+    fresh = shape_pictures(11, seed=500)
+    source = open_source(Checkpoint(str(PROBES / name)))
+    texts = [f"a picture of a {colour}" for colour in COLOURS] + ["一个红色的圆"]
+    tokens = Tokenizer.open(PROBES / name)(texts, truncate=True)
+    for tower, rows, expected in (
+        ("image", fresh, source.images(fresh)),
+        ("text", tokens, source.texts(texts)),
+    ):
+        for batch in (1, 5):
+            got = run_file(model_file(tmp_path / "bundle", "onnx-fp32", tower), rows, batch=batch)
+            numbers = compare_embeddings(expected, got)
+            assert numbers.max_abs <= FP32.max_abs, (tower, batch)
+            assert numbers.cosine_min >= FP32.cosine_min, (tower, batch)
+            np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
+
+
+def test_a_bundle_says_what_it_is_and_checks_itself(bundle: Path) -> None:
+    said = manifest_of(bundle)
+    info = read_checkpoint_info(PROBES / "tinyclip")
+    assert said["model"]["name"] == info.config.name
+    assert said["model"]["scale"] == pytest.approx(info.scale, rel=1e-3)  # stored in float16
+    assert (said["model"]["licence"], said["model"]["languages"]) == (info.licence, ["en", "zh"])
+    assert said["preprocess"]["applied"] == "graph"
+    assert said["tokenizer"]["digest"] == Tokenizer.open(PROBES / "tinyclip").digest
+    assert said["default_variants"] == ["onnx-fp32"]
+    assert (said["default_bank"], said["label_banks"]["everyday"]["labels"]) == ("everyday", 100)
+    (head,) = said["heads"].values()
+    assert (head["kind"], head["bank"]) == ("temperature", "everyday")
+    entry = said["variants"]["onnx-fp32"]
+    for tower, shape in (("image", ["batch", 64, 64, 3]), ("text", ["batch", 24])):
+        assert entry["towers"][tower]["inputs"][0]["shape"] == shape
+        found = entry["parity"][tower]
+        assert (found["status"], found["missed"], "basis" in found) == ("passed", {}, False)
+        assert found["host"]["machine"]
+    assert entry["parity"]["image"]["bank"] == "everyday"
+    made = said["provenance"]["variants"]["onnx-fp32"]
+    assert made["reference"]["pictures"] == 64
+    assert made["reference"]["source"] == "shapes"
+    weights = PROBES / "tinyclip" / "model.safetensors"
+    assert made["source"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert {"torch", "onnx", "onnxscript", "onnxruntime"} <= set(made["versions"])
+    assert "/" not in json.dumps(said["provenance"])  # no path says where it was made
+    report = verify_bundle(Bundle.open(bundle))
+    assert [verdict.status for verdict in report.variants] == ["passed"]
+    assert not report.damaged
+
+
+def test_the_golden_file_holds_pictures_texts_and_what_eager_makes_of_them(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    golden, metadata = map_tensors(opened.file(opened.manifest.golden or ""))
+    assert golden["images"].shape == (16, 64, 64, 3)
+    assert golden["tokens"].shape[0] == 16
+    source = open_source(Checkpoint(str(PROBES / "tinyclip")))
+    np.testing.assert_allclose(golden["image_embedding"], source.images(golden["images"]), atol=1e-6)
+    assert golden["bank_top5"].shape == (16, 5)
+    assert metadata["bank"] == "everyday"
+
+
+def test_the_new_bundle_classifies_without_labels(bundle: Path) -> None:
+    with ZeroShotClassifier.open(bundle) as classifier:
+        (best, *_) = classifier.classify(shape_pictures(1)[0])
+        assert best.label in classifier.bank.names
+        assert 0 < best.score <= 1
+        classifier.set_labels(["red circle", "blue square"])
+        assert len(classifier.classify(shape_pictures(1)[0])) == 2
+
+
+@pytest.mark.slow
+def test_two_exports_from_two_directories_have_the_same_bytes(
+    pictures: Path, tmp_path: Path, traced: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    kept = dict(traced)
+    for folder in ("one", "two/deeper"):
+        here = tmp_path / folder
+        here.mkdir(parents=True)
+        shutil.copytree(PROBES / "vit", here / "model")
+        monkeypatch.chdir(here)
+        traced.clear()
+        export_bundle(Checkpoint("model"), parse_variants(["onnx-fp32"]), Path("bundle"), settings(pictures))
+    traced.update(kept)
+    assert contents(tmp_path / "one/bundle") == contents(tmp_path / "two/deeper/bundle")
+
+
+def test_preprocessing_in_the_graph_is_the_hosts(pictures: Path, tmp_path: Path, bundle: Path) -> None:
+    host = tmp_path / "host"
+    export_probe("tinyclip", host, None, settings=settings(pictures, float_input=True))
+    said = manifest_of(host)
+    assert said["preprocess"]["applied"] == "host"
+    assert said["variants"]["onnx-fp32"]["towers"]["image"]["inputs"] == [
+        {"name": "image", "dtype": "float32", "shape": ["batch", 3, 64, 64]}
+    ]
+    assert said["model"]["embedding_space"] == manifest_of(bundle)["model"]["embedding_space"]
+    fresh = shape_pictures(16, seed=900)
+    with ZeroShotClassifier.open(bundle) as one, ZeroShotClassifier.open(host) as other:
+        assert np.abs(one.embed_images(fresh) - other.embed_images(fresh)).max() <= 1e-4
+    assert verify_bundle(Bundle.open(host)).variants[0].status == "passed"
+
+
+def test_labels_inside_a_graph_give_scaled_cosines(pictures: Path, tmp_path: Path) -> None:
+    labels = LabelSet.of(COLOURS)
+    chosen = replace(
+        settings(pictures, bake_labels=True),
+        references=References(pictures=pictures, offered=Offered("colours", labels, Templates.of("one"))),
+    )
+    done = export_probe("tinyclip", tmp_path / "bundle", None, settings=chosen)
+    assert done.report.variants["onnx-fp32"].towers["classifier"].numbers.top1_agreement == 1
+    path = model_file(tmp_path / "bundle", "onnx-fp32", "classifier")
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph, full_check=True)
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(metadata["labels"]) == list(COLOURS)
+    assert metadata["bank"] == "colours"
+    fresh = shape_pictures(9, seed=77)
+    logits = run_file(path, fresh, batch=4)
+    source = open_source(Checkpoint(str(PROBES / "tinyclip")))
+    cosines = source.images(fresh) @ source.texts([f"a photo of a {name}." for name in COLOURS]).T
+    # The bank is stored in float16: half a unit of its last place, times the scale.
+    np.testing.assert_allclose(logits, float(metadata["scale"]) * cosines, atol=source.scale * 1e-3)
+    assert (logits.argmax(1) == cosines.argmax(1)).all()
+    said = manifest_of(tmp_path / "bundle")
+    assert said["variants"]["onnx-fp32"]["parity"]["classifier"]["bank"] == "colours"
+    (verdict,) = verify_bundle(Bundle.open(tmp_path / "bundle")).variants
+    assert verdict.status == "passed"
+    assert verdict.golden is not None
+    assert verdict.golden.towers["classifier"].numbers.top1_agreement == 1
+
+
+def test_wrong_labels_inside_a_graph_are_found_on_the_device(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    export_probe("tinyclip", out, None, settings=settings(pictures, bake_labels=True))
+    path = model_file(out, "onnx-fp32", "classifier")
+    graph = onnx.load(path)
+    (weights,) = [tensor for tensor in graph.graph.initializer if tensor.name == "label_weights"]
+    turned = np.roll(onnx.numpy_helper.to_array(weights), 1, axis=1)
+    weights.CopyFrom(onnx.numpy_helper.from_array(turned, "label_weights"))
+    with BundleWriter(out) as writer:
+        stored = writer.add("onnx-fp32/classifier.onnx", graph.SerializeToString())
+        writer.manifest["variants"]["onnx-fp32"]["towers"]["classifier"].update(model=stored, files=[stored])
+        writer.commit()
+    (verdict,) = verify_bundle(Bundle.open(out)).variants
+    assert verdict.status == "failed"
+    assert "classifier" in verdict.reason
+    assert "top1_agreement is " in verdict.reason
+
+
+def test_without_text_tower_the_labels_of_the_bundle_remain(pictures: Path, tmp_path: Path) -> None:
+    export_probe("tinyclip", tmp_path / "bundle", None, settings=settings(pictures, text=False))
+    said = manifest_of(tmp_path / "bundle")
+    assert said["tokenizer"] is None
+    assert set(said["variants"]["onnx-fp32"]["towers"]) == {"image"}
+    assert "text" not in said["model"]["parameters"]
+    with ZeroShotClassifier.open(tmp_path / "bundle") as classifier:
+        assert len(classifier.classify(shape_pictures(1)[0], top_k=200)) == 100
+    assert verify_bundle(Bundle.open(tmp_path / "bundle")).variants[0].status == "passed"
+
+
+def test_a_fixed_batch_is_filled_up(pictures: Path, tmp_path: Path, bundle: Path) -> None:
+    fixed = tmp_path / "fixed"
+    export_probe("tinyclip", fixed, None, settings=settings(pictures, static_batch=3))
+    towers = manifest_of(fixed)["variants"]["onnx-fp32"]["towers"]
+    assert towers["image"]["inputs"][0]["shape"] == [3, 64, 64, 3]
+    assert towers["text"]["inputs"][0]["shape"] == [3, 24]
+    assert towers["text"]["outputs"][0]["shape"] == [3, 96]
+    fresh = shape_pictures(5)
+    with ZeroShotClassifier.open(fixed) as one, ZeroShotClassifier.open(bundle) as other:
+        np.testing.assert_allclose(one.embed_images(fresh), other.embed_images(fresh), atol=1e-5)
+        np.testing.assert_allclose(one.embed_texts(COLOURS), other.embed_texts(COLOURS), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [17, 18, 24])
+def test_other_operator_sets_agree_too(opset: int, pictures: Path, tmp_path: Path) -> None:
+    done = export_probe("mobileclip", tmp_path / "bundle", None, settings=settings(pictures, opset=opset))
+    assert done.report.variants["onnx-fp32"].status == "passed"
+    graph = onnx.load(model_file(tmp_path / "bundle", "onnx-fp32", "image"))
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", opset)]
+
+
+def test_intermediate_graphs_are_kept_on_request(pictures: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    export_probe(
+        "tinyclip", tmp_path / "bundle", None, settings=replace(settings(pictures), keep_intermediate=kept)
+    )
+    for name in ("image.onnx", "text.onnx"):
+        onnx.checker.check_model(onnx.load(kept / name), full_check=True)
+
+
+def test_every_step_is_told_and_timed(pictures: Path, tmp_path: Path) -> None:
+    told: list[Step] = []
+    done = export_probe("tinyclip", tmp_path / "bundle", pictures, on_step=told.append)
+    ended = [step for step in told if step.seconds is not None]
+    assert ended == list(done.report.steps)
+    names = [step.name for step in ended]
+    assert names[0] == "open the checkpoint"
+    assert names[-2:] == ["onnx-fp32: verify the text tower", "commit"]
+    assert done.report.peak_rss_bytes is None or done.report.peak_rss_bytes > 50_000_000
+
+
+# --- weights that say nothing ------------------------------------------------------------------------------
+
+
+def test_random_weights_are_judged_by_their_differences(tmp_path: Path) -> None:
+    info = read_checkpoint_info(PROBES / "vit")
+    torch.manual_seed(0)
+    model = build_clip(info.config)
+    save_checkpoint(model, tmp_path / "fresh", info, tokenizer_files=Tokenizer.open(PROBES / "vit").files)
+    out = tmp_path / "bundle"
+    done = export_bundle(
+        Checkpoint(str(tmp_path / "fresh")), parse_variants(["onnx-fp32"]), out, settings(None)
+    )
+    assert done.report.basis == "centred"
+    (remark,) = done.report.remarks
+    assert "are all alike (median cosine 0.9" in remark or "are all alike (median cosine 1.0" in remark
+    found = manifest_of(out)["variants"]["onnx-fp32"]["parity"]["image"]
+    assert (found["basis"], found["status"]) == ("centred", "passed")
+    assert found["max_abs"] <= 1e-4
+    assert found["centred_cosine_mean"] >= 0.999
+    assert "bank" not in found
+    (verdict,) = verify_bundle(Bundle.open(out)).variants
+    assert verdict.status == "passed", verdict.reason
+
+
+# --- gates -------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_gate_names_variant_tower_number_limit_and_picture_and_writes_nothing(
+    pictures: Path, tmp_path: Path
+) -> None:
+    strict = replace(settings(pictures), gates=Gates((LimitChange("fp32", "max_abs", 1e-12),)))
+    with pytest.raises(ParityError) as error:
+        export_probe("tinyclip", tmp_path / "bundle", None, settings=strict)
+    message = str(error.value)
+    assert message.startswith("variant 'onnx-fp32', image tower: max_abs is ")
+    assert "expected at most 1e-12" in message
+    assert "shape-0" in message
+    assert ".png'" in message
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_failed_gate_leaves_the_old_bundle(bundle: Path, pictures: Path) -> None:
+    before = contents(bundle)
+    strict = replace(settings(pictures), gates=Gates((LimitChange("onnx-fp32", "cosine_min", 1.0),)))
+    with pytest.raises(ParityError, match=r"cosine_min is 1, expected at least 1|cosine_min is 0\.9"):
+        export_probe("tinyclip", bundle, None, settings=strict)
+    assert contents(bundle) == before
+
+
+def test_a_limit_that_was_loosened_is_written_down_and_holds_on_devices(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity._LIMITS, "fp32", ParityLimits(max_abs=1e-12))
+    loose = replace(settings(pictures), gates=Gates((LimitChange("fp32", "max_abs", 1e-4),)))
+    done = export_probe("tinyclip", tmp_path / "bundle", None, settings=loose)
+    assert done.report.variants["onnx-fp32"].towers["image"].missed == {"max_abs": 1e-12}
+    said = manifest_of(tmp_path / "bundle")
+    assert said["variants"]["onnx-fp32"]["parity"]["image"]["missed"] == {"max_abs": 1e-12}
+    assert said["provenance"]["variants"]["onnx-fp32"]["limits"] == ["fp32:max_abs=0.0001"]
+    assert verify_bundle(Bundle.open(tmp_path / "bundle")).variants[0].status == "passed"
+
+
+def _in_place_of_tensorrt(request: BuildRequest) -> BuiltVariant:
+    return replace(to_onnx.build(request), requires=Requires(compute_capability="12.0"))
+
+
+@pytest.fixture
+def fake_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A maker of TensorRT variants that gives float32 graphs, on a host without a GPU."""
+    builder_of = exporter.builder_of
+    chosen: Callable[[str], Any] = lambda name: (  # noqa: E731
+        _in_place_of_tensorrt if name == "tensorrt" else builder_of(name)
+    )
+    monkeypatch.setattr(exporter, "builder_of", chosen)
+    monkeypatch.setattr(agreement, "unmet", lambda *_, **__: "it needs a GPU, and no driver is loaded")
+
+
+@pytest.mark.usefixtures("fake_tensorrt")
+def test_an_engine_that_is_not_here_is_stood_in_for_and_said_so(pictures: Path, tmp_path: Path) -> None:
+    done = export_probe("tinyclip", tmp_path / "bundle", pictures, "tensorrt-fp32")
+    tower = done.report.variants["tensorrt-fp32"].towers["image"]
+    assert (tower.status, tower.reason) == ("unverified", "it needs a GPU, and no driver is loaded")
+    assert tower.numbers is not None
+    assert tower.numbers.max_abs <= 1e-4
+    found = manifest_of(tmp_path / "bundle")["variants"]["tensorrt-fp32"]["parity"]["image"]
+    assert found["status"] == "unverified"
+    assert found["proxy"].startswith("ONNX Runtime ")
+    assert found["cosine_min"] > 0.99999
+
+
+@pytest.mark.usefixtures("fake_tensorrt")
+def test_what_must_be_verified_and_cannot_be_is_a_failed_gate(pictures: Path, tmp_path: Path) -> None:
+    strict = replace(settings(pictures), gates=Gates(require_verified=True))
+    with pytest.raises(ParityError, match="tensorrt-fp32, image tower: it needs a GPU"):
+        export_probe("tinyclip", tmp_path / "bundle", None, "tensorrt-fp32", settings=strict)
+    assert ParityError.exit_code == 4
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_target_of_another_kind_of_processor_runs_here_and_says_where(
+    pictures: Path, tmp_path: Path
+) -> None:
+    machine = os.uname().machine
+    target = "arm64-dotprod" if machine == "x86_64" else "x86-avx2"
+    done = export_probe("tinyclip", tmp_path / "bundle", pictures, f"onnx-fp32@{target}")
+    tower = done.report.variants[f"onnx-fp32@{target}"].towers["image"]
+    assert tower.status == "passed"
+    assert tower.proxy is not None
+    assert tower.proxy.startswith(f"the same engine on {machine}, which has none of ")
+
+
+# --- an existing bundle ------------------------------------------------------------------------------------
+
+
+def test_a_variant_is_added_and_the_others_stay(bundle: Path, pictures: Path) -> None:
+    before = manifest_of(bundle)
+    done = export_probe("tinyclip", bundle, pictures, "onnx-fp32@x86-avx2")
+    said = manifest_of(bundle)
+    assert list(said["variants"]) == ["onnx-fp32", "onnx-fp32@x86-avx2"]
+    assert said["variants"]["onnx-fp32"] == before["variants"]["onnx-fp32"]
+    assert said["model"] == before["model"]
+    assert set(said["provenance"]["variants"]) == {"onnx-fp32", "onnx-fp32@x86-avx2"}
+    assert said["default_variants"] == ["onnx-fp32@x86-avx2", "onnx-fp32"]
+    assert not done.report.variants["onnx-fp32@x86-avx2"].replaced
+    again = export_probe("tinyclip", bundle, pictures, "onnx-fp32@x86-avx2")
+    assert again.report.variants["onnx-fp32@x86-avx2"].replaced
+    assert all(verdict.status == "passed" for verdict in verify_bundle(Bundle.open(bundle)).variants)
+
+
+def test_another_model_is_refused(bundle: Path, pictures: Path) -> None:
+    before = contents(bundle)
+    with pytest.raises(BundleError, match=r"holds the model 'probe-tinyclip' .* got 'probe-vit'"):
+        export_probe("vit", bundle, pictures)
+    assert contents(bundle) == before
+
+
+def test_another_kind_of_input_is_refused(bundle: Path, pictures: Path) -> None:
+    with pytest.raises(BundleError, match="normalized by the graph, got host"):
+        export_probe("tinyclip", bundle, None, settings=settings(pictures, float_input=True))
+
+
+def test_other_labels_under_the_name_of_baked_ones_are_refused(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+
+    def offer(*names: str, bake: bool) -> ExportSettings:
+        chosen = settings(pictures, bake_labels=bake)
+        offered = Offered("things", LabelSet.of(names))
+        return replace(chosen, references=References(pictures=pictures, offered=offered))
+
+    export_probe("tinyclip", out, None, settings=offer("cat", "dog", bake=True))
+    with pytest.raises(ConfigError, match="its bank 'things' has 2 other labels"):
+        export_probe(
+            "tinyclip", out, None, "onnx-fp32@x86-avx2", settings=offer("cat", "dog", "cow", bake=False)
+        )
+
+
+@pytest.mark.parametrize("at", ["reference pictures", "trace the text tower", "onnx-fp32: make", "commit"])
+def test_an_interrupt_leaves_the_old_bundle(at: str, bundle: Path, pictures: Path) -> None:
+    before = contents(bundle)
+
+    def interrupt(step: Step) -> None:
+        if step.name == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_probe("tinyclip", bundle, pictures, "onnx-fp32", "onnx-fp32@x86-avx2", on_step=interrupt)
+    assert contents(bundle) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_killed_at_twenty_random_moments_a_complete_bundle_opens(tmp_path: Path) -> None:
+    tool = Path(__file__).parents[1] / "tools" / "kill_export.py"
+    done = subprocess.run(
+        [sys.executable, str(tool), str(tmp_path / "bundle"), "20", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout)
+    assert seen["kills"] == 20
+    assert seen["mid_export"] >= 8  # they did meet exports, not only what comes before
+    assert seen["rerun"] == "passed"
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "error", "message"),
+    [
+        ("nothing-of-this-name", InputError, "no such file or directory, and no model of that name"),
+        ("MobileCLIP2-S0", InputError, "run `edgeclip models pull MobileCLIP2-S0`"),
+        ("{bundle}", InputError, "it is a bundle, whose float32 weights are gone"),
+        ("{probes}", InputError, "it has no config.json"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(
+    checkpoint: str, error: type[Exception], message: str, tiny_bundle_session: Path, tmp_path: Path
+) -> None:
+    said = checkpoint.format(bundle=tiny_bundle_session, probes=PROBES)
+    with pytest.raises(error, match=message):
+        export_bundle(Checkpoint(said), parse_variants(["onnx-fp32"]), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_folder_with_one_picture_is_too_little_to_compare_on(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "one", 1)
+    with pytest.raises(InputError, match="holds 1 pictures, expected at least 2"):
+        export_probe("tinyclip", tmp_path / "bundle", folder)
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "some", 3)
+    (folder / "shape-001.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"shape-001\.png"):
+        export_probe("tinyclip", tmp_path / "bundle", folder)
+
+
+def test_the_directory_of_a_checkpoint_is_not_written_into(tmp_path: Path) -> None:
+    copy = shutil.copytree(PROBES / "tinyclip", tmp_path / "model")
+    before = contents(copy)
+    with pytest.raises(ConfigError, match="is a checkpoint: name another directory"):
+        export_bundle(Checkpoint(str(copy)), parse_variants(["onnx-fp32"]), copy)
+    assert contents(copy) == before
+
+
+def test_an_engine_that_fails_is_an_error_and_not_unverified(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder_of = exporter.builder_of
+
+    def broken(request: BuildRequest) -> BuiltVariant:
+        built = builder_of("onnx")(request)
+        image = built.towers["image"]
+        return replace(built, towers={"image": replace(image, files={image.model: b"\x08\x09"})})
+
+    monkeypatch.setattr(exporter, "builder_of", lambda name: broken)
+    with pytest.raises(ExportError, match="'onnx-fp32', image tower: its engine is here and cannot run it"):
+        export_probe("tinyclip", tmp_path / "bundle", pictures)
+
+
+def test_default_variants_put_verified_int8_first() -> None:
+    def entry(status: str, *towers: str) -> dict[str, Any]:
+        names = towers or ("image", "text")
+        return {
+            "towers": {name: {} for name in names},
+            "parity": {name: {"status": status} for name in names},
+        }
+
+    entries = {
+        "onnx-fp32": entry("passed"),
+        "onnx-int8": entry("passed"),
+        "openvino-fp16": entry("passed"),
+        "onnx-fp16": entry("passed"),
+        "onnx-int8@x86-vnni": entry("passed"),
+        "tensorrt-fp16@cuda-sm87": entry("unverified"),
+        "texts": entry("passed", "text"),
+    }
+    assert default_order(entries) == [
+        "onnx-int8@x86-vnni",
+        "onnx-int8",
+        "onnx-fp32",
+        "openvino-fp16",
+        "onnx-fp16",
+    ]
+    assert default_order({"tensorrt-fp16": entry("unverified")}) == ["tensorrt-fp16"]
