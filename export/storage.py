@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 __all__ = ["gather_int8", "store_float16", "store_int8", "store_small"]
 
-LARGE = 4096
-"""Elements from which a weight is worth another form."""
+LARGE = 512
+"""Elements from which a weight is worth another form; what has one axis (biases, scales) stays as it is."""
 
 
 def store_small(model: onnx.ModelProto, *, tables: str, others: str) -> None:
@@ -32,7 +32,7 @@ def store_small(model: onnx.ModelProto, *, tables: str, others: str) -> None:
     large = {
         tensor.name
         for tensor in model.graph.initializer
-        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= LARGE
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1 and np.prod(tensor.dims) >= LARGE
     }
     reading: dict[str, list[onnx.NodeProto]] = {name: [] for name in large}
     for node in model.graph.node:

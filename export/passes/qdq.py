@@ -163,7 +163,7 @@ class InsertQdq(ir.passes.InPlacePass):
             source = node.inputs[0]
             assert source is not None
             node.replace_input_with(0, self._rounded(source, graph))
-            self._quantize_weight(node, source, graph)
+            self._quantize_weight(node, graph)
         drop_unread(graph)
         return ir.passes.PassResult(model, modified=bool(products))
 
@@ -213,27 +213,25 @@ class InsertQdq(ir.passes.InPlacePass):
             self._scales[rounded.name or ""] = scale
         return self._pairs[name]
 
-    def _quantize_weight(self, node: ir.Node, source: ir.Value, graph: ir.Graph) -> None:
+    def _quantize_weight(self, node: ir.Node, graph: ir.Graph) -> None:
         """Give a node its weight and its bias in integers."""
         weight, axis = node.inputs[1], _channel_axis(node)
         rounded = node.inputs[0]
         assert weight is not None
         assert rounded is not None
         step = self._scales[rounded.name or ""]
-        bias_value = node.inputs[2] if len(node.inputs) > 2 else None
-        bias = constant(bias_value)
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         key = (weight.name or "", axis)
-        is_integer = bias is not None and self.scheme.integer_outputs
         if key not in self._weights:
             # A channel whose weights are next to nothing must not make its bias overflow.
             least = np.abs(bias) / (np.float64(step) * _LARGEST_BIAS) if bias is not None else np.zeros(())
             self._weights[key] = self._weight(weight, axis, least, node, graph)
         value, scale = self._weights[key]
         node.replace_input_with(1, value)
-        if is_integer and bias is not None and bias_value is not None:
+        if bias is not None and self.scheme.integer_outputs:
             unit = (scale * step).astype(np.float32)
             integers = np.rint(bias / unit.astype(np.float64)).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
-            made = self._dequantized(node, integers, unit, 0, bias_value.name or "", graph)
+            made = self._dequantized(node, integers, unit, 0, "bias", graph)
             node.replace_input_with(2, made)
 
     def _weight(
@@ -250,7 +248,7 @@ class InsertQdq(ir.passes.InPlacePass):
         shape = [-1 if each == axis else 1 for each in range(array.ndim)]
         limit = self.scheme.weight_limit
         integers = np.rint(array / scale.reshape(shape)).clip(-limit, limit).astype(np.int8)
-        return self._dequantized(node, integers, scale, axis, weight.name or "", graph), scale
+        return self._dequantized(node, integers, scale, axis, "weight", graph), scale
 
     def _dequantized(
         self,
@@ -258,10 +256,14 @@ class InsertQdq(ir.passes.InPlacePass):
         integers: NDArray[np.generic],
         scale: NDArray[np.float32],
         axis: int,
-        name: str,
+        kind: str,
         graph: ir.Graph,
     ) -> ir.Value:
-        """Return a constant stored as integers, dequantized in front of its reader."""
+        """Return a constant stored as integers, dequantized in front of its reader.
+
+        It is named after what its reader gives: those names are short, and a file holds each eight times.
+        """
+        name = f"{node.outputs[0].name}_{kind}"
         stored = new_constant(graph, integers, f"{name}_q")
         inputs = [
             stored,
