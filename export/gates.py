@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from msgspec import Struct
+
 from edgeclip.bundle import Bundle, Parity
 from edgeclip.runtime.latency_report import RatioEntry
 
@@ -45,8 +47,7 @@ _MB = 1e6
 # --- what is known -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(Struct, frozen=True):
     """A metric of a variant, and of what it is compared with.
 
     Attributes:

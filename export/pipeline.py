@@ -8,7 +8,6 @@ another run succeeds; what it cannot vouch for is done again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from edgeclip.data import read_samples
 from edgeclip.errors import BackendError, BundleError, InputError, ParityError
 from edgeclip.runtime.choose import unmet
 from edgeclip.runtime.host import Host
-from edgeclip.runtime.latency_report import RatioEntry
+from edgeclip.runtime.latency_report import LatencyReport, RatioEntry
 from edgeclip.runtime.session import RuntimeOptions
 
 from .artifacts import Inconclusive, PipelineReport, StageOutcome
@@ -32,7 +31,7 @@ from .device_report import DeviceReport
 from .gates import Accuracy, Finding, Verdict
 from .options import Checkpoint, ExportSettings, Gates, References, Step
 from .pipeline_inputs import Inputs, digest_of, limits_of, offered_of, tools
-from .pipeline_judge import asked_of, gates_of, is_settled, judged, now, reports_of
+from .pipeline_judge import Measured, Stored, asked_of, gates_of, is_settled, judged, now, read_stored
 from .pipeline_recipe import (
     AccuracyGate,
     ExportSpec,
@@ -130,26 +129,18 @@ def judge_run(
         BundleError: the bundle is missing or damaged.
     """
     path = options.out / "report.json"
-    try:
-        said = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{str(path)!r} cannot be read ({error}); expected what `edgeclip pipeline run` wrote."
-        ) from error
-    if not isinstance(said, dict) or said.get("kind") != "pipeline-report" or said.get("schema") != 1:
-        raise InputError(f"{str(path)!r}: expected a pipeline report of schema 1; run the pipeline again.")
-    bundle_said = said["bundle"]
-    if bundle_said is None:
+    said = read_stored(path)
+    if said.bundle is None:
         raise InputError(f"{str(path)!r}: its run ended without a bundle; there is nothing to judge.")
     with locked(options.out):
         own = options.out / _BUNDLE
         bundle = Bundle.open(own if recipe.model.bundle is None else options.root / recipe.model.bundle)
-        if bundle.digest != bundle_said["digest"]:
+        if bundle.digest != said.bundle.get("digest"):
             raise InputError(
-                f"{str(path)!r} is about the bundle {bundle_said['digest'][:12]}…, got {bundle.digest[:12]}… "
-                f"in {str(bundle.path)!r}; run the pipeline again."
+                f"{str(path)!r} is about the bundle {str(said.bundle.get('digest'))[:12]}…, got "
+                f"{bundle.digest[:12]}… in {str(bundle.path)!r}; run the pipeline again."
             )
-        report = judged(recipe, bundle, said, (*reports_of(said), *reports), options.inconclusive)
+        report = judged(recipe, bundle, said, reports, options.inconclusive)
         write_artifacts(report, options.out)
     return report
 
@@ -162,7 +153,7 @@ def judge_bundle(
     inconclusive: Inconclusive = "report",
 ) -> PipelineReport:
     """Judge a bundle by its manifest and by what devices reported; measure and write nothing."""
-    return judged(recipe, bundle, {}, reports, inconclusive)
+    return judged(recipe, bundle, Stored(), reports, inconclusive)
 
 
 # --- stages ------------------------------------------------------------------------------------------------
@@ -191,17 +182,17 @@ class _Run:
         verified = self._verify(bundle)
         bench, not_timed = self._bench(bundle)
         measured, unmeasured = self._measure(bundle)
-        said = {
-            "verify": verified,
-            "bench": bench,
-            "not_timed": not_timed,
-            "measured": measured,
-            "unmeasured": unmeasured,
-            "stages": [vars(each) for each in self.outcomes],
-            "remarks": self.state.remarks,
-            "host": self.host.to_dict(),
-            "versions": self.tools,
-        }
+        said = Stored(
+            verify=verified,
+            bench=bench,
+            not_timed=not_timed,
+            measured=measured,
+            unmeasured=unmeasured,
+            stages=tuple(self.outcomes),
+            remarks=tuple(self.state.remarks),
+            host=self.host.to_dict(),
+            versions=self.tools,
+        )
         return judged(self.recipe, bundle, said, (), self.options.inconclusive)
 
     def plan(self) -> tuple[Planned, ...]:
@@ -424,11 +415,13 @@ class _Run:
             host=self.host.fingerprint(),
         )
 
-    def _bench(self, bundle: Bundle) -> tuple[dict[str, Any], dict[str, str]]:
+    def _bench(self, bundle: Bundle) -> tuple[dict[str, LatencyReport], dict[str, str]]:
         spec = self.recipe.bench
         if spec is None:
             return {}, {}
-        began, timed, left, reused = time.perf_counter(), {}, {}, 0
+        began, reused = time.perf_counter(), 0
+        timed: dict[str, LatencyReport] = {}
+        left: dict[str, str] = {}
         effort = Effort(spec.samples, spec.duration_s, spec.batch)
         images = _images(self.inputs.root, spec.images)
         for name in spec.variants or tuple(bundle.manifest.variants):
@@ -439,18 +432,18 @@ class _Run:
                 continue
             key = self._bench_key(bundle, name)
             found = self.state.result(f"bench {name}", key)
-            if found is None:
-                self.options.on_progress(f"bench {name}")
-                try:
-                    report = time_variant(variant, options=self.runtime, effort=effort, images=images)
-                except (BackendError, BundleError) as error:
-                    left[name] = str(error)
-                    continue
-                found = report.to_dict()
-                self.state.keep(f"bench {name}", key, found)
-            else:
+            if found is not None:
                 reused += 1
-            timed[name] = found
+                timed[name] = LatencyReport.from_dict(found)
+                continue
+            self.options.on_progress(f"bench {name}")
+            try:
+                report = time_variant(variant, options=self.runtime, effort=effort, images=images)
+            except (BackendError, BundleError) as error:
+                left[name] = str(error)
+                continue
+            self.state.keep(f"bench {name}", key, report.to_dict())
+            timed[name] = report
         note = _count(len(timed), "variant") + (f", {len(left)} cannot run here" if left else "")
         self._done("bench", began, note, reused=bool(timed) and reused == len(timed))
         return timed, left
@@ -471,31 +464,30 @@ class _Run:
             tools=self.tools,
         )
 
-    def _measure(self, bundle: Bundle) -> tuple[dict[str, Any], dict[str, str]]:
+    def _measure(self, bundle: Bundle) -> tuple[dict[str, Measured], dict[str, str]]:
         """Return what gates need, and why something could not be had."""
         gates = [gate for gate in self.recipe.gate if isinstance(gate, AccuracyGate | LatencyGate)]
-        measured: dict[str, Any] = {}
+        measured: dict[str, Measured] = {}
         unmeasured: dict[str, str] = {}
         began, reused = time.perf_counter(), 0
         for gate in gates:
             stage, key = f"measure {gate.name}", self._measure_key(bundle, gate)
-            found = self.state.result(stage, key)
-            if found is not None and is_settled(gate, found):
+            stored = self.state.result(stage, key)
+            if stored is not None and is_settled(gate, found := msgspec.convert(stored, Measured)):
                 reused += 1
                 measured[gate.name] = found
                 continue
             self.options.on_progress(f"measure {gate.name}")
+            asked = asked_of(gate)
             try:
-                value = (
-                    self._accuracy(bundle, gate)
-                    if isinstance(gate, AccuracyGate)
-                    else self._ratio(bundle, gate)
-                )
+                if isinstance(gate, AccuracyGate):
+                    found = Measured(asked=asked, accuracy=self._accuracy(bundle, gate))
+                else:
+                    found = Measured(asked=asked, ratio=self._ratio(bundle, gate))
             except BackendError as error:
                 unmeasured[gate.name] = str(error)
                 continue
-            found = {"asked": asked_of(gate), "value": msgspec.to_builtins(value)}
-            self.state.keep(stage, key, found)
+            self.state.keep(stage, key, msgspec.to_builtins(found))
             measured[gate.name] = found
         if gates:
             note = f"{len(measured)} measured" + (f", {len(unmeasured)} could not be" if unmeasured else "")

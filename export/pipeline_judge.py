@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
+from msgspec import Struct
 
 from edgeclip.bundle import Bundle
+from edgeclip.errors import InputError
 from edgeclip.runtime.host import Host
-from edgeclip.runtime.latency_report import RatioEntry
+from edgeclip.runtime.latency_report import LatencyReport, RatioEntry
 
 from .artifacts import Inconclusive, PipelineReport, StageOutcome
 from .device_report import DeviceReport
@@ -18,7 +21,16 @@ from .gates import Accuracy, Facts, judge
 from .pipeline_inputs import digest_of, tools
 from .pipeline_recipe import AccuracyGate, GateSpec, LatencyGate, ParityGate, PipelineRecipe
 
-__all__ = ["asked_of", "gates_of", "is_settled", "judged", "now", "reports_of"]
+__all__ = [
+    "Measured",
+    "Stored",
+    "asked_of",
+    "gates_of",
+    "is_settled",
+    "judged",
+    "now",
+    "read_stored",
+]
 
 
 def gates_of(recipe: PipelineRecipe) -> tuple[GateSpec, ...]:
@@ -28,10 +40,56 @@ def gates_of(recipe: PipelineRecipe) -> tuple[GateSpec, ...]:
     return (ParityGate(name="numbers"), *recipe.gate)
 
 
+class Measured(Struct, frozen=True, kw_only=True):
+    """What was measured for a gate: what was asked, and the numbers of an accuracy or of a ratio."""
+
+    asked: dict[str, Any]
+    accuracy: Accuracy | None = None
+    ratio: RatioEntry | None = None
+
+    @property
+    def value(self) -> Accuracy | RatioEntry | None:
+        """The numbers."""
+        return self.accuracy or self.ratio
+
+
+class Stored(Struct, frozen=True, kw_only=True):
+    """Those parts of a pipeline report from which it can be judged again."""
+
+    schema: Literal[1] = 1
+    kind: Literal["pipeline-report"] = "pipeline-report"
+    bundle: dict[str, str | int] | None = None
+    stages: tuple[StageOutcome, ...] = ()
+    verify: dict[str, Any] = {}
+    bench: dict[str, LatencyReport] = {}
+    not_timed: dict[str, str] = {}
+    measured: dict[str, Measured] = {}
+    unmeasured: dict[str, str] = {}
+    device_reports: tuple[DeviceReport, ...] = ()
+    remarks: tuple[str, ...] = ()
+    host: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+
+def read_stored(path: Path) -> Stored:
+    """Return what a run left in its ``report.json``.
+
+    Raises:
+        InputError: it cannot be read, or is no pipeline report.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Stored)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except msgspec.MsgspecError as error:
+        reason = str(error)
+    raise InputError(f"{str(path)!r} cannot be used: {reason}; expected what `edgeclip pipeline run` wrote.")
+
+
 def judged(
     recipe: PipelineRecipe,
     bundle: Bundle,
-    said: Mapping[str, Any],
+    said: Stored,
     reports: Sequence[DeviceReport],
     inconclusive: Inconclusive,
 ) -> PipelineReport:
@@ -40,24 +98,25 @@ def judged(
     Args:
         recipe: whose gates judge.
         bundle: an open bundle.
-        said: keys of a pipeline report, those that are there.
-        reports: of devices.
+        said: what was measured.
+        reports: of devices, beside those that were there.
         inconclusive: what an inconclusive gate counts as.
     """
     gates = gates_of(recipe)
     taken = {
-        gate.name: entry
+        gate.name: found
         for gate in gates
         if isinstance(gate, AccuracyGate | LatencyGate)
-        and (entry := said.get("measured", {}).get(gate.name)) is not None
-        and entry["asked"] == asked_of(gate)
+        and (found := said.measured.get(gate.name)) is not None
+        and found.asked == asked_of(gate)
     }
+    verified = said.verify.get("variants")
     facts = Facts.of(
         bundle,
-        verified=said.get("verify", {}).get("variants", {}),
-        measured={name: _value(entry) for name, entry in taken.items()},
-        unmeasured=said.get("unmeasured", {}),
-        reports=_latest(reports),
+        verified=verified if isinstance(verified, dict) else {},
+        measured={name: found.value for name, found in taken.items() if found.value is not None},
+        unmeasured=said.unmeasured,
+        reports=_latest((*said.device_reports, *reports)),
     )
     on_this = [report.to_dict() for report in facts.reports if report.bundle.digest == bundle.digest]
     others = [report for report in facts.reports if report.bundle.digest != bundle.digest]
@@ -72,22 +131,22 @@ def judged(
         created=now(),
         inconclusive=inconclusive,
         verdicts=tuple(judge(gate, facts) for gate in gates),
-        stages=tuple(StageOutcome(**stage) for stage in said.get("stages", ())),
+        stages=said.stages,
         manifest=bundle.manifest,
         bundle={
             "name": bundle.manifest.model.name,
             "digest": bundle.digest,
             "size_bytes": facts.size_bytes,
         },
-        verify=said.get("verify", {}),
-        bench=said.get("bench", {}),
-        not_timed=said.get("not_timed", {}),
-        measured=taken,
-        unmeasured=said.get("unmeasured", {}),
+        verify=said.verify,
+        bench={name: report.to_dict() for name, report in said.bench.items()},
+        not_timed=said.not_timed,
+        measured={name: msgspec.to_builtins(found) for name, found in taken.items()},
+        unmeasured=said.unmeasured,
         device_reports=on_this,
-        host=said.get("host") or Host.here().to_dict(),
-        versions=said.get("versions") or tools(),
-        remarks=tuple(dict.fromkeys((*said.get("remarks", ()), *remarks))),
+        host=said.host or Host.here().to_dict(),
+        versions=said.versions or tools(),
+        remarks=tuple(dict.fromkeys((*said.remarks, *remarks))),
     )
 
 
@@ -100,15 +159,6 @@ def _latest(reports: Sequence[DeviceReport]) -> tuple[DeviceReport, ...]:
     return tuple(found.values())
 
 
-def reports_of(said: Mapping[str, Any]) -> tuple[DeviceReport, ...]:
-    """Return the device reports that a pipeline report holds.
-
-    Raises:
-        InputError: one cannot be read.
-    """
-    return tuple(DeviceReport.from_dict(raw) for raw in said.get("device_reports", ()))
-
-
 def asked_of(gate: AccuracyGate | LatencyGate) -> dict[str, Any]:
     """Return what decides a measurement: limits and the gate's name do not."""
     limits = ("name", "min", "max_drop", "max_ratio")
@@ -118,14 +168,11 @@ def asked_of(gate: AccuracyGate | LatencyGate) -> dict[str, Any]:
     return asked
 
 
-def _value(entry: Mapping[str, Any]) -> Accuracy | RatioEntry:
-    value = entry["value"]
-    return msgspec.convert(value, RatioEntry) if "ratio" in value else msgspec.convert(value, Accuracy)
-
-
-def is_settled(gate: AccuracyGate | LatencyGate, entry: Mapping[str, Any]) -> bool:
+def is_settled(gate: AccuracyGate | LatencyGate, found: Measured) -> bool:
     """Return whether a measurement says yes or no: what noise left open is measured again."""
-    facts = Facts("", 0, "", (), {}, measured={gate.name: _value(entry)})
+    if found.value is None:
+        return False
+    facts = Facts("", 0, "", (), {}, measured={gate.name: found.value})
     return judge(gate, facts).status != "inconclusive"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -60,14 +61,9 @@ class State:
             said = json.loads(path.read_bytes())
         except (OSError, ValueError):
             said = None
-        known = isinstance(said, dict) and said.get("schema") == 1 and isinstance(said.get("stages"), dict)
-        if not known or not all(
-            isinstance(each, dict) and {"key", "result"} <= each.keys() for each in said["stages"].values()
-        ):
-            return cls(
-                out, remarks=[f"{_STATE} of an earlier run cannot be used, so everything was done again"]
-            )
-        return cls(out, said["stages"])
+        if isinstance(said, dict) and said.get("schema") == 1 and said.get("sha256") == _digest(said):
+            return cls(out, said["stages"])
+        return cls(out, remarks=[f"{_STATE} of an earlier run cannot be used, so everything was done again"])
 
     def result(self, stage: str, key: str) -> Any:
         """Return the result of a stage that has this key, else ``None``."""
@@ -81,8 +77,14 @@ class State:
             InputError: the folder cannot be written.
         """
         self.stages[stage] = {"key": key, "result": result}
-        text = json.dumps({"schema": 1, "kind": "pipeline-state", "stages": self.stages}, ensure_ascii=False)
-        write_atomic(self.out / _STATE, text.encode())
+        said: dict[str, Any] = {"schema": 1, "kind": "pipeline-state", "stages": self.stages}
+        said["sha256"] = _digest(said)
+        write_atomic(self.out / _STATE, json.dumps(said).encode())
+
+
+def _digest(said: dict[str, Any]) -> str:
+    """Return what vouches for a state: a file that was changed by others has another one."""
+    return hashlib.sha256(json.dumps(said.get("stages"), sort_keys=True).encode()).hexdigest()
 
 
 def write_artifacts(report: PipelineReport, out: Path) -> None:
