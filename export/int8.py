@@ -26,9 +26,10 @@ from edgeclip.bundle import Requires
 from edgeclip.errors import ExportError
 
 from .build import BuildRequest, BuiltVariant
-from .passes import apply, check
+from .passes import apply
 from .passes._graph import constant
 from .passes.qdq import InsertQdq, is_product, observed, place
+from .passes.sequences import for_onnx_runtime
 from .quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8Policy, Scheme
 from .ranges import check_rows, observe
 from .storage import store_small
@@ -59,10 +60,10 @@ def quantized(request: BuildRequest) -> BuiltVariant:
         request.on_step(f"quantize the {tower} tower")
         what = f"variant {name!r}, {tower} tower"
         policies[tower] = policy = policy_of(graph)
-        model = quantize(graph, request.calibration[tower], policy, scheme, what=what)
+        model = apply(graph, for_onnx_runtime(request.spec, gelu_tanh=request.options.gelu_tanh), what=what)
+        model = quantize(model, request.calibration[tower], policy, scheme, what=what)
         store_small(model, tables=policy.tables, others=policy.others)
         del model.graph.value_info[:]  # engines infer it again
-        check(model, what=what)
         towers[tower] = built_tower(tower, model, external_data=request.options.external_data)
     return BuiltVariant(
         towers,
