@@ -155,8 +155,7 @@ def _add_bank(
     writer: BundleWriter, bank: LabelBank, name: str, languages: Sequence[str], *, scale: float
 ) -> None:
     manifest = writer.manifest
-    chinese = default_templates(bank.labels).name == "zh"
-    language = "zh" if chinese else "en" if "en" in languages else None
+    language = "zh" if bank.templates.name == "zh" else "en" if "en" in languages else None
     manifest.setdefault("label_banks", {})[name] = {
         "file": writer.add(f"banks/{name}.safetensors", bank.to_bytes(dtype="float16")),
         "labels": len(bank),

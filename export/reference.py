@@ -208,35 +208,38 @@ def _seen(image: Image.Image, view: _View) -> Image.Image:
 # --- labels and texts --------------------------------------------------------------------------------------
 
 
-def shipped_bank(name: str) -> LabelSet | None:
-    """Return the labels of a bank of the embedded bundle, ``None`` where it has no such bank."""
+def shipped_bank(name: str) -> Offered | None:
+    """Return a bank of the embedded bundle with its templates, ``None`` where it has no such bank."""
     bundle = Bundle.open("default")
     entry = bundle.manifest.label_banks.get(name)
     if entry is None:
         return None
-    return LabelBank.from_bytes(bundle.read(entry.file), source=f"label bank {name!r}").labels
+    bank = LabelBank.from_bytes(bundle.read(entry.file), source=f"label bank {name!r}")
+    return Offered(name, bank.labels, bank.templates)
 
 
 def everyday(languages: Sequence[str]) -> Offered:
     """Return a hundred everyday names in a language of the model, with their names in its others."""
     chinese = "zh" in languages and "en" not in languages
-    labels = shipped_bank(_CHINESE_BANK if chinese else _BANK)
-    assert labels is not None
+    bank = _names(chinese=chinese)
     chosen = []
-    for row in _evenly(len(labels), _NAMES):
-        label = labels.labels[row]
+    for row in _evenly(len(bank.labels), _NAMES):
+        label = bank.labels.labels[row]
         aliases = tuple((language, alias) for language, alias in label.aliases if language in languages)
         chosen.append(Label(label.name, aliases=aliases))
-    return Offered(EVERYDAY, LabelSet(tuple(chosen)))
+    return Offered(EVERYDAY, LabelSet(tuple(chosen)), bank.templates)
+
+
+def _names(*, chinese: bool) -> Offered:
+    bank = shipped_bank(_CHINESE_BANK if chinese else _BANK)
+    assert bank is not None
+    return bank
 
 
 def default_templates(labels: LabelSet) -> Templates:
     """Return the templates a bundle would take: ``zh`` where every label is Chinese, else ``one``."""
-    return Templates.of("zh" if _is_chinese(labels) else "one")
-
-
-def _is_chinese(labels: LabelSet) -> bool:
-    return all("han" in scripts_of(name) for name in labels.names)
+    chinese = all("han" in scripts_of(name) for name in labels.names)
+    return Templates.of("zh" if chinese else "one")
 
 
 def reference_texts(labels: LabelSet, templates: Templates, languages: Sequence[str]) -> tuple[str, ...]:
@@ -244,23 +247,22 @@ def reference_texts(labels: LabelSet, templates: Templates, languages: Sequence[
     every = [text for label in labels.labels for phrase in label.texts(templates.texts) for text in phrase]
     texts = [every[row] for row in _evenly(len(every), _TEXTS)]
     texts += [labels.names[row] for row in _evenly(len(labels), _BARE)]
-    if "zh" in languages and not _is_chinese(labels):
+    if "zh" in languages and templates.name != "zh":
         texts += _chinese_texts()
     return tuple(dict.fromkeys(texts))
 
 
 def _chinese_texts() -> Iterator[str]:
-    names = shipped_bank(_CHINESE_BANK)
-    assert names is not None
+    names = _names(chinese=True).labels
     for number, row in enumerate(_evenly(len(names), _CHINESE_TEXTS)):
         yield TEMPLATES["zh"][number % len(TEMPLATES["zh"])].replace("{}", names.names[row])
 
 
 def calibration_texts(languages: Sequence[str]) -> tuple[str, ...]:
     """Return texts to choose ranges on: everyday names in templates, none of them among those that judge."""
-    names = shipped_bank(_CHINESE_BANK if "zh" in languages and "en" not in languages else _BANK)
-    assert names is not None
-    templates = TEMPLATES["zh"] if _is_chinese(names) else TEMPLATES["openai-7"]
+    chinese = "zh" in languages and "en" not in languages
+    names = _names(chinese=chinese).labels
+    templates = TEMPLATES["zh" if chinese else "openai-7"]
     rows = sorted(set(range(len(names))) - set(_evenly(len(names), _NAMES)))
     chosen = [rows[place] for place in _evenly(len(rows), _CALIBRATION)]
     return tuple(

@@ -191,7 +191,7 @@ def _offered(said: str, templates: str | None) -> Offered:
             f"--labels {said!r}: there is no such file, and no bank of that name in the embedded bundle; "
             "expected a label file, imagenet-1k, imagenet-1k-zh, or names with commas between them."
         )
-    return Offered(said, known, prompts)
+    return known if prompts is None else Offered(said, known.labels, prompts)
 
 
 def _table(report: ExportReport) -> str:

@@ -285,9 +285,11 @@ def test_a_fixed_batch_is_filled_up(pictures: Path, tmp_path: Path, bundle: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [17, 18, 24])
+@pytest.mark.parametrize("opset", [17, 24])
 def test_other_operator_sets_agree_too(opset: int, pictures: Path, tmp_path: Path) -> None:
-    done = export_probe("mobileclip", tmp_path / "bundle", None, settings=settings(pictures, opset=opset))
+    done = export_probe(
+        "mobileclip", tmp_path / "bundle", None, settings=settings(pictures, opset=opset, text=False)
+    )
     assert done.report.variants["onnx-fp32"].status == "passed"
     graph = onnx.load(model_file(tmp_path / "bundle", "onnx-fp32", "image"))
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", opset)]
