@@ -356,6 +356,8 @@ class _Run:
             provenance["recipe"] = {"name": self.recipe.name, "variants": dict(wanted)}
             known = provenance.get("variants", {})
             provenance["variants"] = {name: said for name, said in known.items() if name in wanted}
+            writer.commit()
+        with BundleWriter(target) as writer:  # a write leaves the files of the one before: others may read
             return writer.commit()
 
     def _without_bundle(self, error: ParityError) -> PipelineReport:

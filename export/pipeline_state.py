@@ -94,7 +94,10 @@ def write_artifacts(report: PipelineReport, out: Path) -> None:
         InputError: the folder cannot be written.
     """
     texts = {
-        "report.json": json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode(),
+        "report.json": json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode(
+            "utf-8",
+            "backslashreplace",  # half a surrogate pair, from a name of a file
+        ),
         "summary.md": summary(report).encode(),
         "junit.xml": junit(report),
     }
