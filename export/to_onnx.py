@@ -16,15 +16,13 @@ from edgeclip.bundle import Requires, TensorEntry, stored_name
 from edgeclip.errors import ExportError
 
 from .build import BuildRequest, BuiltTower, BuiltVariant
-from .passes import apply, check
+from .passes import LARGEST_MESSAGE, apply, check
 from .passes.float16 import Float16
 from .passes.sequences import for_onnx_runtime
 from .passes.strip_provenance import StripProvenance
 
 __all__ = ["build", "built_tower", "tensor_entries"]
 
-_LARGEST_FILE = (1 << 31) - (1 << 24)
-"""Bytes of weights that fit into one file, with room for the graph."""
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph, where engines read shapes and axes
 
 
@@ -64,15 +62,15 @@ def built_tower(tower: str, graph: onnx.ModelProto, *, external_data: bool | Non
     """
     check(graph, what=f"{tower} tower")
     weights = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    if external_data is False and weights > _LARGEST_FILE:
+    if external_data is False and weights > LARGEST_MESSAGE:
         raise ExportError(
             f"{tower} tower: its weights have {weights / 1e9:.1f} GB, expected at most "
-            f"{_LARGEST_FILE / 1e9:.1f} GB in one file; allow external data."
+            f"{LARGEST_MESSAGE / 1e9:.1f} GB in one file; allow external data."
         )
     inputs, outputs = tensor_entries(graph)
     model = f"{tower}.onnx"
     files: dict[str, bytes] = {}
-    if external_data or weights > _LARGEST_FILE:
+    if external_data or weights > LARGEST_MESSAGE:
         graph, data = _split(graph, f"{model}.data")
         files[model] = graph.SerializeToString(deterministic=True)
         files[f"{model}.data"] = data

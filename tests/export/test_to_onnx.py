@@ -97,7 +97,7 @@ def test_external_data_is_named_as_a_bundle_stores_it(tmp_path: Path) -> None:
 
 
 def test_too_many_weights_for_one_file_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeclip.export.to_onnx._LARGEST_FILE", 1000)
+    monkeypatch.setattr("edgeclip.export.to_onnx.LARGEST_MESSAGE", 1000)
     with pytest.raises(ExportError, match=r"image tower: its weights have 0\.0 GB"):
         built_tower("image", tiny_graph(), external_data=False)
     assert len(built_tower("image", tiny_graph()).files) == 2
