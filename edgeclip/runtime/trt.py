@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -297,6 +298,8 @@ class TrtEngine:
             for spec in (*self.inputs.values(), *self.outputs.values())
         }
         self._rows = 0  # what shapes and addresses are set for
+        self._lock = threading.Lock()  # closing frees memory that a call in another thread may be using
+        self._closed = False
         self._stream = cuda.create_stream()
         self._finalizer = weakref.finalize(self, _release, cuda, index, self._stream, self._buffers)
         self._finalizer.atexit = False  # at exit the driver may be gone, and takes all with it
@@ -306,7 +309,18 @@ class TrtEngine:
 
         Batches larger than the engine's largest are run in parts; smaller ones than its smallest are filled
         up with their last row.
+
+        Raises:
+            BackendError: TensorRT or CUDA failed, or another thread has closed the session meanwhile.
         """
+        with self._lock:
+            if self._closed:
+                raise BackendError(
+                    f"{self._model.name}: the session is closed. Open it again with open_session()."
+                )
+            return self._run_parts(feeds)
+
+    def _run_parts(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         self._cuda.use(self._index)
         if self._limits is None:
             rows = int(next(iter(self.inputs.values())).shape[0])
@@ -322,10 +336,13 @@ class TrtEngine:
         return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
     def close(self) -> None:
-        """Free the engine and its memory on the GPU."""
-        self._cuda.use(self._index)
-        del self._context, self._engine, self._runtime
-        self._finalizer()
+        """Free the engine and its memory on the GPU, after the call in flight."""
+        with self._lock:
+            self._closed = True
+            with contextlib.suppress(BackendError):  # a GPU that has failed gives nothing back
+                self._cuda.use(self._index)
+            self._context = self._engine = self._runtime = None  # the context before its engine
+            self._finalizer()
 
     def _run(self, feeds: Mapping[str, NDArray[Any]], part: slice, rows: int) -> dict[str, NDArray[Any]]:
         """Run the rows of ``part``, filled up to ``rows``."""

@@ -27,7 +27,7 @@ RUNNABLE = [
 BATCH_TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=[*RUNNABLE, "fake"])
+@pytest.fixture(params=[*RUNNABLE, "tensorrt on stand-ins", "fake"])
 def opened(request: pytest.FixtureRequest, tiny_bundle_session: Path) -> Callable[[str], OpenSession]:
     """Return a function that opens an image or text tower on one backend."""
 
@@ -35,6 +35,10 @@ def opened(request: pytest.FixtureRequest, tiny_bundle_session: Path) -> Callabl
         if request.param == "fake":
             return FakeSession(tower, image_size_px=(32, 32), context_length=16)  # type: ignore[arg-type]
         files = Bundle.open(tiny_bundle_session).variant("onnx-fp32").tower(tower)
+        if request.param == "tensorrt on stand-ins":
+            from fake_cuda import open_on_stand_ins
+
+            return open_on_stand_ins(files)
         return open_session(files, options=RuntimeOptions(backend=request.param, threads=2))
 
     return open_tower

@@ -16,9 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from edgeclip.bundle import TowerFiles
+from edgeclip.runtime.cuda import CudaRuntime
 from edgeclip.runtime.ort import import_onnxruntime
+from edgeclip.runtime.session import OpenSession, Placement, model_files
+from edgeclip.runtime.trt import TrtEngine
 
-__all__ = ["FakeCudart", "FakeTensorRT", "fake_driver"]
+__all__ = ["FakeCudart", "FakeTensorRT", "fake_driver", "open_on_stand_ins"]
 
 NO_DEVICE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 100, 2, 700
 
@@ -172,6 +176,17 @@ class FakeTensorRT:
             logger.log(1, "Serialization assertion failed: stdVersionRead == kSERIALIZATION_VERSION")
             return None
         return _FakeEngine(self, data, logger)
+
+
+def open_on_stand_ins(tower: TowerFiles) -> OpenSession:
+    """Open a tower as the backend would on a GPU."""
+    cudart = FakeCudart()
+    trt = FakeTensorRT(cudart)
+    chosen = Placement("tensorrt", "TensorRT 10.3.0", "cuda:0", 1, tower.precision, "a test")
+    model = model_files(tower)
+    data = FakeTensorRT.engine(tower.model.read_bytes())
+    engine = TrtEngine(trt, CudaRuntime(cudart), data, model=model, chosen=chosen, index=0)
+    return OpenSession(engine, name=model.name)
 
 
 class _FakeEngine:
