@@ -114,9 +114,11 @@ def _open(
             return session, "", _other_isa(variant, host)
     if files.model.suffix != ".onnx":
         return None, reason, None
-    proxy = _open_proxy(files, yardstick)
-    installed = versions().get("onnxruntime", "")
-    return proxy, reason, None if proxy is None else f"ONNX Runtime {installed} on this CPU"
+    try:
+        proxy = _open_proxy(files, yardstick)
+    except BackendError as error:
+        return None, f"{reason}; nor can ONNX Runtime stand in: {str(error).rstrip('.')}", None
+    return proxy, reason, f"ONNX Runtime {versions().get('onnxruntime', '')} on this CPU"
 
 
 def _other_isa(variant: Variant, host: Host) -> str | None:
@@ -127,14 +129,11 @@ def _other_isa(variant: Variant, host: Host) -> str | None:
     return f"the same engine on {host.machine}, which has none of {', '.join(needed)}"
 
 
-def _open_proxy(files: TowerFiles, yardstick: Yardstick) -> OpenSession | None:
-    # 8-bit weights saturate where two products are added in 16 bits; this takes exact kernels there.
-    config = {"session.x64quantprecision": "1"} if files.precision == "int8" else {}
+def _open_proxy(files: TowerFiles, yardstick: Yardstick) -> OpenSession:
+    # Rounded values, added up in float: a CPU's integer kernels would saturate where the engine does not.
+    config = {"session.disable_quant_qdq": "1"} if files.precision == "int8" else {}
     graph = replace(files, format="onnx", session_config=config)
-    try:
-        return open_session(graph, options=RuntimeOptions(backend="ort", threads=yardstick.threads))
-    except BackendError:
-        return None
+    return open_session(graph, options=RuntimeOptions(backend="ort", threads=yardstick.threads))
 
 
 def _rows(tower: str, yardstick: Yardstick) -> NDArray[Any]:

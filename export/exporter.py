@@ -175,8 +175,8 @@ def _calibration(
     if all(spec.form.precision != "int8" for spec in variants):
         return {}, None
     with steps("calibration inputs"):
-        given = settings.references.calibration
-        pictures = calibration_pictures(source.preprocess, given)
+        asked = settings.references
+        pictures = calibration_pictures(source.preprocess, asked.calibration, reference=asked.pictures)
         rows: dict[str, NDArray[Any]] = {"image": pictures.pixels}
         if settings.graph.text:
             texts = calibration_texts(source.tokenizer.config.languages)

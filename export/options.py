@@ -130,7 +130,7 @@ class References:
     Attributes:
         pictures: folder, table or shards with pictures to compare on; ``None`` takes the photographs that
             come with edgeclip, cropped and flipped.
-        calibration: the same for int8.
+        calibration: the same for int8; ``None`` takes other crops of ``pictures``.
         offered: labels; ``None`` takes a hundred everyday names.
     """
 

@@ -153,17 +153,31 @@ def reference_pictures(spec: PreprocessSpec, given: Path | None = None) -> Pictu
     return _prepared(spec, found, _VIEWS if len(found) < _ENOUGH else (_WHOLE,), given.name)
 
 
-def calibration_pictures(spec: PreprocessSpec, given: Path | None = None) -> Pictures:
-    """Return pictures to choose ranges on; of the photographs other crops than those that judge.
+def calibration_pictures(
+    spec: PreprocessSpec, given: Path | None = None, *, reference: Path | None = None, most: int = _MOST
+) -> Pictures:
+    """Return pictures to choose ranges on.
+
+    Args:
+        spec: how the model wants them.
+        given: a folder, table or shards.
+        reference: taken where none are given, in other crops than those that judge; without it the
+            photographs.
+        most: pictures of the user's to read at most, spread evenly.
 
     Raises:
         InputError: as :func:`reference_pictures`.
     """
-    if given is None:
+    if given is not None:
+        found = _listed(given, most)
+        few = len(found) < _ENOUGH
+        return _prepared(spec, found, (_WHOLE, *_CALIBRATION_VIEWS) if few else (_WHOLE,), given.name)
+    if reference is None:
         return _prepared(spec, _photographs(), _CALIBRATION_VIEWS, PHOTOGRAPHS)
-    found = _listed(given)
-    few = len(found) < _ENOUGH
-    return _prepared(spec, found, (_WHOLE, *_CALIBRATION_VIEWS) if few else (_WHOLE,), given.name)
+    found = _listed(reference)
+    found = [found[row] for row in _evenly(len(found), _CALIBRATION)]
+    views = _CALIBRATION_VIEWS[: max(1, _CALIBRATION // len(found))]
+    return _prepared(spec, found, views, reference.name)
 
 
 def _photographs() -> list[tuple[str, Any]]:
@@ -171,11 +185,11 @@ def _photographs() -> list[tuple[str, Any]]:
     return [(path.name, path) for path in sorted(folder.glob("*.jpg"))]
 
 
-def _listed(given: Path) -> list[tuple[str, Any]]:
+def _listed(given: Path, most: int = _MOST) -> list[tuple[str, Any]]:
     found = [(sample.key, sample.source) for sample in read_samples([given])]
     if len(found) < 2:
         raise InputError(f"{str(given)!r}: holds {len(found)} pictures, expected at least 2 to compare on.")
-    return [found[row] for row in _evenly(len(found), _MOST)]
+    return [found[row] for row in _evenly(len(found), most)]
 
 
 def _prepared(

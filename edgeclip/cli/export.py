@@ -65,7 +65,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     "--calibration-data",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Pictures that int8 ranges are chosen on.  [default: edgeclip's photographs, other crops]",
+    help="Pictures that int8 ranges are chosen on.  [default: other crops of the reference pictures]",
 )
 @click.option(
     "--keep-intermediate",
