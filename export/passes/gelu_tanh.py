@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from ._graph import drop_unread, flag, fresh_name, like, new_constant, readers, require_flat, scalar
+from ._graph import drop_unread, flag, fresh_name, like, readers, require_flat, scalar
 
 __all__ = ["GeluTanh"]
 
@@ -24,7 +23,8 @@ class GeluTanh(ir.passes.InPlacePass):
     1. ``Gelu`` with ``approximate="none"``;
     2. its decomposition through ``Erf``, however its products are ordered: half of x times 1 + erf(x/√2).
 
-    From opset 20 on the result is one ``Gelu`` node, before it is the decomposition that ONNX Runtime fuses.
+    Before opset 20, which has no node for it, nothing is replaced: ONNX Runtime makes one node of the exact
+    decomposition and runs that of the tanh form as the eight nodes it is.
 
     Attributes:
         replaced: how many the last call replaced.
@@ -39,13 +39,12 @@ class GeluTanh(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace every GELU of the cases."""
         self.replaced = 0
-        has_gelu = model.opset_imports.get("", 0) >= _GELU_OPSET
-        for node in list(model.graph):
+        for node in list(model.graph) if _has_gelu(model) else ():
             if node.op_type == "Gelu" and flag(node, "approximate", "none") == "none":
                 node.attributes["approximate"] = ir.AttrString("approximate", "tanh")
                 self.replaced += 1
             elif node.op_type == "Erf" and (found := _exact(node)) is not None:
-                _replace(model.graph, found, has_gelu=has_gelu)
+                _replace(model.graph, found)
                 self.replaced += 1
         if self.replaced:
             drop_unread(model.graph)
@@ -53,7 +52,7 @@ class GeluTanh(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """Find no exact GELU left."""
-        for node in model.graph:
+        for node in model.graph if _has_gelu(model) else ():
             exact = node.op_type == "Gelu" and flag(node, "approximate", "none") == "none"
             if exact or (node.op_type == "Erf" and _exact(node) is not None):
                 raise ir.passes.PostconditionError(f"{node.name!r} is still the exact form")
@@ -130,31 +129,15 @@ def _other(node: ir.Node, known: ir.Value, wanted: float) -> ir.Value | None:
     return None
 
 
-def _replace(graph: ir.Graph, found: _Exact, *, has_gelu: bool) -> None:
-    x, last = found.x, found.last
-    output = last.outputs[0]
-    dtype = x.dtype.numpy() if x.dtype is not None else np.dtype(np.float32)
+def _has_gelu(model: ir.Model) -> bool:
+    return model.opset_imports.get("", 0) >= _GELU_OPSET
 
-    def number(value: float, stem: str) -> ir.Value:
-        return new_constant(graph, np.asarray(value, dtype), stem)
 
-    made: list[ir.Node] = []
-
-    def step(op_type: str, *inputs: ir.Value, **attributes: str) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
-        node.outputs[0].name = fresh_name(graph, f"{output.name}_{op_type.lower()}{len(made)}")
-        made.append(node)
-        return like(node.outputs[0], x)
-
-    if has_gelu:
-        result = step("Gelu", x, approximate="tanh")
-    else:
-        cube = step("Mul", step("Pow", x, number(3.0, "gelu_three")), number(0.044715, "gelu_cubic"))
-        inner = step("Mul", step("Add", x, cube), number(math.sqrt(2 / math.pi), "gelu_inner"))
-        gate = step("Add", step("Tanh", inner), number(1.0, "gelu_one"))
-        result = step("Mul", step("Mul", x, number(0.5, "gelu_half")), gate)
-    graph.insert_after(last, made)
-    name = output.name
+def _replace(graph: ir.Graph, found: _Exact) -> None:
+    output = found.last.outputs[0]
+    gelu = ir.node("Gelu", [found.x], {"approximate": "tanh"})
+    graph.insert_after(found.last, gelu)
+    result, name = like(gelu.outputs[0], found.x), output.name
     output.replace_all_uses_with(result, replace_graph_outputs=True)
     output.name = fresh_name(graph, f"{name}_exact")
     result.name = name
