@@ -6,7 +6,7 @@ measure accuracy or latency.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edgeclip.bundle import Bundle, Variant
@@ -100,7 +100,7 @@ def verify_bundle(
     Args:
         bundle: an open bundle.
         variant: a name, or ``"all"``.
-        options: where to run.
+        options: where to run. TensorRT variants run on ``cuda`` where these say ``cpu``, which none does.
 
     Raises:
         BundleError: there is no such variant.
@@ -125,12 +125,14 @@ def _damage(bundle: Bundle, name: str) -> str | None:
 def _verify(bundle: Bundle, variant: Variant, options: RuntimeOptions) -> VariantVerdict:
     if bundle.manifest.golden is None:
         return VariantVerdict(variant.name, "not run", "the bundle has no golden file")
+    if variant.entry.format == "tensorrt" and options.device == "cpu":
+        options = replace(options, device="cuda")
     problem = unmet(variant, options=options, host=Host.here())
     if problem is not None:
         return VariantVerdict(variant.name, "not run", problem)
     try:
         golden = golden_check(bundle, variant, options=options)
-    except BundleError as error:
+    except (BundleError, BackendUnavailableError) as error:
         return VariantVerdict(variant.name, "not run", str(error).rstrip("."))
     except BackendError as error:
         return VariantVerdict(variant.name, "failed", str(error).rstrip("."))

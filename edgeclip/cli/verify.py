@@ -19,9 +19,17 @@ __all__ = ["verify"]
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads a call may use; all usable cores without."
 )
+@click.option("--device", help="cpu, cuda, cuda:N, gpu, npu.  [default: cuda for TensorRT, else cpu]")
 @click.option("--require-verified", is_flag=True, help="Fail where a variant cannot be run on this host.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def verify(bundle: str, variant: str, threads: int | None, require_verified: bool, as_json: bool) -> None:
+def verify(
+    bundle: str,
+    variant: str,
+    threads: int | None,
+    device: str | None,
+    require_verified: bool,
+    as_json: bool,
+) -> None:
     """Check every file of BUNDLE and the numbers of its variants on this host.
 
     BUNDLE is a directory, or hf:ORG/NAME@REV on the hub; without, the bundle that comes with edgeclip.
@@ -32,7 +40,7 @@ def verify(bundle: str, variant: str, threads: int | None, require_verified: boo
     from edgeclip.export.verify import verify_bundle
     from edgeclip.runtime.session import RuntimeOptions
 
-    options = RuntimeOptions(threads=threads)
+    options = RuntimeOptions(threads=threads, device=device or "cpu")
     opened = Bundle.open(bundle_directory(bundle, Notes()))
     report = verify_bundle(opened, variant=variant, options=options)
     click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else _table(report))

@@ -12,10 +12,12 @@ from edgeclip.bundle import Bundle
 from edgeclip.cache import cache_root
 from edgeclip.errors import BackendError, BundleError, EdgeClipError
 from edgeclip.runtime.choose import choose_variant
+from edgeclip.runtime.cuda import find_gpu
 from edgeclip.runtime.host import Host, cpu_times, versions
 from edgeclip.runtime.ort import import_onnxruntime
 from edgeclip.runtime.parity import golden_check
 from edgeclip.runtime.session import BACKENDS
+from edgeclip.runtime.trt_build import MODULES, import_tensorrt
 
 __all__ = ["BackendState", "Check", "Diagnosis", "diagnose"]
 
@@ -108,8 +110,31 @@ def _backend(name: str) -> BackendState:
         # Azure's provider sends pictures to a server; edgeclip never uses it.
         providers = [found for found in ort.get_available_providers() if found != "AzureExecutionProvider"]
         return BackendState(name, True, f"onnxruntime {ort.__version__}: {', '.join(providers)}")
+    if name == "openvino":
+        from edgeclip.runtime.ov import openvino_devices
+
+        try:
+            devices = ", ".join(f"{device} ({said})" for device, said in openvino_devices().items())
+        except BackendError as error:
+            return BackendState(name, False, str(error))
+        return BackendState(name, True, f"openvino {versions().get(name, '')}: {devices or 'no device'}")
+    if name in MODULES:
+        return _tensorrt(name)
     version = versions().get(name.replace("_", "-"), "")
     return BackendState(name, True, f"{BACKENDS[name].library} {version}".strip())
+
+
+def _tensorrt(name: str) -> BackendState:
+    try:
+        trt = import_tensorrt(name)
+    except BackendError as error:
+        return BackendState(name, False, str(error).rstrip("."))
+    said = f"{trt.__name__} {trt.__version__}"
+    try:
+        gpu = find_gpu()
+    except BackendError as error:
+        return BackendState(name, False, f"{said} is installed, and {str(error).rstrip('.')}")
+    return BackendState(name, True, f"{said}: {gpu.name}, compute capability {gpu.compute_capability}")
 
 
 def _base(state: BackendState) -> Check:

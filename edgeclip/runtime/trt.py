@@ -168,8 +168,8 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> TrtEngin
         reason: why this backend, kept in :class:`Placement`.
 
     Raises:
-        BackendUnavailableError: no TensorRT, no GPU, or no CUDA runtime.
-        BackendError: no engine was built for this host, or it does not load.
+        BackendUnavailableError: no TensorRT, no GPU, no CUDA runtime, or no engine built for this host.
+        BackendError: the engine does not load.
     """
     backend, _ = resolve_backend(model.format, options)
     gpu = _gpu(model, options)
@@ -213,7 +213,7 @@ def _engine_bytes(trt: Any, backend: str, model: ModelFiles, options: RuntimeOpt
         if data is not None:
             return data
         problem = problem or f"{record.engine!r} in {cache.where} is damaged"
-    raise BackendError(
+    raise BackendUnavailableError(
         f"{model.name}: no engine for this host ({problem}). {_how_to_compile(model, options, backend)}"
     )
 

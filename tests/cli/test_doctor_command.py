@@ -134,3 +134,14 @@ def test_few_open_files_and_busy_neighbours_are_said(
     checks = {one["name"]: one for one in json.loads(shown)["checks"]}
     assert checks["open files"]["suggestion"] == "run ulimit -n 1024"
     assert "gave 30% of this machine's time" in checks["neighbours"]["detail"]
+
+
+def test_tensorrt_is_named_with_its_version_and_the_gpu_or_its_lack(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx_bindings", exc_type=ImportError)
+    _run(["doctor", "--json"], debug=False)
+    state = json.loads(capsys.readouterr().out)["backends"]["tensorrt_rtx"]
+    assert trt.__version__ in state["detail"]
+    if not state["works"]:
+        assert "NVIDIA driver" in state["detail"]

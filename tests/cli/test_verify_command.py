@@ -137,3 +137,8 @@ def test_what_is_not_there_ends_with_1(
 
 def test_bad_syntax_ends_with_2(tiny_bundle_session: Path) -> None:
     assert verify(tiny_bundle_session, "--threads", "0") == 2
+
+
+def test_a_device_nobody_has_is_named(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(tiny_bundle, "--device", "quantum") == 1
+    assert "device: got 'quantum', expected 'cpu'" in capsys.readouterr().err

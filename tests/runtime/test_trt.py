@@ -572,3 +572,21 @@ def test_a_host_is_told_why_it_cannot_run_a_variant(
     if reason is not None:
         assert said is not None
         assert said.startswith(reason)
+
+
+# --- verify
+
+
+def test_verify_asks_for_the_gpu_by_itself_and_says_what_to_run(
+    bundle: Bundle, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing engine is no wrong number: the variant was not run."""
+    from edgeclip.export.verify import verify_bundle
+
+    monkeypatch.setattr("edgeclip.runtime.cuda.find_gpu", lambda index=0: gpu)
+    verdicts = {verdict.name: verdict for verdict in verify_bundle(bundle).variants}
+    assert verdicts["onnx-fp32"].status == "passed"
+    verdict = verdicts["tensorrt-fp32"]
+    assert verdict.status == "not run"
+    assert "no engine for this host" in verdict.reason
+    assert "Run edgeclip compile" in verdict.reason
