@@ -47,7 +47,7 @@ def is_product(node: ir.Node) -> bool:
     """Whether a node is a product of an activation with a constant weight that has a known channel axis."""
     if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2 or node.inputs[0] is None:
         return False
-    if node.inputs[0].dtype != ir.DataType.FLOAT or constant(node.inputs[0]) is not None:
+    if constant(node.inputs[0]) is not None:
         return False
     weight = constant(node.inputs[1])
     if weight is None or weight.dtype != np.float32 or weight.ndim < 2:

@@ -1,0 +1,527 @@
+"""Int8 graphs: what is quantized, the numbers of ONNX Runtime's own quantizer, its kernels, parity."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+onnx = pytest.importorskip("onnx")
+import onnx_ir as ir  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from edgeclip.bundle import Requires  # noqa: E402
+from edgeclip.errors import CalibrationError, ExportError  # noqa: E402
+from edgeclip.export.build import BuildRequest, BuiltVariant, builder_of  # noqa: E402
+from edgeclip.export.int8 import policy_of, quantize, scheme_of, symmetric_qdq  # noqa: E402
+from edgeclip.export.passes import apply  # noqa: E402
+from edgeclip.export.passes.qdq import InsertQdq, observed, place  # noqa: E402
+from edgeclip.export.quantization import (  # noqa: E402
+    CONVOLUTIONS,
+    CPU,
+    TENSORRT,
+    TRANSFORMER,
+    Int8Policy,
+    Scheme,
+)
+from edgeclip.export.ranges import observe  # noqa: E402
+from edgeclip.export.storage import store_small  # noqa: E402
+from edgeclip.export.variants import VariantSpec  # noqa: E402
+from edgeclip.runtime.ort import import_onnxruntime  # noqa: E402
+from edgeclip.runtime.parity import ParityNumbers, compare_embeddings  # noqa: E402
+
+SIZE, WIDTH = 16, 24
+EXACT = {"session.x64quantprecision": "1"}
+
+
+def graph_of(
+    nodes: list[Any], weights: dict[str, NDArray[Any]], *, opset: int = 20, batch: str | int = "batch"
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, SIZE, SIZE, 3])],
+        [helper.make_tensor_value_info("image_embedding", TensorProto.FLOAT, [batch, WIDTH])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
+def weights_of(seed: int = 0) -> dict[str, NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+
+    def drawn(*shape: int, fan: int) -> NDArray[np.float32]:
+        return (rng.normal(size=shape) / np.sqrt(fan)).astype(np.float32)
+
+    return {
+        "factor": np.full(3, 1 / 64, np.float32),
+        "stem": drawn(WIDTH, 3, 3, 3, fan=27),
+        "stem_bias": drawn(WIDTH, fan=4),
+        "depthwise": drawn(WIDTH, 1, 3, 3, fan=9)
+        * np.logspace(-2, 1, WIDTH, dtype=np.float32)[:, None, None, None],
+        "depthwise_bias": drawn(WIDTH, fan=4),
+        "mix": drawn(WIDTH, WIDTH, 1, 1, fan=WIDTH),
+        "mix_bias": drawn(WIDTH, fan=4),
+        "gate": drawn(WIDTH, WIDTH, 1, 1, fan=WIDTH),
+        "projection": drawn(WIDTH, WIDTH, fan=WIDTH),
+        "axis": np.array([1], np.int64),
+    }
+
+
+def convolutions(*, opset: int = 20, batch: str | int = "batch") -> onnx.ModelProto:
+    """Return stem, ReLU, depthwise, GELU, 1x1, residual sum, gate, pooling, projection and L2 norm."""
+    pads = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float", "factor"], ["scaled"]),
+        helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "stem", "stem_bias"], ["stem_out"], name="stem", **pads),
+        helper.make_node("Relu", ["stem_out"], ["active"]),
+        helper.make_node(
+            "Conv", ["active", "depthwise", "depthwise_bias"], ["maps"], name="depthwise", group=WIDTH, **pads
+        ),
+        helper.make_node("Gelu", ["maps"], ["bent"]),
+        helper.make_node("Conv", ["bent", "mix", "mix_bias"], ["mixed"], name="mix"),
+        helper.make_node("Relu", ["mixed"], ["bounded"]),
+        helper.make_node("Add", ["bounded", "active"], ["sum"]),
+        helper.make_node("GlobalAveragePool", ["sum"], ["mean"]),
+        helper.make_node("Conv", ["mean", "gate"], ["gated"], name="gate"),
+        helper.make_node("Flatten", ["gated"], ["features"]),
+        helper.make_node("Gemm", ["features", "projection"], ["projected"], name="projection"),
+        helper.make_node("ReduceL2", ["projected", "axis"], ["norm"]),
+        helper.make_node("Div", ["projected", "norm"], ["image_embedding"]),
+    ]
+    return graph_of(nodes, weights_of(), opset=opset, batch=batch)
+
+
+def tokens() -> onnx.ModelProto:
+    """Return a table, two linear maps with an attention-like product between them, and a mean."""
+    rng = np.random.default_rng(3)
+    weights = {
+        "table": rng.normal(size=(100, WIDTH)).astype(np.float32) * np.linspace(0.1, 9, 100)[:, None],
+        "first": rng.normal(size=(WIDTH, 2 * WIDTH)) / 5,
+        "second": rng.normal(size=(2 * WIDTH, WIDTH)) / 5,
+        "projection": rng.normal(size=(WIDTH, WIDTH)),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "tokens"], ["rows"]),
+        helper.make_node("Transpose", ["rows"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["rows", "turned"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["shares"], axis=-1),
+        helper.make_node("MatMul", ["shares", "rows"], ["mixed"]),
+        helper.make_node("MatMul", ["mixed", "first"], ["wide"]),
+        helper.make_node("Gelu", ["wide"], ["bent"]),
+        helper.make_node("MatMul", ["bent", "second"], ["narrow"]),
+        helper.make_node("ReduceMean", ["narrow", "axis"], ["pooled"], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "projection"], ["text_embedding"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", 8])],
+        [helper.make_tensor_value_info("text_embedding", TensorProto.FLOAT, ["batch", WIDTH])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+        + [numpy_helper.from_array(np.array([1], np.int64), "axis")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def pictures(count: int = 32, seed: int = 1) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def texts(count: int = 32, seed: int = 1) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, 100, (count, 8)).astype(np.int32)
+
+
+def build(name: str, tmp_path: Path, graph: onnx.ModelProto | None = None, **given: Any) -> BuiltVariant:
+    rows = given.get("rows", {"image": pictures()})
+    graphs = {"image": convolutions() if graph is None else graph}
+    return builder_of("onnx")(BuildRequest(VariantSpec.parse(name), graphs, tmp_path, rows, "0" * 64))
+
+
+def content(built: BuiltVariant, tower: str = "image") -> bytes:
+    data = built.towers[tower].files[f"{tower}.onnx"]
+    assert isinstance(data, bytes)
+    return data
+
+
+def run(
+    model: onnx.ModelProto | bytes, rows: NDArray[Any], settings: dict[str, str] | None = None
+) -> NDArray[Any]:
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    for key, value in (EXACT if settings is None else settings).items():
+        options.add_session_config_entry(key, value)
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    result: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: rows})[0]
+    return result
+
+
+def arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def made_by(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def parts(model: onnx.ModelProto, output: str, place: int) -> list[NDArray[Any]]:
+    """Return scale and zero point of an input of a node, behind the integers of a constant."""
+    made, known = made_by(model), arrays(model)
+    dequantize = made[made[output].input[place]]
+    assert dequantize.op_type == "DequantizeLinear"
+    return [known[name] for name in dequantize.input if name in known]
+
+
+# --- what is quantized
+
+
+def test_products_are_quantized_and_stem_gate_and_projection_stay_float(tmp_path: Path) -> None:
+    model = onnx.load_from_string(content(build("onnx-int8", tmp_path)))
+    made = made_by(model)
+
+    def behind(output: str) -> list[str]:
+        return [made[name].op_type if name in made else "constant" for name in made[output].input]
+
+    for output in ("maps", "mixed"):
+        assert behind(output) == ["DequantizeLinear"] * 3
+    for output in ("stem_out", "gated", "projected"):
+        assert "DequantizeLinear" not in behind(output)
+    assert behind("sum") == ["DequantizeLinear", "Relu"], (
+        "a convolution gives int8, others read the exact value"
+    )
+    assert behind("bent") == ["DequantizeLinear"]
+    assert behind("mean") == ["Add"]
+    assert [node.op_type for node in model.graph.node].count("QuantizeLinear") == 4
+
+
+def test_attention_products_stay_float_and_maps_over_tokens_do_not() -> None:
+    graph = tokens()
+    assert policy_of(graph) == TRANSFORMER
+    assert policy_of(convolutions()) == CONVOLUTIONS
+    shaped = ir.from_proto(onnx.shape_inference.infer_shapes(graph))
+    assert place(shaped, TRANSFORMER) == ("wide", "narrow")
+    assert place(shaped, dataclasses.replace(TRANSFORMER, pooled=True)) == (
+        "wide",
+        "narrow",
+        "text_embedding",
+    )
+    assert place(shaped, dataclasses.replace(TRANSFORMER, keep_float=frozenset({"wide"}))) == ("narrow",)
+    assert place(shaped, dataclasses.replace(TRANSFORMER, ops=frozenset({"Conv"}))) == ()
+
+
+def test_a_policy_can_take_the_stem_and_what_is_pooled() -> None:
+    shaped = ir.from_proto(onnx.shape_inference.infer_shapes(convolutions()))
+    assert place(shaped, CONVOLUTIONS) == ("maps", "mixed")
+    everything = Int8Policy("all", stem=True, pooled=True)
+    assert place(shaped, everything) == ("stem_out", "maps", "mixed", "gated", "projected")
+    model = quantize(convolutions(), pictures(), everything, CPU, what="tower")
+    assert made_by(model)[made_by(model)["projected"].input[1]].op_type == "DequantizeLinear"
+    rows = pictures(8, seed=2)
+    assert (run(convolutions(), rows) * run(model, rows)).sum(1).min() > 0.99
+
+
+# --- numbers of others
+
+
+class _Rows:
+    def __init__(self, rows: NDArray[Any]) -> None:
+        self._parts = iter(np.split(rows, len(rows) // 8))
+
+    def get_next(self) -> dict[str, Any] | None:
+        part = next(self._parts, None)
+        return None if part is None else {"image": part}
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_integers_and_scales_are_those_of_onnx_runtimes_quantizer(tmp_path: Path, bits: int) -> None:
+    import_onnxruntime()
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    onnx.save(convolutions(), tmp_path / "float.onnx")
+    quantize_static(
+        str(tmp_path / "float.onnx"),
+        str(tmp_path / "int8.onnx"),
+        _Rows(pictures()),
+        quant_format=QuantFormat.QDQ,
+        nodes_to_quantize=["depthwise", "mix"],
+        per_channel=True,
+        reduce_range=bits == 7,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    theirs = onnx.load(tmp_path / "int8.onnx")
+    ours = quantize(convolutions(), pictures(), CONVOLUTIONS, scheme_of(bits), what="tower")
+    for output in ("maps", "mixed"):
+        for index in (1, 2):  # weight and bias: integers, scales, zero points
+            integers, scale, zero = parts(ours, output, index)
+            wanted, wanted_scale, wanted_zero = parts(theirs, output, index)
+            # Our scales of activations have eleven bits, and biases are in their units.
+            close = 0 if index == 1 else np.abs(wanted) / 512 + 1
+            assert (np.abs(integers.astype(int) - wanted.astype(int)) <= close).all()
+            np.testing.assert_allclose(
+                scale, wanted_scale.reshape(scale.shape), rtol=1e-6 if index == 1 else 2e-3
+            )
+            assert not zero.any()
+            assert not wanted_zero.any()
+        scale, zero = parts(ours, output, 0)
+        wanted_scale, wanted_zero = parts(theirs, output, 0)
+        assert wanted_scale <= scale <= wanted_scale * (1 + 2**-10)
+        assert abs(int(zero) - int(wanted_zero)) <= 1
+    rows = pictures(8, seed=2)
+    exact = run(convolutions(), rows)
+    errors = [np.abs(run(model, rows) - exact).max() for model in (ours, theirs)]
+    assert errors[0] < 1.5 * errors[1] < 0.1
+
+
+def test_ranges_are_the_least_and_largest_values() -> None:
+    rows = pictures(21)
+    seen = observe(convolutions(), rows, ["planes", "active"], what="tower")
+    assert seen["planes"] == (rows.min() / 64, rows.max() / 64)
+    fixed = observe(convolutions(batch=4), rows, ["planes", "active"], what="tower")
+    assert fixed["active"] == pytest.approx(seen["active"], rel=1e-5)
+    assert seen["active"][0] == 0
+
+
+def test_every_quantized_product_runs_in_an_integer_kernel(tmp_path: Path) -> None:
+    ort = import_onnxruntime()
+    for name, settings in (("onnx-int8", EXACT), ("onnx-int8@x86-avx2", {})):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        for key, value in settings.items():
+            options.add_session_config_entry(key, value)
+        ort.InferenceSession(content(build(name, tmp_path)), options, providers=["CPUExecutionProvider"])
+        kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+        assert kinds["QLinearConv"] == 2
+        assert kinds["Conv"] + kinds["FusedConv"] == 2  # stem and gate
+    model = quantize(tokens(), texts(), TRANSFORMER, CPU, what="tower")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert kinds["MatMulIntegerToFloat"] == 2
+
+
+def test_a_bias_over_weights_next_to_nothing_stays_right() -> None:
+    graph = convolutions()
+    for tensor in graph.graph.initializer:
+        if tensor.name in ("mix", "mix_bias"):
+            value = numpy_helper.to_array(tensor).copy()
+            value[0], value[1] = (1e-20, 0) if tensor.name == "mix" else (3.0, 5.0)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    rows = pictures(8, seed=2)
+    model = quantize(graph, pictures(), CONVOLUTIONS, CPU, what="tower")
+    assert (run(graph, rows) * run(model, rows)).sum(1).min() > 0.995
+
+
+# --- targets
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "settings", "requires"),
+    [
+        ("onnx-int8", 127, EXACT, Requires()),
+        ("onnx-int8@x86-avx2", 64, {}, Requires(isa_any=("avx2",))),
+        ("onnx-int8@x86-vnni", 127, {}, Requires(isa_any=("avx512_vnni", "avx_vnni"))),
+        ("onnx-int8@arm64-dotprod", 127, {}, Requires(isa_any=("dotprod",))),
+    ],
+)
+def test_the_target_decides_bits_settings_and_hosts(
+    tmp_path: Path, name: str, largest: int, settings: dict[str, str], requires: Requires
+) -> None:
+    built = build(name, tmp_path)
+    weights = [
+        value for value in arrays(onnx.load_from_string(content(built))).values() if value.dtype == np.int8
+    ]
+    assert max(int(np.abs(value.astype(int)).max()) for value in weights) == largest
+    assert dict(built.session_config) == settings
+    assert built.requires == requires
+    said = built.calibration
+    assert said is not None
+    assert (said["method"], said["rows"], said["digest"]) == ("minmax", {"image": 32}, "0" * 64)
+    assert said["scheme"]["weight_bits"] == (7 if largest == 64 else 8)
+    assert said["policy"]["image"]["name"] == "convolutions"
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (content(build("onnx-int8", tmp_path)) for _ in range(2))
+    assert first == second
+    other = content(build("onnx-int8", tmp_path, rows={"image": pictures(seed=9) // 2}))
+    assert other != first
+
+
+def test_the_interface_stays(tmp_path: Path) -> None:
+    built, plain = build("onnx-int8", tmp_path).towers["image"], build("onnx-fp32", tmp_path).towers["image"]
+    assert (built.inputs, built.outputs) == (plain.inputs, plain.outputs)
+
+
+# --- TensorRT's form
+
+
+def test_tensorrt_gets_signed_symmetric_int8_and_scales_that_float16_holds() -> None:
+    model = symmetric_qdq(convolutions(), pictures())
+    made, known = made_by(model), arrays(model)
+    pairs = [node for node in model.graph.node if node.op_type.endswith("QuantizeLinear")]
+    assert len([node for node in pairs if node.op_type == "QuantizeLinear"]) == 2, "inputs only"
+    for node in pairs:
+        scale, zero = known[node.input[1]], known[node.input[2]]
+        assert zero.dtype == np.int8
+        assert not zero.any()
+        assert (scale == scale.astype(np.float16)).all()
+    for output in ("maps", "mixed"):
+        assert made[output].input[2] in known, "the bias stays float"
+        integers = parts(model, output, 1)[0]
+        assert (np.abs(integers.astype(int)).max(axis=(1, 2, 3)) >= 120).all(), "a scale for each channel"
+    rows = pictures(8, seed=2)
+    assert (run(convolutions(), rows) * run(model, rows, {})).sum(1).min() > 0.99
+
+
+# --- storage
+
+
+def test_tables_are_stored_as_int8_and_other_weights_as_float16() -> None:
+    graph = quantize(tokens(), texts(), TRANSFORMER, CPU, what="tower")
+    small = onnx.ModelProto()
+    small.CopyFrom(graph)
+    store_small(small, tables="int8", others="float16")
+    kinds = {name: value.dtype for name, value in arrays(small).items()}
+    assert kinds["table_int8"] == np.int8
+    assert kinds["projection_half"] == np.float16
+    assert all(value.dtype == np.float32 for name, value in arrays(small).items() if name.endswith("_scale"))
+    rows = texts(8, seed=2)
+    wanted, got = run(graph, rows), run(small, rows)
+    assert np.abs(wanted - got).max() < 0.02 * np.abs(wanted).max()
+    same = onnx.ModelProto()
+    same.CopyFrom(graph)
+    store_small(same, tables="float32", others="float32")
+    assert same == graph
+
+
+# --- refusals
+
+
+def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        CalibrationError, match=r"'onnx-int8', image tower: its calibration rows are none, exp"
+    ):
+        build("onnx-int8", tmp_path, rows={})
+    with pytest.raises(CalibrationError, match=r"are uint8 \(15, 16, 16, 3\), expected at least 16 of uint8"):
+        build("onnx-int8", tmp_path, rows={"image": pictures(15)})
+    with pytest.raises(CalibrationError, match=r"are float32 \(32, 16, 16, 3\), expected .* \(16, 16, 3\)"):
+        build("onnx-int8", tmp_path, rows={"image": pictures().astype(np.float32)})
+    with pytest.raises(ExportError, match=r"image tower: it has opset 21, .* at most 20"):
+        build("onnx-int8", tmp_path, convolutions(opset=21))
+    nothing = Int8Policy("nothing", ops=frozenset({"Gemm"}))
+    with pytest.raises(ExportError, match=r"tower: nothing in it .* \(policy 'nothing': products of Gemm"):
+        quantize(convolutions(), pictures(), nothing, CPU, what="tower")
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    graph = convolutions()
+    for tensor in graph.graph.initializer:
+        if tensor.name == "factor":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(3, np.inf, np.float32), "factor"))
+    with pytest.raises(
+        CalibrationError, match=r"tower: 'active' is not finite for the calibration rows from 0"
+    ):
+        quantize(graph, pictures(), CONVOLUTIONS, CPU, what="tower")
+
+
+def test_a_scheme_is_checked() -> None:
+    with pytest.raises(CalibrationError, match="weight bits: got 4, expected 7 or 8"):
+        Scheme(weight_bits=4)
+    with pytest.raises(CalibrationError, match="signed=True"):
+        Scheme(symmetric=True)
+    assert TENSORRT.weight_limit == 127
+    assert scheme_of(7).weight_limit == 64
+
+
+def test_the_pass_refuses_what_it_was_not_made_for() -> None:
+    shaped = onnx.shape_inference.infer_shapes(convolutions())
+    ranges = dict.fromkeys(observed(ir.from_proto(shaped), ["mixed"]), (0.0, 1.0))
+    assert set(ranges) == {"bent", "bounded"}
+    with pytest.raises(ExportError, match=r"'bounded' has no range \(1 have none\)"):
+        apply(shaped, [InsertQdq(["mixed"], {"bent": (0.0, 1.0)})], what="tower")
+    with pytest.raises(ExportError, match="'sum' is no product with a constant weight"):
+        apply(shaped, [InsertQdq(["sum"], ranges)], what="tower")
+    done = apply(shaped, [InsertQdq(["mixed"], ranges)], what="tower")
+    with pytest.raises(ExportError, match="it is quantized already, at "):
+        apply(done, [InsertQdq(["mixed"], ranges)], what="tower")
+
+
+# --- trained probes
+
+
+def shapes(combinations: Any, size_px: int, seed: int) -> NDArray[np.uint8]:
+    from edgeclip.shapes import render
+
+    return np.stack([render(each, seed=seed + row, size_px=size_px) for row, each in enumerate(combinations)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("probe", "least"), [("mobileclip", 0.94), ("vit", 0.975), ("tinyclip", 0.975)])
+def test_trained_probes_agree_with_float32(repo: Path, tmp_path: Path, probe: str, least: float) -> None:
+    """200 labels of one word more or less each: the hardest names there are for these models."""
+    pytest.importorskip("torch")
+    from edgeclip.export.options import Checkpoint, GraphOptions
+    from edgeclip.export.passes.sequences import shared
+    from edgeclip.export.source import open_source
+    from edgeclip.shapes import captions, held_out_combinations, label, ordered_combinations
+
+    source = open_source(Checkpoint(str(repo / "tests/data/probes" / probe)), threads=2)
+    seen = list(itertools.islice(ordered_combinations(False, 1), 64))
+    judged = held_out_combinations()[:200]
+    size = source.preprocess.image_size_px[0]
+    known = [captions(each, language, 7)[0] for each in seen for language in ("en", "zh")]
+    asked = [captions(each, language, 9)[0] for each in judged for language in ("en", "zh")]
+    rows = {"image": shapes(seen, size, 1), "text": source.tokenizer(known, truncate=True)}
+    feeds = {"image": shapes(judged, size, 1000), "text": source.tokenizer(asked, truncate=True)}
+    names = source.tokenizer([label(each, "en") for each in judged], truncate=True)
+    graphs = {t: apply(source.trace(t, GraphOptions()), shared(), what=t) for t in ("image", "text")}
+    exact = {tower: run(graph, feeds[tower], {}) for tower, graph in graphs.items()}
+    bank = run(graphs["text"], names, {})
+    for name in ("onnx-int8", "onnx-int8@x86-avx2", "onnx-int8@x86-vnni"):
+        request = BuildRequest(VariantSpec.parse(name), graphs, tmp_path, rows, "0" * 64)
+        built = builder_of("onnx")(request)
+        for tower, graph in graphs.items():
+            data = content(built, tower)
+            got = run(data, feeds[tower], dict(built.session_config))
+            numbers: ParityNumbers = compare_embeddings(exact[tower], got, bank=bank)
+            assert numbers.cosine_mean > 0.998, (name, tower)
+            assert numbers.cosine_min > 0.99, (name, tower)
+            assert numbers.top1_agreement is not None
+            assert numbers.top1_agreement >= (least if tower == "image" else 0.99), (name, tower)
+            # A tower of a megabyte has as many names and scales as a large one.
+            assert len(data) < 0.35 * len(graph.SerializeToString()), (name, tower)
+
+
+@pytest.mark.full
+def test_both_towers_of_mobileclip2_s0_shrink_to_less_than_three_tenths(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    import torch
+    from towers import random_weights
+
+    from edgeclip.export.passes.sequences import shared
+    from edgeclip.export.trace import trace
+    from edgeclip.models.clip import build_clip
+    from edgeclip.models.zoo import clip_config
+
+    config = clip_config("MobileCLIP2-S0")
+    traced = trace(random_weights(build_clip(config), dtype=torch.float32), config).by_name()
+    rng = np.random.default_rng(0)
+    rows = {
+        "image": rng.integers(0, 256, (16, 256, 256, 3), dtype=np.uint8),
+        "text": rng.integers(1, 49_406, (16, 77), dtype=np.int32),
+    }
+    graphs = {tower: apply(graph, shared(), what=tower) for tower, graph in traced.items()}
+    built = builder_of("onnx")(BuildRequest(VariantSpec.parse("onnx-int8"), graphs, tmp_path, rows, "0" * 64))
+    for tower, graph in graphs.items():
+        assert len(content(built, tower)) < 0.29 * len(graph.SerializeToString()), tower
