@@ -371,8 +371,22 @@ def model_card(report: PipelineReport) -> str:
     source = manifest.provenance.get("source")
     if isinstance(source, Mapping):
         lines += [f"- {_text(str(key))}: {_text(str(value))}" for key, value in sorted(source.items())]
+    lines += [f"- {_text(line)}" for line in _references(manifest)]
     lines += [f"- {_text(name)} {_text(version)}" for name, version in report.versions.items()]
     return "\n".join(lines) + "\n"
+
+
+def _references(manifest: Manifest) -> list[str]:
+    """Return what variants were compared on, as the exporter notes it."""
+    lines = []
+    made = manifest.provenance.get("variants")
+    for name, said in made.items() if isinstance(made, Mapping) else ():
+        reference = said.get("reference") if isinstance(said, Mapping) else None
+        if isinstance(reference, Mapping):
+            pictures, texts = reference.get("pictures"), reference.get("texts")
+            source = reference.get("source")
+            lines.append(f"{name}: compared with float32 on {pictures} pictures ({source}) and {texts} texts")
+    return lines
 
 
 def _banks(manifest: Manifest) -> str:

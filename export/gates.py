@@ -235,7 +235,8 @@ def _parity(gate: ParityGate, facts: Facts) -> Iterator[Finding]:
         if bad:
             yield Finding(name, "failed", "wrong numbers", limit, "; ".join(bad))
         elif places:
-            yield Finding(name, "passed", f"verified {', '.join(places)}", limit)
+            instead = f" ({'; '.join(proxies)})" if proxies and places == ["at the export"] else ""
+            yield Finding(name, "passed", f"verified {', '.join(places)}{instead}", limit)
         elif gate.require_verified:
             yield Finding(name, "failed", "unverified", limit, variant.reason)
         elif proxies:

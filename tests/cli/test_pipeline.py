@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,21 @@ from edgeclip.runtime.session import RuntimeOptions
 
 PROBE = Path(__file__).parents[1] / "data" / "probes" / "vit"
 CI = Path(__file__).parents[2] / "docs" / "ci"
+# No module of torch or onnx may be imported, and no socket used: ends the process with code 99.
+GUARD = """
+import os, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnxscript", "onnx_ir", "openvino", "nncf"):
+            refuse(f"import of {name}")
+def refuse(what):
+    sys.stderr.write(f"refused: {what}\\n")
+    sys.stderr.flush()
+    os._exit(99)
+sys.meta_path.insert(0, Finder())
+sys.addaudithook(lambda event, arguments: event.startswith("socket.") and event != "socket.gethostname"
+                 and refuse(event))
+"""
 RECIPES = ("ci-smoke", "cpu-int8", "intel-openvino", "jetson", "raspberry-pi5", "rtx")
 RECIPE = """
 schema = 1
@@ -155,6 +172,19 @@ def test_help_names_every_shipped_recipe(pipeline: Any) -> None:
     said = " ".join(pipeline("run", "--help").out.split())
     for name in RECIPES:
         assert re.search(rf"\b{name}\b", said)
+
+
+def test_judging_needs_neither_torch_nor_onnx_nor_a_network(
+    recipe: Path, tiny_bundle: Path, pi: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    for arguments in (
+        ["run", str(recipe), "-o", out, "--inconclusive", "pass"],
+        ["gate", str(recipe), "-o", out, "--report", str(pi)],
+    ):
+        code = f"{GUARD}\nfrom edgeclip.cli import main\nmain({['pipeline', *arguments]!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 # --- templates ---------------------------------------------------------------------------------------------

@@ -77,6 +77,13 @@ def test_a_stand_in_is_enough_unless_more_is_asked_for() -> None:
     ]
 
 
+def test_numbers_from_another_kind_of_processor_are_called_that() -> None:
+    said = {"image": Parity(status="passed", n=16, proxy="the same engine on x86_64")}
+    variants = {"onnx-int8@arm64-dotprod": VariantFacts({}, said, "not run", "it needs dotprod")}
+    verdict = judge(ParityGate(name="p"), facts(variants=variants))
+    assert verdict.findings[0].got == "verified at the export (the same engine on x86_64)"
+
+
 def test_a_device_that_reported_verifies_a_variant() -> None:
     gate = ParityGate(name="p", require_verified=True)
     assert judge(gate, facts(reports=(report(),))).status == "passed"
