@@ -62,7 +62,12 @@ def model_options(command: _Command) -> _Command:
                 show_default=True,
                 help="Inference engine.",
             ),
-            click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+            click.option(
+                "--device",
+                default="cpu",
+                show_default=True,
+                help="cpu, cuda or cuda:N; with OpenVINO also gpu, gpu:N, npu and auto.",
+            ),
             click.option(
                 "--threads",
                 type=click.IntRange(min=1),

@@ -1,0 +1,299 @@
+"""OpenVINO's IR: an ``.xml`` and a ``.bin`` a tower, in float32, float16 or int8.
+
+Inputs and outputs keep their names, dtypes and shapes: uint8 pictures in, float32 embeddings out, whatever
+the precision between. *fp16* stores weights in float16; a device with float16 arithmetic also computes in it.
+*int8* is NNCF's post-training quantization: weights symmetric per output channel, activations asymmetric;
+token tables keep float rows as int8 with scales and are never activations. Equal graphs, rows and versions
+give equal bytes: layers are named by kind and number, and what tells versions is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import numpy as np
+
+from edgeclip.bundle import Requires, stored_name
+from edgeclip.errors import ExportError, MissingExtraError
+from edgeclip.runtime.host import versions
+from edgeclip.runtime.ov import import_openvino, without_telemetry
+from edgeclip.runtime.parity import ParityLimits
+
+from .build import BuildRequest, BuiltTower, BuiltVariant
+from .ranges import check_rows
+from .to_onnx import built_tower, tensor_entries
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+__all__ = ["build"]
+
+_ENGINE: Final = ">=2026.1"
+"""Versions of OpenVINO that these files are tried with."""
+_LARGEST_MESSAGE: Final = (1 << 31) - (1 << 24)
+_MOST_ROWS: Final = 300  # NNCF's own default: ranges and biases do not gain by more
+
+# AVX2 without VNNI adds two products of bytes in 16 bits: weights of every layer take half the range there.
+# Files for no target may meet such a host. Everywhere else products are added in 32 bits.
+_OVERFLOWS: Final = frozenset({None, "x86-avx2"})
+_DEVICES: Final[Mapping[str, str]] = MappingProxyType({"intel-gpu": "GPU", "intel-npu": "NPU"})
+
+# Normalization of embeddings and everything with a square or a mean: cheap, and ruined by 256 levels.
+_FLOAT_TYPES: Final = (
+    "Power",
+    "Sqrt",
+    "Divide",
+    "ReduceSum",
+    "ReduceMean",
+    "ReduceL2",
+    "MVN",
+    "Softmax",
+    "NormalizeL2",
+)
+
+
+def build(request: BuildRequest) -> BuiltVariant:
+    """Make the IR files of one variant.
+
+    Raises:
+        MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
+        CalibrationError: a tower has no calibration rows, or they do not fit.
+        ExportError: the variant cannot be made.
+    """
+    spec, precision = request.spec, request.spec.form.precision
+    _require("openvino", extra="openvino")
+    if precision == "int8":
+        _require("nncf", extra="export")
+        for tower, graph in request.graphs.items():
+            check_rows(graph, request.calibration.get(tower), what=f"variant {spec.name!r}, {tower} tower")
+    _check_target(request)
+    towers = {}
+    for tower, graph in request.graphs.items():
+        what = f"variant {spec.name!r}, {tower} tower"
+        request.on_step(f"convert the {tower} tower")
+        network = _converted(tower, graph, request.work, what=what)
+        if precision == "int8":
+            request.on_step(f"quantize the {tower} tower")
+            network = _quantized(network, request.calibration[tower][:_MOST_ROWS], request, what=what)
+        towers[tower] = _stored(tower, network, graph, request.work, halve=precision == "fp16")
+        del network
+    target = Requires() if spec.target is None else spec.target.requires
+    return BuiltVariant(
+        towers,
+        requires=msgspec.structs.replace(target, engine=_ENGINE),
+        calibration=_said(request) if precision == "int8" else None,
+    )
+
+
+def _require(module: str, *, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtraError("exporting OpenVINO files", extra=extra, module=module)
+
+
+def _check_target(request: BuildRequest) -> None:
+    """Refuse what the NPU cannot run."""
+    spec = request.spec
+    if spec.target_name != "intel-npu":
+        return
+    if spec.form.precision == "fp32":
+        raise ExportError(
+            f"variant {spec.name!r}: the NPU has no float32 arithmetic; export openvino-fp16 or -int8."
+        )
+    for tower, graph in request.graphs.items():
+        (entry, *_), _ = tensor_entries(graph)
+        if any(isinstance(size, str) for size in entry.shape):
+            raise ExportError(
+                f"variant {spec.name!r}: the NPU takes towers of one batch, and the {tower} tower takes "
+                f"{entry.name!r} of {entry.shape}; export with --static-batch 1."
+            )
+
+
+# --- conversion -------------------------------------------------------------------------------------------
+
+
+def _converted(tower: str, graph: onnx.ModelProto, work: Path, *, what: str) -> Any:
+    """Return a graph as OpenVINO's model, simplified as its converter does it."""
+    openvino = import_openvino()
+    from openvino._offline_transformations import apply_moc_transformations
+
+    inputs, outputs = tensor_entries(graph)
+    try:
+        core = openvino.Core()
+        if graph.ByteSize() < _LARGEST_MESSAGE:
+            network = core.read_model(graph.SerializeToString(deterministic=True))
+        else:
+            network = core.read_model(_written(tower, graph, work))
+        apply_moc_transformations(network, cf=True, smart_reshape=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[-300:]
+        raise ExportError(f"{what}: OpenVINO cannot convert the graph: {reason}") from error
+    # Merged layers leave several names on one tensor.
+    for port, entry in zip((*network.inputs, *network.outputs), (*inputs, *outputs), strict=True):
+        port.get_tensor().set_names({entry.name})
+    return network
+
+
+def _written(tower: str, graph: onnx.ModelProto, work: Path) -> Path:
+    """Write a graph whose weights one message cannot hold, and return where."""
+    files = built_tower(tower, graph, external_data=True)
+    for name, content in files.files.items():
+        assert isinstance(content, bytes)
+        place = name if name == files.model else stored_name(name, hashlib.sha256(content).hexdigest())
+        (work / place).write_bytes(content)
+    return work / files.model
+
+
+def _stored(tower: str, network: Any, graph: onnx.ModelProto, work: Path, *, halve: bool) -> BuiltTower:
+    inputs, outputs = tensor_entries(graph)
+    path = work / f"{tower}.xml"
+    import_openvino().save_model(network, path, compress_to_fp16=halve)
+    names = [entry.name for entry in (*inputs, *outputs)]
+    path.write_bytes(_canonical(path.read_bytes(), names))
+    return BuiltTower(path.name, {path.name: path, f"{tower}.bin": path.with_suffix(".bin")}, inputs, outputs)
+
+
+def _canonical(text: bytes, names: Sequence[str]) -> bytes:
+    """Return an IR without what depends on versions, on other exports of the process, or on nothing.
+
+    Layers that OpenVINO makes are called by a counter of the process; NNCF and OpenVINO write their versions
+    and settings below ``rt_info`` of the network. What ``rt_info`` of a layer says is kept: it tells plugins
+    how to treat it.
+    """
+    root = ET.fromstring(text)  # noqa: S314  # OpenVINO has written it a moment ago
+    for child in root.findall("rt_info"):
+        root.remove(child)
+    root.set("name", "tower")
+    counts: dict[str, int] = {}
+    for layer in root.iterfind("layers/layer"):
+        kind = layer.get("type", "Layer")
+        counts[kind] = counts.get(kind, 0) + 1
+        if kind != "Parameter":
+            layer.set("name", f"{kind}_{counts[kind]}")
+        for port in layer.iterfind("output/port"):
+            said = port.get("names")
+            if said is not None and said not in names:
+                del port.attrib["names"]
+    stream = io.BytesIO()
+    ET.ElementTree(root).write(stream, encoding="utf-8", xml_declaration=True)
+    return stream.getvalue().replace(b"\r\n", b"\n") + b"\n"
+
+
+# --- int8 -------------------------------------------------------------------------------------------------
+
+
+def _policy(request: BuildRequest) -> dict[str, Any]:
+    """Return how towers are quantized, as the manifest says it too.
+
+    NNCF's scheme for transformers keeps sums of residual branches in float. Towers of convolutions take it
+    too: quantized sums cost them a third of their agreement with float32.
+    """
+    target = request.spec.target_name
+    return {
+        "model_type": "transformer",
+        "preset": "mixed",
+        "target_device": _DEVICES.get(target or "", "CPU"),
+        "overflow_fix": "enable" if target in _OVERFLOWS else "disable",
+        "float_types": list(_FLOAT_TYPES),
+    }
+
+
+def _quantized(network: Any, rows: NDArray[np.generic], request: BuildRequest, *, what: str) -> Any:
+    """Return a network with fake-quantized activations and int8 weights."""
+    policy = _policy(request)
+    batch = network.inputs[0].partial_shape[0]
+    size = 1 if batch.is_dynamic else int(batch.get_length())
+    batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+    with _quiet_nncf() as nncf:
+        from nncf.quantization.advanced_parameters import OverflowFix
+
+        settings: dict[str, Any] = {
+            "preset": nncf.QuantizationPreset(policy["preset"]),
+            "target_device": nncf.TargetDevice(policy["target_device"]),
+            "subset_size": len(batches),
+            "model_type": nncf.ModelType(policy["model_type"]),
+            "ignored_scope": nncf.IgnoredScope(types=list(policy["float_types"]), validate=False),
+        }
+        advanced = nncf.AdvancedQuantizationParameters(overflow_fix=OverflowFix(policy["overflow_fix"]))
+        try:
+            if not request.options.accuracy_control:
+                return nncf.quantize(network, nncf.Dataset(batches), advanced_parameters=advanced, **settings)
+            return nncf.quantize_with_accuracy_control(
+                network,
+                nncf.Dataset(batches),
+                nncf.Dataset(batches),
+                _mean_cosine(network),
+                max_drop=1 - (ParityLimits.of("int8").cosine_mean or 0.0),
+                drop_type=nncf.DropType.ABSOLUTE,
+                advanced_quantization_parameters=advanced,
+                **settings,
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise ExportError(f"{what}: NNCF cannot quantize it: {reason}.") from error
+
+
+def _mean_cosine(network: Any) -> Any:
+    """Return NNCF's measure of a network: the mean cosine of its embeddings with those in float32."""
+    reference = import_openvino().Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    known: dict[bytes, NDArray[Any]] = {}
+
+    def expected(rows: NDArray[Any]) -> NDArray[Any]:
+        key = hashlib.sha256(np.ascontiguousarray(rows).data).digest()
+        if key not in known:
+            known[key] = np.asarray(reference(rows)[0], np.float64)
+        return known[key]
+
+    def measure(compiled: Any, items: Any) -> tuple[float, list[float]]:
+        cosines: list[float] = []
+        for rows in items:
+            got, want = np.asarray(compiled(rows)[0], np.float64), expected(rows)
+            lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
+            cosines.append(float(((got * want).sum(axis=1) / lengths).mean()))
+        return float(np.mean(cosines)), cosines
+
+    return measure
+
+
+@contextlib.contextmanager
+def _quiet_nncf() -> Iterator[Any]:
+    """Import NNCF with its telemetry off, and keep its progress bars and remarks to itself."""
+    import_openvino()
+    logger = logging.getLogger("nncf")
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        with without_telemetry():
+            import nncf
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield nncf
+        finally:
+            logger.setLevel(level)
+
+
+def _said(request: BuildRequest) -> dict[str, Any]:
+    installed = versions()
+    return {
+        "method": "nncf",
+        "accuracy_control": request.options.accuracy_control,
+        "rows": {tower: min(len(request.calibration[tower]), _MOST_ROWS) for tower in request.graphs},
+        "digest": request.calibration_digest,
+        "openvino": installed.get("openvino"),
+        "policy": _policy(request),
+    }

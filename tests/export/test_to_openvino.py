@@ -1,0 +1,468 @@
+"""OpenVINO's files: interfaces, numbers on the engine, equal bytes, and how NNCF is used."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("torch")
+for _module in ("openvino", "nncf"):
+    if importlib.util.find_spec(_module) is None:
+        pytest.skip(f"{_module} is not installed", allow_module_level=True)
+
+from exported import NAMES, PROBES, export_probe, run_file, shape_pictures, write_pictures  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from edgeclip.bundle import Bundle, Requires  # noqa: E402
+from edgeclip.errors import CalibrationError, ExportError, MissingExtraError  # noqa: E402
+from edgeclip.export import to_openvino  # noqa: E402
+from edgeclip.export.build import BuildOptions, BuildRequest, BuiltVariant  # noqa: E402
+from edgeclip.export.options import Checkpoint, ExportSettings, GraphOptions, References  # noqa: E402
+from edgeclip.export.to_onnx import tensor_entries  # noqa: E402
+from edgeclip.export.variants import VariantSpec  # noqa: E402
+from edgeclip.export.verify import verify_bundle  # noqa: E402
+from edgeclip.runtime import RuntimeOptions, open_session  # noqa: E402
+from edgeclip.runtime.parity import (  # noqa: E402
+    Golden,
+    ParityLimits,
+    check_parity,
+    compare_embeddings,
+)
+from edgeclip.runtime.rows import run_rows  # noqa: E402
+
+ONE = RuntimeOptions(threads=1)
+SIDE, EMBED, ROWS = 8, 16, 32
+
+
+def tiny_graph(batch: int | str = "batch") -> Any:
+    """Return pixels -> convolution -> GELU -> mean -> product -> unit rows."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "kernel": rng.normal(size=(8, 3, 3, 3)) / 5,
+        "bias": rng.normal(size=8) / 5,
+        "product": rng.normal(size=(8, EMBED)),
+        "scale": np.float32(1 / 255),
+    }
+    nodes = [
+        helper.make_node("Cast", ["image"], ["whole"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["whole", "scale"], ["pixels"]),
+        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "kernel", "bias"], ["seen"], pads=[1, 1, 1, 1]),
+        helper.make_node("Gelu", ["seen"], ["active"]),
+        helper.make_node("ReduceMean", ["active", "axes"], ["pooled"], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "product"], ["raw"]),
+        helper.make_node("ReduceL2", ["raw", "last"], ["length"]),
+        helper.make_node("Div", ["raw", "length"], ["image_embedding"]),
+    ]
+    constants = [numpy_helper.from_array(np.asarray(w, np.float32), name) for name, w in weights.items()]
+    constants += [
+        numpy_helper.from_array(np.array([2, 3]), "axes"),
+        numpy_helper.from_array(np.array([1]), "last"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info("image_embedding", TensorProto.FLOAT, [batch, EMBED])],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def pixels(count: int = ROWS, seed: int = 1) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+
+
+def request(
+    work: Path,
+    name: str,
+    graphs: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    **options: bool,
+) -> BuildRequest:
+    work.mkdir(parents=True, exist_ok=True)
+    spec = VariantSpec.parse(name)
+    if calibration is None:
+        calibration = {"image": pixels()} if spec.form.precision == "int8" else {}
+    return BuildRequest(
+        spec, graphs or {"image": tiny_graph()}, work, calibration, "feed" * 16, BuildOptions(**options)
+    )
+
+
+def read_xml(path: Path) -> ET.Element:
+    return ET.parse(path).getroot()  # noqa: S314  # our own file
+
+
+def contents(built: BuiltVariant) -> dict[str, str]:
+    """Return the digests of all files."""
+    found = {}
+    for tower in built.towers.values():
+        for name, content in tower.files.items():
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            found[name] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def run(built: BuiltVariant, rows: NDArray[Any], tower: str = "image", batch: int = 8) -> NDArray[Any]:
+    path = built.towers[tower].files[built.towers[tower].model]
+    assert isinstance(path, Path)
+    with open_session(path, options=ONE) as session:
+        return run_rows(session, rows, batch=batch)
+
+
+def by_onnx_runtime(tmp_path: Path, rows: NDArray[Any], graph: Any = None) -> NDArray[Any]:
+    path = tmp_path / "reference.onnx"
+    path.write_bytes((graph or tiny_graph()).SerializeToString())
+    return run_file(path, rows, batch=8)
+
+
+# --- files, interfaces and bytes
+
+
+@pytest.mark.parametrize("form", ["openvino-fp32", "openvino-fp16", "openvino-int8"])
+def test_every_precision_has_the_interface_of_the_graph(form: str, tmp_path: Path) -> None:
+    built = to_openvino.build(request(tmp_path, form))
+    tower = built.towers["image"]
+    assert list(tower.files) == ["image.xml", "image.bin"]
+    assert (tower.inputs, tower.outputs) == tensor_entries(tiny_graph())
+    assert built.requires == Requires(engine=">=2026.1")
+    with open_session(tmp_path / "image.xml", options=ONE) as session:
+        assert [str(spec) for spec in session.inputs.values()] == [f"uint8 (B, {SIDE}, {SIDE}, 3)"]
+        assert [str(spec) for spec in session.outputs.values()] == [f"float32 (B, {EMBED})"]
+        assert (*session.inputs, *session.outputs) == ("image", "image_embedding")
+
+
+@pytest.mark.parametrize(
+    ("form", "cosine"), [("openvino-fp32", 0.9999999), ("openvino-fp16", 0.9999), ("openvino-int8", 0.99)]
+)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_numbers_are_those_of_onnx_runtime(form: str, cosine: float, batch: int, tmp_path: Path) -> None:
+    rows = pixels(10, seed=2)
+    numbers = compare_embeddings(
+        by_onnx_runtime(tmp_path, rows), run(to_openvino.build(request(tmp_path, form)), rows, batch=batch)
+    )
+    assert numbers.cosine_min >= cosine
+    assert form != "openvino-fp32" or numbers.max_abs <= 1e-6
+
+
+def test_float16_halves_the_weights(tmp_path: Path) -> None:
+    sizes = {}
+    for form in ("openvino-fp32", "openvino-fp16"):
+        to_openvino.build(request(tmp_path / form, form))
+        sizes[form] = (tmp_path / form / "image.bin").stat().st_size
+    assert sizes["openvino-fp16"] <= 0.55 * sizes["openvino-fp32"]
+
+
+def test_int8_weights_are_stored_as_bytes(tmp_path: Path) -> None:
+    to_openvino.build(request(tmp_path, "openvino-int8"))
+    root = read_xml(tmp_path / "image.xml")
+    stored = {
+        data.get("shape", "").replace(" ", ""): data.get("element_type")
+        for data in root.iterfind("layers/layer[@type='Const']/data")
+        if data.get("element_type") in ("i8", "u8")
+    }
+    assert set(stored) == {"8,3,3,3", f"{EMBED},8"} or set(stored) == {"8,3,3,3", f"8,{EMBED}"}
+    assert root.find("layers/layer[@type='FakeQuantize']") is not None
+
+
+@pytest.mark.parametrize("form", ["openvino-fp32", "openvino-fp16", "openvino-int8"])
+def test_two_builds_in_two_directories_are_the_same_bytes(form: str, tmp_path: Path) -> None:
+    first = to_openvino.build(request(tmp_path / "here", form))
+    second = to_openvino.build(request(tmp_path / "and" / "there", form))
+    assert contents(first) == contents(second)
+
+
+def test_the_file_tells_no_version_and_no_place(tmp_path: Path) -> None:
+    to_openvino.build(request(tmp_path / "somewhere", "openvino-int8"))
+    path = tmp_path / "somewhere" / "image.xml"
+    text, root = path.read_text("utf-8"), read_xml(path)
+    assert "somewhere" not in text
+    assert "nncf" not in text.lower()
+    assert not any(version in text for version in (module_version("openvino"), module_version("nncf")))
+    names = [layer.get("name", "") for layer in root.iterfind("layers/layer")]
+    assert len(set(names)) == len(names)
+    assert "Convolution_1" in names
+    ports = [port.get("names") for port in root.iter("port") if port.get("names")]
+    assert ports == ["image", "image_embedding"]
+
+
+def module_version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+@pytest.mark.slow
+def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
+    code = """
+        import hashlib, sys
+        from pathlib import Path
+        import numpy as np, onnx
+        from edgeclip.export import to_openvino
+        from edgeclip.export.build import BuildRequest
+        from edgeclip.export.variants import VariantSpec
+        graph, rows, work = onnx.load(sys.argv[1]), np.load(sys.argv[2]), Path(sys.argv[3])
+        request = BuildRequest(VariantSpec.parse("openvino-int8"), {"image": graph}, work, {"image": rows})
+        to_openvino.build(request)
+        for name in ("image.xml", "image.bin"):
+            print(name, hashlib.sha256((work / name).read_bytes()).hexdigest())
+    """
+    onnx.save(tiny_graph(), tmp_path / "graph.onnx")
+    np.save(tmp_path / "rows.npy", pixels())
+    (tmp_path / "far").mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    arguments = [str(tmp_path / name) for name in ("graph.onnx", "rows.npy", "far")]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    said = dict(line.split() for line in result.stdout.splitlines())
+    assert said == contents(to_openvino.build(request(tmp_path / "near", "openvino-int8")))
+
+
+def test_weights_beyond_one_message_are_read_from_a_second_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(to_openvino.build(request(tmp_path / "one", "openvino-fp32")))
+    monkeypatch.setattr(to_openvino, "_LARGEST_MESSAGE", 100)
+    monkeypatch.setattr("edgeclip.export.to_onnx._INLINE_BYTES", 64)
+    got = contents(to_openvino.build(request(tmp_path / "two", "openvino-fp32")))
+    assert list((tmp_path / "two").glob("*.data"))
+    assert got == expected
+
+
+# --- targets and refusals
+
+
+def test_a_target_decides_the_range_of_weights_and_what_hosts_must_offer(tmp_path: Path) -> None:
+    built = {
+        name: to_openvino.build(request(tmp_path / name.replace("@", "-"), name))
+        for name in ("openvino-int8", "openvino-int8@x86-avx2", "openvino-int8@x86-vnni")
+    }
+    narrow, wide = built["openvino-int8@x86-avx2"], built["openvino-int8@x86-vnni"]
+    assert contents(built["openvino-int8"]) == contents(narrow)  # runs anywhere, so there too
+    assert contents(narrow)["image.bin"] != contents(wide)["image.bin"]
+    assert largest_weight(tmp_path / "openvino-int8-x86-avx2") <= 64
+    assert largest_weight(tmp_path / "openvino-int8-x86-vnni") == 127
+    assert wide.requires == Requires(isa_any=("avx512_vnni", "avx_vnni"), engine=">=2026.1")
+    assert narrow.calibration is not None
+    assert narrow.calibration["policy"]["overflow_fix"] == "enable"
+
+
+def largest_weight(folder: Path) -> int:
+    data = (folder / "image.bin").read_bytes()
+    largest = 0
+    for said in read_xml(folder / "image.xml").iterfind("layers/layer[@type='Const']/data"):
+        if said.get("element_type") == "i8":
+            offset, size = int(said.get("offset", "0")), int(said.get("size", "0"))
+            largest = max(largest, int(np.abs(np.frombuffer(data, np.int8, size, offset).astype(int)).max()))
+    return largest
+
+
+def test_how_it_was_quantized_is_said(tmp_path: Path) -> None:
+    said = to_openvino.build(request(tmp_path, "openvino-int8@intel-gpu")).calibration
+    assert said is not None
+    assert said["method"] == "nncf"
+    assert said["rows"] == {"image": ROWS}
+    assert said["digest"] == "feed" * 16
+    assert said["policy"]["target_device"] == "GPU"
+    assert to_openvino.build(request(tmp_path, "openvino-fp16")).calibration is None
+
+
+def test_the_npu_takes_one_batch_and_no_float32(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"'openvino-fp16@intel-npu'.*takes 'image' of \('batch', 8, 8, 3\)"
+    ):
+        to_openvino.build(request(tmp_path, "openvino-fp16@intel-npu"))
+    with pytest.raises(ExportError, match="'openvino-fp32@intel-npu': the NPU has no float32"):
+        to_openvino.build(request(tmp_path, "openvino-fp32@intel-npu", {"image": tiny_graph(1)}))
+    built = to_openvino.build(request(tmp_path, "openvino-int8@intel-npu", {"image": tiny_graph(2)}))
+    rows = pixels(5, seed=4)
+    expected = by_onnx_runtime(tmp_path, np.concatenate([rows, rows[:1]]), tiny_graph("batch"))[:5]
+    assert compare_embeddings(expected, run(built, rows)).cosine_min >= 0.99
+
+
+def test_too_few_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"'openvino-int8', image tower.*uint8 \(7, 8, 8, 3\)"):
+        to_openvino.build(request(tmp_path, "openvino-int8", calibration={"image": pixels(7)}))
+
+
+def test_what_openvino_cannot_convert_is_our_error(tmp_path: Path) -> None:
+    graph = tiny_graph()
+    graph.graph.node[4].op_type = "NoSuchActivation"
+    with pytest.raises(ExportError, match=r"'openvino-fp32', image tower.*NoSuchActivation"):
+        to_openvino.build(request(tmp_path, "openvino-fp32", {"image": graph}))
+
+
+def test_what_nncf_cannot_quantize_is_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with to_openvino._quiet_nncf() as nncf:
+        pass
+
+    def fails(*arguments: object, **settings: object) -> None:
+        raise RuntimeError("no\nranges.")
+
+    monkeypatch.setattr(nncf, "quantize", fails)
+    with pytest.raises(
+        ExportError, match=r"'openvino-int8', image tower: NNCF cannot quantize it: no ranges\.$"
+    ):
+        to_openvino.build(request(tmp_path, "openvino-int8"))
+
+
+@pytest.mark.parametrize(("module", "form"), [("openvino", "openvino-fp32"), ("nncf", "openvino-int8")])
+def test_a_missing_package_is_named(
+    module: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        to_openvino.importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == module else find(name, *more),
+    )
+    with pytest.raises(MissingExtraError, match=module):
+        to_openvino.build(request(tmp_path, form))
+
+
+def test_nncf_is_silent_and_leaves_streams_and_logs_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import logging
+
+    level, streams = logging.getLogger("nncf").level, (sys.stdout, sys.stderr)
+    to_openvino.build(request(tmp_path, "openvino-int8"))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert (logging.getLogger("nncf").level, (sys.stdout, sys.stderr)) == (level, streams)
+
+
+@pytest.mark.slow
+def test_nncf_reports_to_nobody(tmp_path: Path) -> None:
+    code = """
+        import os, sys
+        sys.addaudithook(
+            lambda event, arguments: os._exit(99)
+            if event.startswith("socket.") and event != "socket.gethostname" else None
+        )
+        from pathlib import Path
+        import numpy as np, onnx
+        from edgeclip.export import to_openvino
+        from edgeclip.export.build import BuildRequest
+        from edgeclip.export.variants import VariantSpec
+        graph, rows, work = onnx.load(sys.argv[1]), np.load(sys.argv[2]), Path(sys.argv[3])
+        to_openvino.build(
+            BuildRequest(VariantSpec.parse("openvino-int8"), {"image": graph}, work, {"image": rows})
+        )
+        assert "nncf" in sys.modules and "openvino_telemetry" not in sys.modules
+    """
+    onnx.save(tiny_graph(), tmp_path / "graph.onnx")
+    np.save(tmp_path / "rows.npy", pixels())
+    for name in ("work", "home"):
+        (tmp_path / name).mkdir()
+    unset = ("CI", "TF_BUILD", "JENKINS_URL", "NNCF_CI", "NNCF_DEV")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["HOME"] = str(tmp_path / "home")
+    arguments = [str(tmp_path / name) for name in ("graph.onnx", "rows.npy", "work")]
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    assert not (tmp_path / "home" / "intel").exists()
+
+
+# --- the probes, against eager float32
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "shapes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_probe_keeps_its_numbers_at_batch_1_and_5(name: str, pictures: Path, tmp_path: Path) -> None:
+    bundle = export_probe(name, tmp_path / "bundle", pictures, "openvino-fp32", "openvino-fp16").bundle
+    golden = Golden.of(bundle)
+    references = {"image": golden.image_embedding, "text": golden.text_embedding}
+    rows = {"image": golden.images, "text": golden.tokens}
+    for precision in ("fp32", "fp16"):
+        for tower, reference in references.items():
+            files = bundle.variant(f"openvino-{precision}").tower(tower)
+            with open_session(files, options=ONE) as session:
+                for batch in (1, 5):
+                    got = run_rows(session, rows[tower], batch=batch)  # type: ignore[arg-type]
+                    numbers = compare_embeddings(reference, got)  # type: ignore[arg-type]
+                    assert check_parity(numbers, ParityLimits.of(precision)) == ()
+    report = verify_bundle(bundle)
+    assert {verdict.name: verdict.status for verdict in report.variants} == {
+        "openvino-fp32": "passed",
+        "openvino-fp16": "passed",
+    }
+
+
+@pytest.fixture(scope="module")
+def traced() -> Mapping[str, Any]:
+    from edgeclip.export.source import open_source
+
+    source = open_source(Checkpoint(str(PROBES / "tinyclip")), threads=1)
+    return {"image": source.trace("image", GraphOptions())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accuracy_control", [False, True], ids=["plain", "accuracy control"])
+def test_int8_of_a_trained_vit_keeps_its_directions(
+    traced: Mapping[str, Any], accuracy_control: bool, tmp_path: Path
+) -> None:
+    """Calibrated on pictures of its own kind; the ranks are the business of the choice of layers."""
+    rows = shape_pictures(48)
+    built = to_openvino.build(
+        request(
+            tmp_path,
+            "openvino-int8",
+            traced,
+            {"image": shape_pictures(32, seed=900)},
+            accuracy_control=accuracy_control,
+        )
+    )
+    numbers = compare_embeddings(by_onnx_runtime(tmp_path, rows, traced["image"]), run(built, rows))
+    assert numbers.cosine_mean >= 0.99
+    assert (tmp_path / "image.bin").stat().st_size < 0.4 * sum(
+        len(tensor.raw_data) for tensor in traced["image"].graph.initializer
+    )
+
+
+@pytest.mark.slow
+def test_a_bundle_of_openvino_files_classifies_from_the_command_line(pictures: Path, tmp_path: Path) -> None:
+    export_probe(
+        "tinyclip",
+        tmp_path / "bundle",
+        pictures,
+        "openvino-fp16",
+        settings=ExportSettings(references=References(pictures=pictures), threads=1),
+    )
+    assert Bundle.open(tmp_path / "bundle").manifest.default_variants == ("openvino-fp16",)
+    command = [sys.executable, "-m", "edgeclip", "classify", str(next(pictures.iterdir()))]
+    options = ["--bundle", str(tmp_path / "bundle"), "--variant", "openvino-fp16", "--backend", "openvino"]
+    result = subprocess.run(
+        [*command, *options, "--labels", "a red circle,a green square", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert '"score"' in result.stdout
