@@ -36,6 +36,7 @@ from .pipeline_recipe import (
     AccuracyGate,
     ExportSpec,
     LatencyGate,
+    ParityGate,
     PipelineRecipe,
     SectionSpec,
     recipe_variants,
@@ -363,7 +364,16 @@ class _Run:
     def _without_bundle(self, error: ParityError) -> PipelineReport:
         """Return the report of a run whose export failed its own gate."""
         self._done("export", time.perf_counter(), str(error), failed=True)
-        finding = Finding("export", "failed", "wrong numbers", "within its limits", str(error))
+        wrong = Finding("export", "failed", "wrong numbers", "within its limits", str(error))
+        unjudged = Finding("bundle", "inconclusive", "no bundle", "a bundle", "its export failed")
+        verdicts = [
+            Verdict(
+                gate.name,
+                str(gate.__struct_config__.tag),
+                (wrong if isinstance(gate, ParityGate) else unjudged,),
+            )
+            for gate in gates_of(self.recipe)
+        ]
         if (self.options.out / _BUNDLE).is_dir():
             self.state.remarks.append(f"{_BUNDLE}/ is of an earlier run")
         return PipelineReport(
@@ -371,7 +381,7 @@ class _Run:
             recipe_digest=digest_of(recipe=msgspec.to_builtins(self.recipe)),
             created=now(),
             inconclusive=self.options.inconclusive,
-            verdicts=(Verdict("parity", "parity", (finding,)),),
+            verdicts=tuple(verdicts),
             stages=tuple(self.outcomes),
             manifest=None,
             bundle=None,

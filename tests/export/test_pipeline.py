@@ -285,6 +285,11 @@ def test_an_export_that_disagrees_is_a_failed_gate_with_artifacts(
     out = workshop / "out"
     assert "cosine\\_mean is 0.2, expected at least 0.99" in (out / "summary.md").read_text()
     assert "<failure" in (out / "junit.xml").read_text()
+    assert [(verdict.gate, verdict.status) for verdict in report.verdicts] == [
+        ("numbers", "failed"),
+        ("colours", "inconclusive"),
+        ("size", "inconclusive"),
+    ]
     assert not (out / "bundle").exists()
     assert not (out / "model-card.md").exists()
 
