@@ -9,27 +9,25 @@ interrupted, the old bundle stays what it was.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-import numpy as np
 
 from edgeclip.bundle import Bundle, BundleWriter, TensorEntry
 from edgeclip.errors import ConfigError, MissingExtraError, ParityError
-from edgeclip.preprocess import Preprocess
 from edgeclip.runtime.host import peak_rss_bytes
 
 from .agreement import Yardstick, verify_tower
 from .build import BuildRequest, BuiltTower, BuiltVariant, builder_of
+from .calibration_rows import calibration_rows
 from .contents import write_contents, write_provenance
 from .options import Checkpoint, Exported, ExportReport, ExportSettings, VariantReport
-from .reference import calibration_pictures, calibration_texts
 from .steps import OnStep, Steps
 from .variants import VariantSpec
 
@@ -176,17 +174,16 @@ def _calibration(
         return {}, None
     with steps("calibration inputs"):
         asked = settings.references
-        pictures = calibration_pictures(source.preprocess, asked.calibration, reference=asked.pictures)
-        rows: dict[str, NDArray[Any]] = {"image": pictures.pixels}
-        if settings.graph.text:
-            texts = calibration_texts(source.tokenizer.config.languages)
-            rows["text"] = source.tokenizer(texts, truncate=True)
-        digest = hashlib.sha256()
-        for name in sorted(rows):
-            digest.update(np.ascontiguousarray(rows[name]).data)
-        if settings.graph.float_input:
-            rows["image"] = Preprocess(source.preprocess).normalize(pictures.pixels)
-    return rows, digest.hexdigest()
+        chosen = calibration_rows(
+            source.preprocess,
+            languages=source.tokenizer.config.languages,
+            tokenize=partial(source.tokenizer, truncate=True) if settings.graph.text else None,
+            given=asked.calibration,
+            reference=asked.pictures,
+            samples=asked.calibration_samples,
+        )
+        feeds = chosen.feeds(source.preprocess, float_input=settings.graph.float_input)
+    return feeds, chosen.digest
 
 
 # --- variants ----------------------------------------------------------------------------------------------

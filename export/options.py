@@ -19,6 +19,7 @@ from .variants import VariantSpec
 __all__ = [
     "OPSET",
     "OPSETS",
+    "SAMPLES",
     "Checkpoint",
     "ExportReport",
     "ExportSettings",
@@ -36,6 +37,8 @@ __all__ = [
 OPSET: Final = 20
 """One node for GELU; from 23 on an Attention node that older runtimes lack."""
 OPSETS: Final = range(17, 25)
+SAMPLES: Final = 256
+"""Pictures and texts to choose int8 ranges on at most, where nothing else is said."""
 _INT8_OPSET = 20  # above it ONNX Runtime's integer kernels do not take over every Q/DQ pair
 _NUMBERS = ("max_abs", "cosine_min", "cosine_mean", "centred_cosine_mean", "top1_agreement")
 _PRECISIONS = ("fp32", "fp16", "int8")
@@ -131,11 +134,13 @@ class References:
         pictures: folder, table or shards with pictures to compare on; ``None`` takes the photographs that
             come with edgeclip, cropped and flipped.
         calibration: the same for int8; ``None`` takes other crops of ``pictures``.
+        calibration_samples: pictures, and texts, to choose int8 ranges on at most; 16 or more.
         offered: labels; ``None`` takes a hundred everyday names.
     """
 
     pictures: Path | None = None
     calibration: Path | None = None
+    calibration_samples: int = SAMPLES
     offered: Offered | None = None
 
 

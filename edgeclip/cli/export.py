@@ -64,8 +64,14 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
 @click.option(
     "--calibration-data",
     type=click.Path(path_type=Path),
-    metavar="DIR",
+    metavar="DIR|FILE",
     help="Pictures that int8 ranges are chosen on.  [default: other crops of the reference pictures]",
+)
+@click.option(
+    "--calibration-samples",
+    type=click.IntRange(min=16),
+    metavar="N",
+    help="Pictures, and texts, that int8 ranges are chosen on at most.  [default: 256]",
 )
 @click.option(
     "--keep-intermediate",
@@ -103,6 +109,7 @@ def export(
     static_batch: int | None,
     opset: int | None,
     calibration_data: Path | None,
+    calibration_samples: int | None,
     keep_intermediate: Path | None,
     require_verified: bool,
     limits: tuple[str, ...],
@@ -122,6 +129,7 @@ def export(
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
     from edgeclip.export.options import (
         OPSET,
+        SAMPLES,
         Checkpoint,
         ExportSettings,
         Gates,
@@ -147,6 +155,7 @@ def export(
         references=References(
             pictures=reference,
             calibration=calibration_data,
+            calibration_samples=SAMPLES if calibration_samples is None else calibration_samples,
             offered=None if labels is None else _offered(labels, templates),
         ),
         gates=Gates(tuple(map(LimitChange.parse, limits)), require_verified=require_verified),
