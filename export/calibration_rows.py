@@ -20,10 +20,11 @@ import numpy as np
 from edgeclip.bundle import PreprocessSpec
 from edgeclip.data import captions_of, read_samples
 from edgeclip.errors import ConfigError
+from edgeclip.label_sets import Templates
 from edgeclip.preprocess import Preprocess
 
 from .options import SAMPLES
-from .reference import calibration_pictures, calibration_texts
+from .reference import calibration_pictures, calibration_texts, everyday, reference_texts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,10 +101,11 @@ def calibration_rows(
     if tokenize is not None:
         captions = _captions(given or reference)
         if len(captions) >= LEAST_SAMPLES:
-            texts, sources["text"] = captions, f"captions of {pictures.source}"
+            texts = [captions[place] for place in _evenly(len(captions), samples)]
+            sources["text"] = f"captions of {pictures.source}"
         else:
-            texts, sources["text"] = _everyday(languages), EVERYDAY_TEXTS
-        rows["text"] = tokenize([texts[place] for place in _evenly(len(texts), samples)])
+            texts, sources["text"] = _everyday(languages, samples), EVERYDAY_TEXTS
+        rows["text"] = tokenize(texts)
     return CalibrationRows(rows, sources)
 
 
@@ -120,12 +122,17 @@ def _captions(given: Path | None) -> list[str]:
     return list(found)
 
 
-def _everyday(languages: Sequence[str]) -> list[str]:
-    texts = list(calibration_texts(languages))
-    if "zh" in languages and "en" in languages:  # one after the other, so that a part of them has both
-        other = calibration_texts(("zh",))
-        texts = [text for pair in zip(texts, other, strict=True) for text in pair]
-    return texts
+def _everyday(languages: Sequence[str], most: int) -> list[str]:
+    """Return everyday names in templates, as many of each language, without those that judge an export."""
+    offered = everyday(languages)
+    judging = set(reference_texts(offered.labels, offered.templates or Templates.of("one"), languages))
+    of_each = [languages, ("zh",)] if {"en", "zh"} <= set(languages) else [languages]
+    chosen: list[str] = []
+    for number, each in enumerate(of_each):
+        texts = [text for text in calibration_texts(each) if text not in judging]
+        share = most // len(of_each) + (number < most % len(of_each))
+        chosen += [texts[place] for place in _evenly(len(texts), share)]
+    return chosen
 
 
 def _evenly(total: int, most: int) -> list[int]:
