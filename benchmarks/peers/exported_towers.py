@@ -44,6 +44,7 @@ from edgeclip.models.naming import key_map
 from edgeclip.models.zoo import model_entry
 from edgeclip.runtime.latency import compare_interleaved
 from edgeclip.runtime.ort import import_onnxruntime
+from edgeclip.runtime.ov import import_openvino
 
 # Our name and open_clip's for the same computation.
 MODELS = {"MobileCLIP2-S0": "MobileCLIP2-S0", "MobileCLIP-S2": "MobileCLIP-S2"}
@@ -136,7 +137,7 @@ def on_onnxruntime(graph: bytes, threads: int) -> Runner:
 
 
 def on_openvino(graph: bytes, threads: int) -> Runner:
-    import openvino
+    openvino = import_openvino()
 
     core = openvino.Core()
     settings = {
