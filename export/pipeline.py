@@ -285,6 +285,8 @@ class _Run:
         digests = self.inputs.digests
         calibration = self.recipe.calibration
         limits = [change for change in limits_of(export) if change.where in (spec.form.precision, spec.name)]
+        controlled = calibration.accuracy_control and spec.form.format == "openvino"
+        ranges = [digests.get(calibration.data or ""), calibration.samples, controlled]
         return digest_of(
             checkpoint=digests["checkpoint"],
             model=self.inputs.model,
@@ -294,9 +296,7 @@ class _Run:
             templates=digests.get(export.templates or "", export.templates),
             reference=digests.get(export.reference or ""),
             limits=[asdict(change) for change in limits],
-            calibration=[digests.get(calibration.data or ""), calibration.accuracy_control]
-            if spec.form.precision == "int8"
-            else None,
+            calibration=ranges if spec.form.precision == "int8" else None,
             tools=self.tools,
         )
 
@@ -333,6 +333,7 @@ class _Run:
             references=References(
                 pictures=None if export.reference is None else root / export.reference,
                 calibration=None if calibration.data is None else root / calibration.data,
+                calibration_samples=calibration.samples,
                 offered=offered_of(export, root),
             ),
             gates=Gates(tuple(change for change in limits_of(export) if change.where in names)),

@@ -32,7 +32,7 @@ from msgspec import Meta, Struct
 from edgeclip.distill.recipe_text import convert, mapping, parse_tables, tables
 from edgeclip.errors import ConfigError
 
-from .options import OPSET, Gates, GraphOptions, LimitChange
+from .options import OPSET, SAMPLES, Gates, GraphOptions, LimitChange
 from .variants import VariantSpec, parse_variants
 
 __all__ = [
@@ -155,11 +155,14 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
     """What int8 ranges are chosen on.
 
     Attributes:
-        data: pictures: a folder, table or shards; those that come with edgeclip if not given.
+        data: pictures: a folder, table or shards; other crops of those that variants are compared on if not
+            given.
+        samples: pictures, and texts, at most.
         accuracy_control: let OpenVINO put layers back into float until its metric is met.
     """
 
     data: Word | None = None
+    samples: Annotated[int, Meta(ge=16, le=100_000)] = SAMPLES
     accuracy_control: bool = False
 
 

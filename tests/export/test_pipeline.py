@@ -170,7 +170,8 @@ def test_a_run_leaves_one_folder_and_another_takes_everything_over(
         (["gate.0.limit=2"], [], ["gates"]),
         (["bench.samples=25"], [], ["bench"]),
         (["bench.threads=2"], [], ["verify", "bench", "gates"]),
-        (["calibration.accuracy_control=true"], [["onnx-int8"]], ["export", "verify"]),
+        (["calibration.accuracy_control=true"], [], []),  # of OpenVINO's
+        (["calibration.samples=32"], [["onnx-int8"]], ["export", "verify"]),
         (["export.opset=19"], [["onnx-fp32", "onnx-int8"]], ["export", "verify"]),
         (["export.limits=['int8:cosine_mean=0.9']"], [["onnx-int8"]], ["export", "verify"]),
         (["export.reference='photos'"], [["onnx-fp32", "onnx-int8"]], ["export", "verify"]),
@@ -214,6 +215,44 @@ def test_variants_that_the_recipe_no_longer_has_go_and_new_ones_come(
     run_pipeline(parse(RECIPE), options(workshop))
     assert exports[1:] == [["onnx-int8"]]
     assert Bundle.open(workshop / "out" / "bundle").manifest.default_variants == ("onnx-int8", "onnx-fp32")
+
+
+def test_each_section_is_an_export_of_its_own_with_the_limits_that_are_its_own(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def export(checkpoint: Any, specs: Any, out: Path, settings: Any, **how: Any) -> Any:
+        asked.append((checkpoint, [spec.name for spec in specs], settings))
+        raise Killed
+
+    monkeypatch.setattr("edgeclip.export.exporter.export_bundle", export)
+    text = RECIPE + '[[export.section]]\nvariants = ["openvino-int8@intel-npu"]\nstatic_batch = 1\n'
+    changes = (
+        "export.limits=['int8:cosine_mean=0.9', 'openvino-int8@intel-npu:cosine_min=0.5']",
+        "export.labels=['red', 'green']",
+        "export.templates='a {}'",
+        "calibration.samples=20",
+        "gate=[]",
+    )
+    for skip in (0, 1):
+        recipe = parse(text, *changes)
+        if skip:
+            recipe = parse(text, *changes, "export.variants=['openvino-int8']", "export.target='intel-npu'",
+                           "export.static_batch=1", "export.section=[]")  # fmt: skip
+        with pytest.raises(Killed):
+            run_pipeline(recipe, options(workshop, force=True))
+    (checkpoint, names, first), (_, others, second) = asked
+    assert checkpoint.path == str(workshop / "checkpoint")
+    assert (names, others) == (["onnx-fp32", "onnx-int8"], ["openvino-int8@intel-npu"])
+    assert (first.graph.static_batch, second.graph.static_batch) == (None, 1)
+    assert [change.number for change in first.gates.limits] == ["cosine_mean"]
+    assert [change.number for change in second.gates.limits] == ["cosine_mean", "cosine_min"]
+    assert first.references.calibration == workshop / "photos"
+    assert first.references.calibration_samples == 20
+    assert first.references.offered.labels.names == ("red", "green")
+    assert first.references.offered.templates.texts == ("a {}",)
+    assert first.threads == 1
 
 
 def test_force_does_everything_again(workshop: Path, exports: list[list[str]]) -> None:
