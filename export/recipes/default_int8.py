@@ -27,15 +27,16 @@ import onnx
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from edgeclip.errors import CalibrationError
 from edgeclip.models.efficientnet_lite import EfficientNetLite, InvertedResidual
 
+from ..storage import gather_int8, store_float16, store_int8
 from ..trace import check_model, strip_provenance
 
-__all__ = ["quantize_image_graph", "round_weights", "shrink_text_graph", "store_float16", "store_int8"]
+__all__ = ["quantize_image_graph", "round_weights", "shrink_text_graph"]
 
 _MIN_IMAGES = 16
 
@@ -121,7 +122,7 @@ def shrink_text_graph(model: onnx.ModelProto, *, table: str | None = None) -> on
     names = {tensor.name for tensor in result.graph.initializer}
     for node in gathers:
         if node.input[0] in names:
-            _gather_int8(result, node)
+            gather_int8(result, node)
     matrices = [t for t in result.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2]
     readers = {node.input[1]: node for node in result.graph.node if node.op_type in ("Gemm", "MatMul")}
     for tensor in matrices:
@@ -161,68 +162,6 @@ def _preprocessing_nodes(model: onnx.ModelProto) -> list[str]:
             break
         names.append(node.name)
     return names
-
-
-def _rows(array: NDArray[Any], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Quantize symmetrically with one scale for each index of ``axis``; scales keep their axes."""
-    other = tuple(each for each in range(array.ndim) if each != axis)
-    scale = np.abs(array).max(axis=other, keepdims=True) / 127
-    scale = np.where(scale > 0, scale, 1).astype(np.float32)
-    return np.clip(np.rint(array / scale), -127, 127).astype(np.int8), scale
-
-
-def _take(model: onnx.ModelProto, name: str) -> NDArray[Any]:
-    """Remove an initializer and return its value."""
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    array = numpy_helper.to_array(tensor)
-    model.graph.initializer.remove(tensor)
-    return np.asarray(array)
-
-
-def store_int8(model: onnx.ModelProto, name: str, *, axis: int) -> None:
-    """Store a float initializer as int8 with a scale along ``axis``, followed by ``Cast`` and ``Mul``."""
-    values, scale = _rows(_take(model, name), axis)
-    model.graph.initializer.extend(
-        [numpy_helper.from_array(values, f"{name}_int8"), numpy_helper.from_array(scale, f"{name}_scale")]
-    )
-    _prepend(
-        model,
-        [
-            helper.make_node("Cast", [f"{name}_int8"], [f"{name}_whole"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{name}_whole", f"{name}_scale"], [name]),
-        ],
-    )
-
-
-def store_float16(model: onnx.ModelProto, name: str) -> None:
-    """Store a float initializer as float16, followed by ``Cast``."""
-    values = _take(model, name).astype(np.float16)
-    model.graph.initializer.append(numpy_helper.from_array(values, f"{name}_half"))
-    _prepend(model, [helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT)])
-
-
-def _gather_int8(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
-    """Gather from an int8 table, and multiply the gathered rows by the gathered scales."""
-    table, indices, output = node.input[0], node.input[1], node.output[0]
-    values, scale = _rows(_take(model, table), axis=0)
-    model.graph.initializer.extend(
-        [numpy_helper.from_array(values, f"{table}_int8"), numpy_helper.from_array(scale, f"{table}_scale")]
-    )
-    position = list(model.graph.node).index(node)
-    replacement = [
-        helper.make_node("Gather", [f"{table}_int8", indices], [f"{output}_int8"], axis=0),
-        helper.make_node("Gather", [f"{table}_scale", indices], [f"{output}_scale"], axis=0),
-        helper.make_node("Cast", [f"{output}_int8"], [f"{output}_whole"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{output}_whole", f"{output}_scale"], [output]),
-    ]
-    model.graph.node.remove(node)
-    for offset, each in enumerate(replacement):
-        model.graph.node.insert(position + offset, each)
-
-
-def _prepend(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    for offset, node in enumerate(nodes):
-        model.graph.node.insert(offset, node)
 
 
 # Weights made for int8
