@@ -13,6 +13,7 @@ the same checkpoint gives the same bytes from any directory. The full checker ru
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
@@ -207,6 +208,7 @@ def _trace(
             )
         assert program is not None
         model = program.model_proto
+        del program  # it holds the weights once more
     except Exception as error:  # the exporter raises whatever its stages stumble over
         reason = " ".join(str(error).split())[:300]
         raise ExportError(
@@ -215,13 +217,22 @@ def _trace(
         ) from error
     if options.opset < _LEAST_TRACED:
         _say_as_before(model)
-    fold_padding(model)
-    strip_provenance(model)
+    for clean in (fold_padding, strip_provenance):
+        clean(model)
+        model = _fresh(model)
+        gc.collect()  # passes leave circles behind that hold the weights
     if not is_static:
         _name_batch(model)
     model.ir_version = _IR_VERSIONS[options.opset]
     check_model(model, what=f"{input_name!r} tower", opset=options.opset)
     return model
+
+
+def _fresh(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy: a message that was written over keeps what it held before until it goes itself."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    return copied
 
 
 _LEAST_TRACED = 18
