@@ -120,6 +120,8 @@ def prepare(
             "directory that can be written."
         )
     began = time.perf_counter()
+    if gpu is not None and not is_rtx(trt):
+        CudaRuntime.open().use(gpu.index)  # TensorRT builds for the GPU of the calling thread
     built = build_engine(
         trt,
         model.model,

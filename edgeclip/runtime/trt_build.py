@@ -10,12 +10,15 @@ TensorRT Python API 10.3 to 11.4, TensorRT-RTX 1.7.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import re
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -224,28 +227,27 @@ def build_engine(
     log.begin()
     began = time.perf_counter()
     what = f"{name}: {'TensorRT-RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}"
-    try:
-        builder = trt.Builder(log.logger)
-    except TypeError as error:  # the factory gave a null pointer
-        raise BackendUnavailableError(
-            f"{what} cannot start: it finds no usable GPU{log.last()}. Build on the device itself."
-        ) from error
-    network = _parse(trt, builder, model, what, log)
-    config = builder.create_builder_config()
-    if config is None:
-        raise BackendError(f"{what} gives no build configuration{log.last()}.")
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by itself, and float32 would have 10 bits of mantissa
-    if workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
-    if compute_capability is not None:
-        _aim(trt, config, compute_capability, what, log)
-    profile = _add_profile(builder, network, config, batch, what, log)
-    _set_timing_cache(trt, config, timing_cache)
-    monitor = None if on_progress is None else _monitor(trt, on_progress)
-    if monitor is not None:
+    with _interrupt_noted() as interrupted:
+        try:
+            builder = trt.Builder(log.logger)
+        except TypeError as error:  # the factory gave a null pointer
+            raise BackendUnavailableError(
+                f"{what} cannot start: it finds no usable GPU{log.last()}. Build on the device itself."
+            ) from error
+        network = _parse(trt, builder, model, what, log)
+        config = _configuration(trt, builder, workspace_bytes, what, log)
+        if compute_capability is not None:
+            _aim(trt, config, compute_capability, what, log)
+        profile = _add_profile(builder, network, config, batch, what, log)
+        _set_timing_cache(trt, config, timing_cache)
+        monitor = _monitor(trt, on_progress, interrupted)
         config.progress_monitor = monitor
-    memory = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.raised is not None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        memory = builder.build_serialized_network(network, config)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+    if monitor.raised is not None:
         raise monitor.raised
     if memory is None:
         raise BackendError(
@@ -283,6 +285,16 @@ def _parser_error(problem: Any) -> str:
     operator, node = str(problem.node_operator()), str(problem.node_name())
     where = f"{operator} {node}: ".replace(" :", ":") if operator or node else ""
     return f"{where}{' '.join(str(problem.desc()).split())[:400]}".rstrip(". ")
+
+
+def _configuration(trt: Any, builder: Any, workspace_bytes: int | None, what: str, log: EngineLog) -> Any:
+    config = builder.create_builder_config()
+    if config is None:
+        raise BackendError(f"{what} gives no build configuration{log.last()}.")
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by itself, and float32 would have 10 bits of mantissa
+    if workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    return config
 
 
 def _aim(trt: Any, config: Any, capability: str, what: str, log: EngineLog) -> None:
@@ -352,7 +364,29 @@ def _timing_cache_of(trt: Any, config: Any) -> bytes | None:
     return None if memory is None else bytes(memory)
 
 
-def _monitor(trt: Any, on_progress: Callable[[str], None]) -> Any:
+@contextlib.contextmanager
+def _interrupt_noted() -> Iterator[threading.Event]:
+    """Note Ctrl-C while TensorRT builds, and let it count afterwards.
+
+    Python raises it in whatever Python code runs next, which is TensorRT's log or monitor, and TensorRT
+    swallows what those raise. So the usual handler is put aside, and only where it stands and can be.
+    """
+    interrupted = threading.Event()
+    usual = signal.default_int_handler
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not usual:
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def _monitor(trt: Any, on_progress: Callable[[str], None] | None, interrupted: threading.Event) -> Any:
     """Return a progress monitor. Nothing may be raised into TensorRT: a build is ended by an answer."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is known at run time
@@ -368,13 +402,13 @@ def _monitor(trt: Any, on_progress: Callable[[str], None]) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             self._tell(phase_name)
-            return self.raised is None
+            return self.raised is None and not interrupted.is_set()
 
         def _tell(self, phase_name: str) -> None:
             try:
-                if self.raised is None:
+                if self.raised is None and on_progress is not None:
                     on_progress(phase_name)
-            except BaseException as error:  # Ctrl-C among them: raised again when the build has ended
+            except BaseException as error:  # raised again when the build has ended
                 self.raised = error
 
     return Monitor()

@@ -130,7 +130,8 @@ class EngineCache:
     @property
     def where(self) -> str:
         """The directory, as messages name it."""
-        return repr(str(self.entries.directory)) if self.entries.directory else "no writable host cache"
+        directory = self.entries.directory
+        return "the host cache, which cannot be made" if directory is None else repr(str(directory))
 
     def find(self, digest: str, *, backend: str, capability: str | None) -> EngineRecord | None:
         """Return the record of a tower's engine; ``None`` where there is none that can be read.

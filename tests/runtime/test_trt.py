@@ -7,13 +7,14 @@ import gc
 import json
 import re
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import FakeCudart, FakeTensorRT
+from fake_cuda import FakeCudart, FakeTensorRT, RtxAs
 
 from edgeclip.bundle import Bundle, BundleWriter, TowerFiles
 from edgeclip.cache import HostCache
@@ -32,7 +33,7 @@ from edgeclip.runtime.session import (
     open_session,
 )
 from edgeclip.runtime.trt import EngineSettings, TrtEngine, prepare
-from edgeclip.runtime.trt_build import BatchRange
+from edgeclip.runtime.trt_build import BatchRange, import_tensorrt
 from edgeclip.runtime.trt_cache import EngineCache, EngineRecord
 
 pytest.importorskip("tensorrt_rtx_bindings", exc_type=ImportError)
@@ -355,6 +356,26 @@ def test_what_is_built_is_not_built_again(tower: TowerFiles, gpu: Gpu, tmp_path:
     assert record["driver"] == "580.65.06"
     assert record["tower_digest"] == tower.digest
     assert record["build_s"] > 0
+
+
+def test_tensorrt_builds_on_the_gpu_that_was_asked_for(
+    tower: TowerFiles, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT itself builds for the current GPU of the thread and keeps what it measured."""
+    module = RtxAs(import_tensorrt("tensorrt_rtx"), "10.3.0")
+    cudart = FakeCudart(devices=2)
+    monkeypatch.setattr(trt_module, "import_tensorrt", lambda backend: module)
+    monkeypatch.setattr(CudaRuntime, "open", classmethod(lambda cls: CudaRuntime(cudart)))
+    used: list[int] = []
+    monkeypatch.setattr(CudaRuntime, "use", lambda self, index: used.append(index))
+    folder = tmp_path / "engines"
+    options = replace(CUDA, device="cuda:1", cache_dir=folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # RTX's timing cache does nothing, and says so
+        prepare(model_files(tower), options)
+    assert used == [1]
+    assert EngineCache.at(folder).timing_cache("10.3.0")
+    assert EngineCache.at(folder).timing_cache("10.4.0") == b""
 
 
 def test_damage_is_seen_and_built_again(tower: TowerFiles, gpu: Gpu, tmp_path: Path) -> None:

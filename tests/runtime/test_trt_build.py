@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from fake_cuda import RtxAs
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
@@ -204,41 +206,41 @@ def test_what_progress_raises_ends_the_build(trt: Any, model: Path, error: type[
     assert build(trt, model).data  # and the next build is as ever
 
 
+@pytest.mark.parametrize("while_building", [False, True])
+def test_ctrl_c_while_tensorrt_logs_is_not_lost(trt: Any, model: Path, while_building: bool) -> None:
+    """TensorRT swallows what its log raises, and that is where Python would raise the interrupt."""
+    usual = signal.getsignal(signal.SIGINT)
+    stages: list[str] = []
+
+    class Pressed(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if bool(stages) == while_building and not pressed:
+                pressed.append(record.getMessage())
+                signal.raise_signal(signal.SIGINT)
+
+    pressed: list[str] = []
+    logger = logging.getLogger("edgeclip.runtime.trt_build")
+    handler = Pressed()
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build(trt, model, on_progress=stages.append)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert pressed
+    assert bool(stages) == while_building
+    assert signal.getsignal(signal.SIGINT) is usual
+    assert build(trt, model).data
+
+
 # --- TensorRT 10 and 11 by way of RTX, whose API is theirs
-
-
-class _As:
-    """NVIDIA's module under another name and version; what it makes is real. Its calls are noted."""
-
-    def __init__(self, real: Any, version: str) -> None:
-        self._real = real
-        self.__name__ = f"tensorrt as {version}"
-        self.__version__ = version
-        self.flags: list[int] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def Builder(self, logger: Any) -> Any:
-        real, flags = self._real.Builder(logger), self.flags
-
-        class Noted:
-            def create_network(self, value: int) -> Any:
-                flags.append(value)
-                return real.create_network(value)
-
-            def __getattr__(self, name: str) -> Any:
-                value = getattr(real, name)
-                if name != "build_serialized_network":
-                    return value
-                return lambda network, config: value(network, config)
-
-        return Noted()
 
 
 @pytest.mark.parametrize(("version", "flags"), [("10.3.0", 1), ("11.4.0.106", 0)])
 def test_networks_are_strongly_typed_in_10_and_11(trt: Any, model: Path, version: str, flags: int) -> None:
-    module = _As(trt, version)
+    module = RtxAs(trt, version)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # RTX's timing cache does nothing, and says so
         built = build(module, model)
@@ -251,7 +253,7 @@ def test_tensorrt_itself_builds_for_the_gpu_at_hand_alone(trt: Any, model: Path)
     with pytest.raises(
         BackendUnavailableError, match=r"TensorRT 10\.3\.0 cannot build .*'8\.6', expected none"
     ):
-        build(_As(trt, "10.3.0"), model, compute_capability="8.6")
+        build(RtxAs(trt, "10.3.0"), model, compute_capability="8.6")
 
 
 def test_a_timing_cache_that_does_not_fit_is_begun_anew() -> None:
@@ -275,7 +277,7 @@ def test_a_timing_cache_that_does_not_fit_is_begun_anew() -> None:
 def test_nothing_made_is_an_error_with_the_last_line_of_the_log(
     trt: Any, model: Path, broken: str, message: str
 ) -> None:
-    class Module(_As):
+    class Module(RtxAs):
         def Builder(self, logger: Any) -> Any:
             severity = self._real.ILogger.Severity
             if broken == "Builder":

@@ -22,7 +22,7 @@ from edgeclip.runtime.ort import import_onnxruntime
 from edgeclip.runtime.session import OpenSession, Placement, model_files
 from edgeclip.runtime.trt import TrtEngine
 
-__all__ = ["FakeCudart", "FakeTensorRT", "fake_driver", "open_on_stand_ins"]
+__all__ = ["FakeCudart", "FakeTensorRT", "RtxAs", "fake_driver", "open_on_stand_ins"]
 
 NO_DEVICE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 100, 2, 700
 
@@ -176,6 +176,33 @@ class FakeTensorRT:
             logger.log(1, "Serialization assertion failed: stdVersionRead == kSERIALIZATION_VERSION")
             return None
         return _FakeEngine(self, data, logger)
+
+
+class RtxAs:
+    """TensorRT-RTX under TensorRT's name and another version: what it makes is real, its flags are noted."""
+
+    def __init__(self, real: Any, version: str) -> None:
+        self._real = real
+        self.__name__ = f"tensorrt as {version}"
+        self.__version__ = version
+        self.flags: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def Builder(self, logger: Any) -> Any:
+        """Return a builder that notes the flags of its networks."""
+        real, flags = self._real.Builder(logger), self.flags
+
+        class Noting:
+            def create_network(self, value: int) -> Any:
+                flags.append(value)
+                return real.create_network(value)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+        return Noting()
 
 
 def open_on_stand_ins(tower: TowerFiles) -> OpenSession:
