@@ -24,8 +24,16 @@ from edgeclip.runtime.session import DEFAULT_OPTIONS, RuntimeOptions
 from .timing import DEFAULT_EFFORT, Effort, time_variant
 from .verify import verify_bundle
 
-__all__ = ["BundleRef", "DeviceReport", "VerifyEntry", "device_report", "read_device_report"]
+__all__ = [
+    "BundleRef",
+    "DeviceReport",
+    "VerifyEntry",
+    "device_report",
+    "device_report_schema",
+    "read_device_report",
+]
 
+SCHEMA_ID = "urn:edgeclip:device-report:1"
 _MAX_BYTES = 64 << 20
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -98,6 +106,17 @@ class DeviceReport(Struct, frozen=True, kw_only=True):
             return msgspec.convert(raw, cls)
         except msgspec.ValidationError as error:
             raise InputError(f"{where} cannot be read: {error}.") from error
+
+
+def device_report_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a report."""
+    schema: dict[str, Any] = json.loads(msgspec.json.encode(msgspec.json.schema(DeviceReport)))
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
+        "title": "edgeclip device report, schema 1",
+        **schema,
+    }
 
 
 def read_device_report(path: Path) -> DeviceReport:

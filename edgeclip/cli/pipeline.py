@@ -35,7 +35,9 @@ _inconclusive = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-@click.group()
+@click.group(
+    epilog="Example: edgeclip pipeline run ci-smoke --set model.checkpoint=run/model -o build/ci-smoke"
+)
 def pipeline() -> None:
     """Export, verify, time and judge a model by a recipe, for CI.
 

@@ -24,7 +24,12 @@ from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.errors import BundleError, ConfigError, InputError, ParityError
 from edgeclip.export import pipeline, pipeline_state
 from edgeclip.export.artifacts import PipelineReport
-from edgeclip.export.device_report import DeviceReport, device_report, read_device_report
+from edgeclip.export.device_report import (
+    DeviceReport,
+    device_report,
+    device_report_schema,
+    read_device_report,
+)
 from edgeclip.export.pipeline import (
     PipelineOptions,
     judge_bundle,
@@ -535,6 +540,20 @@ def test_what_is_no_report_is_refused(tmp_path: Path, pi: DeviceReport) -> None:
             read_device_report(path)
     with pytest.raises(InputError, match="No such file"):
         read_device_report(tmp_path / "none.json")
+
+
+def test_the_schema_beside_the_templates_is_that_of_reports(repo: Path, pi: DeviceReport) -> None:
+    import jsonschema
+
+    path = repo / "docs" / "ci" / "device-report.schema.json"
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    assert schema == device_report_schema(), f"write {path} anew from device_report_schema()"
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    said = json.loads(pi.to_json())
+    assert list(validator.iter_errors(said)) == []
+    assert list(validator.iter_errors(said | {"verify": {"status": "fine"}}))
+    assert list(validator.iter_errors(said | {"bundle": {"name": "x", "digest": "12"}}))
 
 
 def test_a_run_is_not_judged_with_another_bundle_or_report(tiny_bundle: Path) -> None:
