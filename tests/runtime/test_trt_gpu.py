@@ -1,4 +1,4 @@
-"""TensorRT on a GPU: run by ``make test-gpu`` on a host that has one, with TensorRT or TensorRT-RTX."""
+"""TensorRT on a GPU: ``pytest -m gpu`` on a host that has one, with TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
