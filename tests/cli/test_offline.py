@@ -42,6 +42,7 @@ COMMANDS = [
     ["bundle", "pack", "default", "-o", "OUT/default.tar"],
     ["bundle", "diff", "default", "default"],
     ["verify", "default"],
+    ["compile", "default"],
     ["doctor"],
     ["cache", "info"],
     ["cache", "clear", "--yes"],

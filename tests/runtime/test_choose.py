@@ -77,7 +77,6 @@ def test_a_named_variant_that_cannot_run_is_an_error_unless_allowed(tiny_bundle:
     [
         ({"requires": {"engine": ">=99"}}, "it needs ort >=99, this host has "),
         ({"format": "coreml"}, "this edgeclip does not know the format 'coreml'"),
-        ({"format": "openvino"}, "no backend for 'openvino' files is here"),
         ({"requires": {"compute_capability": "8.7"}}, "it needs a GPU of capability 8.7"),
         ({"parity": {}}, "the numbers of its image tower are not verified"),
         (
@@ -98,6 +97,15 @@ def test_what_else_passes_a_variant_over(tiny_bundle: Path, fields: dict[str, An
     ((name, why),) = choice.skipped
     assert name == "onnx-int8"
     assert why.startswith(reason)
+
+
+def test_a_format_whose_engine_is_not_installed_is_passed_over(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeclip.runtime.session._has_module", lambda name: name == "onnxruntime")
+    ((name, why),) = choose_variant(changed(tiny_bundle, "onnx-int8", format="openvino")).skipped
+    assert name == "onnx-int8"
+    assert why.startswith("no backend for 'openvino' files is here (openvino: the package 'openvino' is not")
 
 
 def test_unverified_numbers_can_be_allowed(tiny_bundle: Path) -> None:
