@@ -13,25 +13,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from edgeclip.bundle import Bundle, BundleWriter
-from edgeclip.data import read_samples
-from edgeclip.errors import BackendError, BundleError, InputError, ParityError
-from edgeclip.runtime.choose import unmet
-from edgeclip.runtime.host import Host
-from edgeclip.runtime.latency_report import LatencyReport, RatioEntry
-from edgeclip.runtime.session import RuntimeOptions
+from edgeclip.errors import BundleError, InputError, ParityError
 
 from .artifacts import Inconclusive, PipelineReport, StageOutcome
 from .build import BuildOptions
 from .device_report import DeviceReport
-from .gates import Accuracy, Finding, Verdict
+from .gates import Finding, Verdict
 from .options import Checkpoint, ExportSettings, Gates, References, Step
-from .pipeline_inputs import Inputs, digest_of, limits_of, offered_of, tools
-from .pipeline_judge import Measured, Stored, asked_of, gates_of, is_settled, judged, now, read_stored
+from .pipeline_inputs import Inputs, digest_of, limits_of, offered_of
+from .pipeline_judge import Stored, gates_of, judged, now, read_stored
+from .pipeline_measure import Measuring, count
 from .pipeline_recipe import (
     AccuracyGate,
     ExportSpec,
@@ -42,9 +38,7 @@ from .pipeline_recipe import (
     recipe_variants,
 )
 from .pipeline_state import ARTIFACTS, State, locked, write_artifacts
-from .timing import Effort, compare_towers, time_variant
 from .variants import VariantSpec
-from .verify import verify_bundle
 
 __all__ = ["PipelineOptions", "Planned", "judge_bundle", "judge_run", "plan_pipeline", "run_pipeline"]
 
@@ -168,11 +162,7 @@ class _Run:
     ) -> None:
         self.recipe, self.options, self.inputs, self.state = recipe, options, inputs, state
         self.outcomes: list[StageOutcome] = []
-        self.tools = tools()
-        self.host = Host.here()
-        threads = None if recipe.bench is None else recipe.bench.threads
-        self.runtime = RuntimeOptions(threads=threads)
-        self._eager: Any = None
+        self.measuring = Measuring(recipe, inputs, state, done=self._done, on_progress=options.on_progress)
 
     def all(self) -> PipelineReport:
         """Do what is not done yet."""
@@ -180,9 +170,9 @@ class _Run:
             bundle = self._bundle()
         except ParityError as error:
             return self._without_bundle(error)
-        verified = self._verify(bundle)
-        bench, not_timed = self._bench(bundle)
-        measured, unmeasured = self._measure(bundle)
+        verified = self.measuring.verify(bundle)
+        bench, not_timed = self.measuring.bench(bundle)
+        measured, unmeasured = self.measuring.measure(bundle)
         said = Stored(
             verify=verified,
             bench=bench,
@@ -191,8 +181,8 @@ class _Run:
             unmeasured=unmeasured,
             stages=tuple(self.outcomes),
             remarks=tuple(self.state.remarks),
-            host=self.host.to_dict(),
-            versions=self.tools,
+            host=self.measuring.host.to_dict(),
+            versions=self.measuring.tools,
         )
         return judged(self.recipe, bundle, said, (), self.options.inconclusive)
 
@@ -212,19 +202,21 @@ class _Run:
             lines += [Planned("export", name, "reused" if name in kept else "to do") for name in wanted]
             if set(kept) != set(wanted) or (bundle and set(bundle.manifest.variants) != set(wanted)):
                 bundle = None
-        verified = bundle and self.state.result("verify", self._verify_key(bundle))
+        verified = bundle and self.state.result("verify", self.measuring.verify_key(bundle))
         lines.append(Planned("verify", "every variant, on this host", "reused" if verified else "to do"))
         if self.recipe.bench is not None:
             names = self.recipe.bench.variants or tuple(
                 bundle.manifest.variants if bundle else self._wanted()
             )
             for name in names:
-                timed = bundle and self.state.result(f"bench {name}", self._bench_key(bundle, name))
+                timed = bundle and self.state.result(f"bench {name}", self.measuring.bench_key(bundle, name))
                 lines.append(Planned("bench", name, "reused" if timed else "to do"))
         for gate in gates_of(self.recipe):
             outcome = "judged"
             if isinstance(gate, AccuracyGate | LatencyGate):
-                found = bundle and self.state.result(f"measure {gate.name}", self._measure_key(bundle, gate))
+                found = bundle and self.state.result(
+                    f"measure {gate.name}", self.measuring.measure_key(bundle, gate)
+                )
                 outcome = "measurement reused" if found else "to be measured"
             lines.append(Planned("gate", f"{gate.name} ({gate.__struct_config__.tag})", outcome))
         return tuple(lines)
@@ -243,7 +235,7 @@ class _Run:
         path = self.options.out / _BUNDLE
         if bundle is not None and set(kept) == set(wanted) == set(bundle.manifest.variants):
             self.state.remarks += self.state.stages["export"]["result"]["remarks"]
-            self._done("export", began, _count(len(kept), "variant"), reused=True)
+            self._done("export", began, count(len(kept), "variant"), reused=True)
             return bundle
         fresh = bundle is None or not kept
         target = self.options.out / _NEW if fresh else path
@@ -264,7 +256,7 @@ class _Run:
             bundle = Bundle.open(path)
         self._keep_export(bundle, wanted)
         taken = f", {len(kept)} reused" if kept else ""
-        self._done("export", began, f"{_count(len(wanted) - len(kept), 'variant')} made{taken}")
+        self._done("export", began, f"{count(len(wanted) - len(kept), 'variant')} made{taken}")
         return bundle
 
     def _keep_export(self, bundle: Bundle, built: Mapping[str, str]) -> None:
@@ -297,7 +289,7 @@ class _Run:
             reference=digests.get(export.reference or ""),
             limits=[asdict(change) for change in limits],
             calibration=ranges if spec.form.precision == "int8" else None,
-            tools=self.tools,
+            tools=self.measuring.tools,
         )
 
     def _built(self, wanted: Mapping[str, str]) -> tuple[Bundle | None, dict[str, str]]:
@@ -337,7 +329,7 @@ class _Run:
                 offered=offered_of(export, root),
             ),
             gates=Gates(tuple(change for change in limits_of(export) if change.where in names)),
-            threads=self.runtime.threads,
+            threads=self.measuring.runtime.threads,
         )
         checkpoint = Checkpoint(str(self.inputs.checkpoint), self.inputs.model)
         exported = export_bundle(checkpoint, specs, target, settings, on_step=self._on_step)
@@ -392,163 +384,9 @@ class _Run:
             measured={},
             unmeasured={},
             device_reports=(),
-            host=self.host.to_dict(),
-            versions=self.tools,
+            host=self.measuring.host.to_dict(),
+            versions=self.measuring.tools,
             remarks=tuple(self.state.remarks),
-        )
-
-    # --- what is measured
-
-    def _verify_key(self, bundle: Bundle) -> str:
-        return digest_of(bundle=bundle.digest, host=self.host.fingerprint(), threads=self.runtime.threads)
-
-    def _verify(self, bundle: Bundle) -> dict[str, Any]:
-        key, began = self._verify_key(bundle), time.perf_counter()
-        found: dict[str, Any] | None = self.state.result("verify", key)
-        if found is None:
-            self.options.on_progress("verify")
-            report = verify_bundle(bundle, options=self.runtime)
-            if report.damaged:
-                report.raise_for()
-            said = report.to_dict()
-            self.state.keep("verify", key, said)
-            self._done("verify", began, _count(len(said["variants"]), "variant"))
-            return said
-        self._done("verify", began, _count(len(found["variants"]), "variant"), reused=True)
-        return found
-
-    def _bench_key(self, bundle: Bundle, name: str) -> str:
-        spec = self.recipe.bench
-        assert spec is not None
-        asked = {key: value for key, value in msgspec.to_builtins(spec).items() if key != "variants"}
-        return digest_of(
-            towers=_tower_digests(bundle, name),
-            asked=asked,
-            images=self.inputs.digests.get(spec.images or ""),
-            host=self.host.fingerprint(),
-        )
-
-    def _bench(self, bundle: Bundle) -> tuple[dict[str, LatencyReport], dict[str, str]]:
-        spec = self.recipe.bench
-        if spec is None:
-            return {}, {}
-        began, reused = time.perf_counter(), 0
-        timed: dict[str, LatencyReport] = {}
-        left: dict[str, str] = {}
-        effort = Effort(spec.samples, spec.duration_s, spec.batch)
-        images = _images(self.inputs.root, spec.images)
-        for name in spec.variants or tuple(bundle.manifest.variants):
-            variant = bundle.variant(name)
-            problem = unmet(variant, options=self.runtime, host=self.host)
-            if problem is not None:
-                left[name] = problem
-                continue
-            key = self._bench_key(bundle, name)
-            found = self.state.result(f"bench {name}", key)
-            if found is not None:
-                reused += 1
-                timed[name] = LatencyReport.from_dict(found)
-                continue
-            self.options.on_progress(f"bench {name}")
-            try:
-                report = time_variant(variant, options=self.runtime, effort=effort, images=images)
-            except (BackendError, BundleError) as error:
-                left[name] = str(error)
-                continue
-            self.state.keep(f"bench {name}", key, report.to_dict())
-            timed[name] = report
-        note = _count(len(timed), "variant") + (f", {len(left)} cannot run here" if left else "")
-        self._done("bench", began, note, reused=bool(timed) and reused == len(timed))
-        return timed, left
-
-    def _measure_key(self, bundle: Bundle, gate: AccuracyGate | LatencyGate) -> str:
-        digests = self.inputs.digests
-        names = [gate.variant, gate.against if isinstance(gate, AccuracyGate) else gate.baseline]
-        paths = [value for value in msgspec.to_builtins(gate).values() if isinstance(value, str)]
-        bench = self.recipe.bench
-        return digest_of(
-            asked=asked_of(gate),
-            towers=[_tower_digests(bundle, name) for name in names if name in bundle.manifest.variants],
-            contents={said: digests[said] for said in paths if said in digests},
-            checkpoint=digests.get("checkpoint"),
-            threads=self.runtime.threads,
-            batch=None if bench is None else bench.batch,
-            host=self.host.fingerprint(),
-            tools=self.tools,
-        )
-
-    def _measure(self, bundle: Bundle) -> tuple[dict[str, Measured], dict[str, str]]:
-        """Return what gates need, and why something could not be had."""
-        gates = [gate for gate in self.recipe.gate if isinstance(gate, AccuracyGate | LatencyGate)]
-        measured: dict[str, Measured] = {}
-        unmeasured: dict[str, str] = {}
-        began, reused = time.perf_counter(), 0
-        for gate in gates:
-            stage, key = f"measure {gate.name}", self._measure_key(bundle, gate)
-            stored = self.state.result(stage, key)
-            if stored is not None and is_settled(gate, found := msgspec.convert(stored, Measured)):
-                reused += 1
-                measured[gate.name] = found
-                continue
-            self.options.on_progress(f"measure {gate.name}")
-            asked = asked_of(gate)
-            try:
-                if isinstance(gate, AccuracyGate):
-                    found = Measured(asked=asked, accuracy=self._accuracy(bundle, gate))
-                else:
-                    found = Measured(asked=asked, ratio=self._ratio(bundle, gate))
-            except BackendError as error:
-                unmeasured[gate.name] = str(error)
-                continue
-            self.state.keep(stage, key, msgspec.to_builtins(found))
-            measured[gate.name] = found
-        if gates:
-            note = f"{len(measured)} measured" + (f", {len(unmeasured)} could not be" if unmeasured else "")
-            self._done("gates", began, note, reused=reused == len(gates))
-        if self._eager is not None:
-            self._eager.close()
-        return measured, unmeasured
-
-    def _accuracy(self, bundle: Bundle, gate: AccuracyGate) -> Accuracy:
-        from .pipeline_accuracy import measure_accuracy
-
-        def eager() -> Any:
-            if self._eager is None:
-                from edgeclip.distill.eager import open_eager
-
-                self._eager = open_eager(
-                    str(self.inputs.checkpoint), model=self.inputs.model, threads=self.runtime.threads
-                )
-            return self._eager
-
-        return measure_accuracy(
-            bundle, gate, root=self.inputs.root, options=self.runtime, eager=eager,
-            on_progress=self.options.on_progress,
-        )  # fmt: skip
-
-    def _ratio(self, bundle: Bundle, gate: LatencyGate) -> RatioEntry:
-        other = (
-            bundle if gate.baseline_bundle is None else Bundle.open(self.inputs.root / gate.baseline_bundle)
-        )
-        batch = 1 if self.recipe.bench is None else self.recipe.bench.batch
-        found = compare_towers(
-            bundle.variant(gate.variant),
-            other.variant(gate.baseline),
-            tower=gate.tower,
-            options=self.runtime,
-            effort=Effort(gate.blocks, gate.duration_s, batch),
-        )
-        return RatioEntry(
-            a=gate.variant,
-            b=gate.baseline,
-            ratio=found.ratio,
-            low=found.low,
-            high=found.high,
-            n=found.n,
-            confidence=found.confidence,
-            seed=found.seed,
-            a_samples_ms=tuple(found.a.samples_ms.tolist()),
-            b_samples_ms=tuple(found.b.samples_ms.tolist()),
         )
 
     # --- what is told
@@ -564,19 +402,3 @@ class _Run:
         outcome = StageOutcome(stage, "failed" if failed else "reused" if reused else "done", seconds, note)
         self.outcomes.append(outcome)
         self.options.on_note(f"{stage}: {outcome.outcome}, {note}")
-
-
-# --- small things -------------------------------------------------------------------------------------------
-
-
-def _tower_digests(bundle: Bundle, name: str) -> list[str]:
-    variant = bundle.variant(name)
-    return [variant.tower_digest(tower) for tower in sorted(variant.entry.towers)]
-
-
-def _images(root: Path, said: str | None) -> list[Path | bytes]:
-    return [] if said is None else [sample.source for sample in read_samples([root / said])]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

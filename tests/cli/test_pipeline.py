@@ -150,6 +150,20 @@ def test_what_cannot_be_done_is_one_line(
         assert said.err.count("\n") == 1
 
 
+def test_ctrl_c_ends_with_130_and_leaves_the_folder_usable(
+    pipeline: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **how: Any) -> Any:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeclip.export.pipeline_measure.verify_bundle", interrupt)
+        assert pipeline("run", recipe, "-o", out).code == 130
+    assert list(out.iterdir()) == []
+    assert pipeline("run", recipe, "-o", out, "--inconclusive", "pass").code == 0
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_dry_run_of_every_shipped_recipe(
     pipeline: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
