@@ -49,17 +49,18 @@ class Float16(ir.passes.InPlacePass):
     2. the preprocessing: from the inputs to the first convolution or product;
     3. the L2 norm: from the last convolution or product to the outputs;
     4. every operator that is not known to be safe;
-    5. ``QuantizeLinear`` and ``DequantizeLinear`` whose scales float16 cannot hold (those of int32 biases),
+    5. convolutions and products whose weights vanish in float16, as those of a layer scale of 1e-6 do;
+    6. ``QuantizeLinear`` and ``DequantizeLinear`` whose scales float16 cannot hold (those of int32 biases),
        or before opset 19, which has none in float16. All others get float16 scales and stay in place.
 
     Operators that only move data follow their input.
 
     Raises:
-        PreconditionError: a weight overflows or vanishes in float16; types cannot be inferred.
+        ValueError: a constant overflows in float16, or types cannot be inferred.
     """
 
     def requires(self, model: ir.Model) -> None:
-        """Refuse graphs within graphs, and weights that float16 cannot hold."""
+        """Refuse graphs within graphs."""
         require_flat(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -105,14 +106,14 @@ class _Work:
             value = node.inputs[index]
             assert value is not None
             if value.dtype != wanted:
-                node.replace_input_with(index, self._cast(value, wanted, node))
+                node.replace_input_with(index, self._cast(value, wanted))
         if not single:
             for output in node.outputs:
                 if output.dtype == ir.DataType.FLOAT:
                     output.dtype = ir.DataType.FLOAT16
                     self.changed = True
 
-    def _cast(self, value: ir.Value, wanted: ir.DataType, reader: ir.Node) -> ir.Value:
+    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         known = self._casts.get((value, wanted))
         if known is not None:
             return known
@@ -121,8 +122,7 @@ class _Work:
         half = wanted == ir.DataType.FLOAT16
         stem = f"{value.name}_{'half' if half else 'float'}"
         if array is not None:
-            weight = reader.op_type in _HEAVY
-            made = new_constant(self.graph, _rounded(array, str(value.name), weight=weight), stem)
+            made = new_constant(self.graph, _rounded(array, str(value.name)), stem)
         else:
             producer = value.producer()
             if producer is None:
@@ -156,8 +156,8 @@ def _is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def _rounded(array: NDArray[np.float32], name: str, *, weight: bool) -> NDArray[np.float16]:
-    """Return an array in float16, which must hold it."""
+def _rounded(array: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    """Return an array in float16, which must hold its largest value."""
     finite = array[np.isfinite(array)]
     largest = float(np.abs(finite).max()) if finite.size else 0.0
     if largest > _LARGEST:
@@ -165,17 +165,21 @@ def _rounded(array: NDArray[np.float32], name: str, *, weight: bool) -> NDArray[
             f"{name!r} overflows in float16: its largest value is {largest:.3g}, expected at most "
             f"{_LARGEST:.0f}"
         )
-    half = array.astype(np.float16)
-    if weight and finite.size:
-        norm = float(np.linalg.norm(finite.astype(np.float64)))
-        lost = np.where(np.isfinite(array), array - half.astype(np.float64), 0.0)
-        error = float(np.linalg.norm(lost)) / norm if norm else 0.0
-        if error > _LOST:
-            raise ValueError(
-                f"{name!r} vanishes in float16: rounding loses {error:.0%} of it, expected at most "
-                f"{_LOST:.0%} (its largest value is {largest:.3g})"
-            )
-    return half
+    return array.astype(np.float16)
+
+
+def _vanishes(node: ir.Node) -> bool:
+    """Whether rounding loses more of a weight than it may."""
+    arrays = [constant(value) for value in node.inputs[:2] if _is_float(value)]
+    return node.op_type in _HEAVY and any(_lost(array) > _LOST for array in arrays if array is not None)
+
+
+def _lost(array: NDArray[np.float32]) -> float:
+    """Return the relative error of rounding; 0 where there is an overflow, which is reported elsewhere."""
+    norm = float(np.linalg.norm(array))
+    if not 0 < norm < np.inf or np.abs(array).max() > _LARGEST:
+        return 0.0
+    return float(np.linalg.norm(array - array.astype(np.float16).astype(np.float32))) / norm
 
 
 def _kept(graph: ir.Graph, opset: int) -> set[ir.Node]:
@@ -183,7 +187,8 @@ def _kept(graph: ir.Graph, opset: int) -> set[ir.Node]:
     nodes = list(graph)
     simple = {node for node in nodes if node.op_type in _ELEMENTWISE or _divides_by_constant(node)}
     kept = {node for node in nodes if node.op_type not in _SAFE and node not in simple}  # 4
-    kept |= {node for node in nodes if node.op_type in _QUANTIZING and not _scale_fits(node, opset)}  # 5
+    kept |= {node for node in nodes if _vanishes(node)}  # 5
+    kept |= {node for node in nodes if node.op_type in _QUANTIZING and not _scale_fits(node, opset)}  # 6
     chain = {node for node in nodes if node.op_type in _DELICATE and node not in simple}
     for node in nodes:  # 1, downstream
         sources = {value.producer() for value in node.inputs if value is not None} - {None}

@@ -26,7 +26,7 @@ from edgeclip.export.passes.sequences import shared  # noqa: E402
 from edgeclip.export.trace import trace_image_tower, trace_text_tower  # noqa: E402
 from edgeclip.export.variants import VariantSpec  # noqa: E402
 from edgeclip.models.checkpoints import load_checkpoint, read_checkpoint_info  # noqa: E402
-from edgeclip.models.clip import build_clip  # noqa: E402
+from edgeclip.models.clip import CLIP, build_clip  # noqa: E402
 from edgeclip.models.zoo import clip_config  # noqa: E402
 from edgeclip.runtime.parity import ParityLimits, check_parity, compare_embeddings  # noqa: E402
 from edgeclip.runtime.session import open_session  # noqa: E402
@@ -42,7 +42,7 @@ TEXTS = [
     for shape in ("circle", "square", "star")
 ]
 # Random weights give nearly one embedding for every picture: what counts is a difference beside the spread.
-FULL_SIZE_OF_SPREAD = 0.1
+FULL_SIZE_OF_SPREAD = 0.02  # measured 0.003
 
 
 @lru_cache
@@ -168,14 +168,26 @@ def test_weights_beside_the_graph_open_from_a_bundle_and_nothing_else_does(
         bundle.variant("alone").tower("image")
 
 
+@torch.no_grad()
+def settle(model: CLIP, pictures: torch.Tensor) -> None:
+    """Give batch norms the statistics they meet: with others, random weights reach 1e7, beyond float16."""
+    for module in model.image_tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+            module.train()
+    model.encode_image(pictures)
+    model.eval()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["MobileCLIP2-S0", "MobileCLIP2-S4", "MobileCLIP2-B"])
 def test_full_size_towers_keep_their_numbers(name: str, tmp_path: Path) -> None:
     config = clip_config(name)
-    model = random_weights(build_clip(config), dtype=torch.float32)
     size = config.image_size_px
     pixels = np.random.default_rng(0).integers(0, 256, (5, *size, 3), dtype=np.uint8)
     pixels[1:] //= np.array([1, 2, 4, 8], np.uint8)[:, None, None, None]
+    model = random_weights(build_clip(config), dtype=torch.float32)
+    settle(model, probes.normalized(torch.from_numpy(pixels), config))
     graph = apply(trace_image_tower(model.image_tower, config), shared(), what="image")
     with torch.no_grad():
         wanted = model.encode_image(

@@ -101,3 +101,36 @@ def test_too_many_weights_for_one_file_are_an_error(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ExportError, match=r"image tower: its weights have 0\.0 GB"):
         built_tower("image", tiny_graph(), external_data=False)
     assert len(built_tower("image", tiny_graph()).files) == 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "allowed", "form"),
+    [
+        ("onnx-fp32", True, "none"),
+        ("onnx-fp32@x86-avx2", True, "none"),
+        ("onnx-fp16@x86-vnni", True, "none"),
+        ("onnx-fp16@x86-avx2", False, "none"),
+        ("onnx-fp16@x86-avx2", True, "tanh"),
+    ],
+)
+def test_gelu_takes_its_tanh_form_only_where_that_is_faster_and_within_limits(
+    tmp_path: Path, variant: str, allowed: bool, form: str
+) -> None:
+    graph = tiny_graph()
+    graph.graph.node[1].output[0] = "m"
+    graph.graph.node.append(helper.make_node("Gelu", ["m"], ["image_embedding"]))
+    asked = BuildRequest(
+        VariantSpec.parse(variant), {"image": graph}, tmp_path, options=BuildOptions(gelu_tanh=allowed)
+    )
+    content = builder_of("onnx")(asked).towers["image"].files["image.onnx"]
+    assert isinstance(content, bytes)
+    gelu = next(node for node in onnx.load_from_string(content).graph.node if node.op_type == "Gelu")
+    said = {entry.name: entry.s.decode() for entry in gelu.attribute}
+    assert said.get("approximate", "none") == form
+
+
+def test_a_graph_the_checker_refuses_is_not_stored() -> None:
+    graph = tiny_graph()
+    graph.graph.node[1].input[1] = "nobody"
+    with pytest.raises(ExportError, match=r"image tower: the ONNX checker refuses the graph: .*nobody"):
+        built_tower("image", graph)

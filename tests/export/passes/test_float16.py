@@ -165,10 +165,17 @@ def test_a_weight_that_overflows_is_named() -> None:
         apply(model, [Float16()], what="tower")
 
 
-def test_a_weight_that_vanishes_is_named() -> None:
-    model = graph([node("MatMul", ["x", "dust"], ["y"])], [1, 2], [1, 2], {"dust": normal(2, 2, scale=1e-7)})
-    with pytest.raises(ExportError, match=r"'dust' vanishes in float16: rounding loses \d+% of it"):
-        apply(model, [Float16()], what="tower")
+def test_a_product_whose_weight_vanishes_stays_single() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]),
+        node("MatMul", ["m", "dust"], ["d"]),
+        node("Add", ["m", "d"], ["y"]),
+    ]
+    constants = {"w": normal(2, 2), "dust": normal(2, 2, scale=1e-7)}
+    result = halved(graph(nodes, [1, 2], [1, 2], constants))
+    assert read_as(result)["MatMul"] == {HALF, SINGLE}
+    dust = next(tensor for tensor in result.graph.initializer if tensor.name.startswith("dust"))
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(dust), constants["dust"])
 
 
 def test_a_small_bias_may_vanish() -> None:
