@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import numpy as np
 
-from edgeclip.bundle import Requires, stored_name
+from edgeclip.bundle import Requires
 from edgeclip.errors import ExportError, MissingExtraError
 from edgeclip.runtime.host import versions
 from edgeclip.runtime.ov import import_openvino, without_telemetry
@@ -32,7 +32,7 @@ from edgeclip.runtime.parity import ParityLimits
 
 from .build import BuildRequest, BuiltTower, BuiltVariant
 from .ranges import check_rows
-from .to_onnx import built_tower, tensor_entries
+from .to_onnx import tensor_entries
 
 if TYPE_CHECKING:
     import onnx
@@ -42,7 +42,7 @@ __all__ = ["build"]
 
 _ENGINE: Final = ">=2026.1"
 """Versions of OpenVINO that these files are tried with."""
-_LARGEST_MESSAGE: Final = (1 << 31) - (1 << 24)
+_INLINE_BYTES: Final = 1024  # smaller tensors stay in the graph, where shapes and axes are read
 _MOST_ROWS: Final = 300  # NNCF's own default: ranges and biases do not gain by more
 
 # AVX2 without VNNI adds two products of bytes in 16 bits: weights of every layer take half the range there.
@@ -130,11 +130,7 @@ def _converted(tower: str, graph: onnx.ModelProto, work: Path, *, what: str) -> 
 
     inputs, outputs = tensor_entries(graph)
     try:
-        core = openvino.Core()
-        if graph.ByteSize() < _LARGEST_MESSAGE:
-            network = core.read_model(graph.SerializeToString(deterministic=True))
-        else:
-            network = core.read_model(_written(tower, graph, work))
+        network = openvino.Core().read_model(_written(graph, work / f"{tower}.onnx"))
         apply_moc_transformations(network, cf=True, smart_reshape=True)
     except Exception as error:
         reason = " ".join(str(error).split())[-300:]
@@ -145,14 +141,26 @@ def _converted(tower: str, graph: onnx.ModelProto, work: Path, *, what: str) -> 
     return network
 
 
-def _written(tower: str, graph: onnx.ModelProto, work: Path) -> Path:
-    """Write a graph whose weights one message cannot hold, and return where."""
-    files = built_tower(tower, graph, external_data=True)
-    for name, content in files.files.items():
-        assert isinstance(content, bytes)
-        place = name if name == files.model else stored_name(name, hashlib.sha256(content).hexdigest())
-        (work / place).write_bytes(content)
-    return work / files.model
+def _written(graph: onnx.ModelProto, path: Path) -> Path:
+    """Write a graph with its weights beside it, and return where: from there OpenVINO maps them."""
+    import onnx
+
+    thin = onnx.ModelProto()
+    thin.CopyFrom(graph)
+    data = path.with_suffix(".data")
+    with data.open("wb") as stream:
+        for tensor in thin.graph.initializer:
+            if len(tensor.raw_data) < _INLINE_BYTES:
+                continue
+            stream.write(bytes(-stream.tell() % 64))
+            place = {"location": data.name, "offset": stream.tell(), "length": len(tensor.raw_data)}
+            stream.write(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+    path.write_bytes(thin.SerializeToString(deterministic=True))
+    return path
 
 
 def _stored(tower: str, network: Any, graph: onnx.ModelProto, work: Path, *, halve: bool) -> BuiltTower:

@@ -231,15 +231,14 @@ def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
     assert said == contents(to_openvino.build(request(tmp_path / "near", "openvino-int8")))
 
 
-def test_weights_beyond_one_message_are_read_from_a_second_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = contents(to_openvino.build(request(tmp_path / "one", "openvino-fp32")))
-    monkeypatch.setattr(to_openvino, "_LARGEST_MESSAGE", 100)
-    monkeypatch.setattr("edgeclip.export.to_onnx._INLINE_BYTES", 64)
-    got = contents(to_openvino.build(request(tmp_path / "two", "openvino-fp32")))
-    assert list((tmp_path / "two").glob("*.data"))
-    assert got == expected
+def test_weights_that_openvino_maps_are_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = contents(to_openvino.build(request(tmp_path / "inside", "openvino-fp32")))
+    monkeypatch.setattr(to_openvino, "_INLINE_BYTES", 1)
+    given = request(tmp_path / "beside", "openvino-fp32")
+    before = given.graphs["image"].SerializeToString()
+    assert contents(to_openvino.build(given)) == expected
+    assert (tmp_path / "beside" / "image.data").stat().st_size > 1000
+    assert given.graphs["image"].SerializeToString() == before
 
 
 # --- targets and refusals
@@ -466,3 +465,32 @@ def test_a_bundle_of_openvino_files_classifies_from_the_command_line(pictures: P
     )
     assert result.returncode == 0, result.stderr
     assert '"score"' in result.stdout
+
+
+@pytest.mark.full
+def test_mobileclip2_s0_with_random_weights_moves_by_rounding_alone(tmp_path: Path) -> None:
+    """All its embeddings are nearly one, so that cosines say nothing: differences are compared."""
+    import torch
+    from towers import random_weights
+
+    from edgeclip.export.trace import trace
+    from edgeclip.models.clip import build_clip
+    from edgeclip.models.zoo import clip_config
+
+    config = clip_config("MobileCLIP2-S0")
+    model = random_weights(build_clip(config), dtype=torch.float32)
+    graphs = trace(model, config).by_name()
+    built = to_openvino.build(request(tmp_path, "openvino-fp32", graphs))
+    random = np.random.default_rng(0)
+    rows = {
+        "image": random.integers(0, 256, (5, 256, 256, 3), np.uint8),
+        "text": random.integers(1, 49_000, (5, config.text.context_length)).astype(np.int32),
+    }
+    for tower, fed in rows.items():
+        expected = by_onnx_runtime(tmp_path, fed, graphs[tower])
+        for batch in (1, 5):
+            got = run(built, fed, tower, batch)
+            numbers = compare_embeddings(expected, got)
+            assert numbers.max_abs <= 1e-4
+            assert numbers.centred_cosine_mean is not None
+            assert numbers.centred_cosine_mean >= 0.999
