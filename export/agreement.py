@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from edgeclip.bundle import Bundle, BundleWriter, PreprocessSpec, TowerFiles, Variant
 from edgeclip.errors import BackendError, BackendUnavailableError, ExportError, ParityError
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Yardstick", "verify_tower"]
+
+_INTEL: Final = {"intel-gpu": "gpu", "intel-npu": "npu"}
+"""Devices of OpenVINO by target."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +92,9 @@ def verify_tower(
 def _open(
     variant: Variant, tower: str, yardstick: Yardstick, work: Path
 ) -> tuple[OpenSession | None, str, str | None]:
-    """Open a tower on its engine, else on ONNX Runtime; say why not the former, and what the latter is."""
+    """Open a tower where it is for, else in its place; say why not the former, and what the latter is."""
     format_name = variant.entry.format
-    device = "cuda" if format_name == "tensorrt" else "cpu"
+    device = "cuda" if format_name == "tensorrt" else _INTEL.get(variant.entry.target or "", "cpu")
     allow = frozenset({"unsafe-isa", "unverified"})
     options = RuntimeOptions(
         threads=yardstick.threads, device=device, allow=allow, cache_dir=work / "engines"
@@ -112,13 +115,17 @@ def _open(
             reason = str(error).rstrip(".")
         else:
             return session, "", _other_isa(variant, host)
-    if files.model.suffix != ".onnx":
-        return None, reason, None
+    installed = versions()
     try:
+        if device in _INTEL.values():
+            proxy = open_session(files, options=replace(options, device="cpu"))
+            return proxy, reason, f"OpenVINO {installed.get('openvino', '')} on this CPU"
+        if files.model.suffix != ".onnx":
+            return None, reason, None
         proxy = _open_proxy(files, yardstick)
     except BackendError as error:
-        return None, f"{reason}; nor can ONNX Runtime stand in: {str(error).rstrip('.')}", None
-    return proxy, reason, f"ONNX Runtime {versions().get('onnxruntime', '')} on this CPU"
+        return None, f"{reason}; nor can this CPU stand in: {str(error).rstrip('.')}", None
+    return proxy, reason, f"ONNX Runtime {installed.get('onnxruntime', '')} on this CPU"
 
 
 def _other_isa(variant: Variant, host: Host) -> str | None:

@@ -46,12 +46,14 @@ from edgeclip.export.options import (  # noqa: E402
     References,
     Step,
 )
-from edgeclip.export.source import Source, open_source  # noqa: E402
+from edgeclip.export.source import Source, _locate, open_source  # noqa: E402
 from edgeclip.export.variants import parse_variants  # noqa: E402
 from edgeclip.export.verify import verify_bundle  # noqa: E402
+from edgeclip.hub import weights_directory  # noqa: E402
 from edgeclip.label_sets import LabelSet, Templates  # noqa: E402
-from edgeclip.models.checkpoints import read_checkpoint_info, save_checkpoint  # noqa: E402
+from edgeclip.models.checkpoints import CheckpointInfo, read_checkpoint_info, save_checkpoint  # noqa: E402
 from edgeclip.models.clip import build_clip  # noqa: E402
+from edgeclip.models.zoo import MODELS, clip_config  # noqa: E402
 from edgeclip.runtime import parity  # noqa: E402
 from edgeclip.runtime.parity import ParityLimits, compare_embeddings  # noqa: E402
 from edgeclip.tensors import map_tensors  # noqa: E402
@@ -426,6 +428,25 @@ def test_a_target_of_another_kind_of_processor_runs_here_and_says_where(
     assert tower.proxy.startswith(f"the same engine on {machine}, which has none of ")
 
 
+@pytest.mark.parametrize(("target", "device"), [("intel-gpu", "gpu"), ("intel-npu", "npu")])
+def test_openvinos_other_devices_are_not_verified_by_a_cpu(
+    target: str, device: str, pictures: Path, tmp_path: Path
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    if device.upper() in openvino.Core().available_devices:
+        pytest.skip(f"this host has Intel's {device}")
+    name = f"openvino-fp16@{target}"
+    chosen = settings(pictures, static_batch=3)
+    tower = export_probe("tinyclip", tmp_path / "bundle", None, name, settings=chosen).report.variants[name]
+    image = tower.towers["image"]
+    assert image.status == "unverified"
+    assert image.reason.startswith(f"device '{device}' is not here")
+    assert image.proxy is not None
+    assert image.proxy.startswith("OpenVINO ")
+    assert image.numbers is not None
+    assert image.numbers.cosine_min >= 0.999
+
+
 # --- an existing bundle ------------------------------------------------------------------------------------
 
 
@@ -523,6 +544,16 @@ def test_what_is_no_checkpoint_is_named(
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_model_of_the_zoo_is_found_where_it_was_pulled_to() -> None:
+    folder = weights_directory("MobileCLIP2-S0")
+    folder.mkdir(parents=True)
+    weights = MODELS["MobileCLIP2-S0"].weights
+    assert weights is not None
+    file = folder / weights.files[0]
+    file.touch()
+    assert _locate(Checkpoint("MobileCLIP2-S0")) == (str(file), "MobileCLIP2-S0")
+
+
 def test_a_folder_with_one_picture_is_too_little_to_compare_on(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "one", 1)
     with pytest.raises(InputError, match="holds 1 pictures, expected at least 2"):
@@ -584,3 +615,30 @@ def test_default_variants_put_verified_int8_first() -> None:
         "onnx-fp16",
     ]
     assert default_order({"tensorrt-fp16": entry("unverified")}) == ["tensorrt-fp16"]
+
+
+# --- full size ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_mobileclip2_s0_takes_two_minutes_and_four_gib(tmp_path: Path) -> None:
+    """Both towers, ONNX and OpenVINO, verified: in a process of its own, on two threads."""
+    pytest.importorskip("openvino")
+    config = clip_config("MobileCLIP2-S0")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.clip(config.text.context_length)
+    info = CheckpointInfo(config=config, scale=1.0, tokenizer_digest=tokenizer.digest, tokenizer_files={})
+    save_checkpoint(build_clip(config), tmp_path / "model", info, tokenizer_files=tokenizer.files)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "edgeclip", "export",
+            str(tmp_path / "model"), "-o", str(tmp_path / "bundle"),
+            "--variant", "onnx-fp32", "--variant", "openvino-fp16", "--threads", "2", "--json",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["basis"] == "centred"
+    assert sum(step["seconds"] for step in said["steps"]) < 120
+    assert said["peak_rss_bytes"] < 4 << 30
