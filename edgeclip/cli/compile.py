@@ -34,7 +34,7 @@ _RUNNABLE = tuple(name for name in BACKENDS if name != "eager")
 @click.option("--backend", type=click.Choice(_RUNNABLE), default="auto", show_default=True, help="Engine.")
 @click.option(
     "--device",
-    help="cpu, cuda or cuda:N; with OpenVINO also gpu, gpu:N and npu.  [default: cuda for TensorRT, else cpu]",
+    help="cpu, cuda or cuda:N; for OpenVINO gpu, gpu:N or npu too.  [default: cuda for TensorRT, else cpu]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
 @click.option(
