@@ -39,8 +39,6 @@ __all__ = ["METHOD", "policy_of", "quantize", "quantized", "said", "scheme_of", 
 
 METHOD: Final = "minmax"
 _EXACT_KERNELS: Final[Mapping[str, str]] = MappingProxyType({"session.x64quantprecision": "1"})
-_LAST_OPSET: Final = 20
-"""Above it ONNX Runtime's integer kernels do not take over every Q/DQ pair."""
 
 
 def quantized(request: BuildRequest) -> BuiltVariant:
@@ -48,11 +46,10 @@ def quantized(request: BuildRequest) -> BuiltVariant:
 
     Raises:
         CalibrationError: a tower has no calibration rows, or ranges cannot be had from them.
-        ExportError: the opset is too new, or a graph cannot be quantized.
+        ExportError: a graph cannot be quantized.
     """
     name, target = request.spec.name, request.spec.target
     for tower, graph in request.graphs.items():
-        _check_opset(graph, what=f"variant {name!r}, {tower} tower")
         check_rows(graph, request.calibration.get(tower), what=f"variant {name!r}, {tower} tower")
     scheme = scheme_of(8 if target is None else target.weight_bits)
     towers, policies = {}, {}
@@ -151,12 +148,3 @@ def said(request: BuildRequest, scheme: Scheme, policies: Mapping[str, Int8Polic
         "scheme": scheme.to_dict(),
         "policy": {tower: policy.to_dict() for tower, policy in policies.items()},
     }
-
-
-def _check_opset(graph: onnx.ModelProto, *, what: str) -> None:
-    opset = next((entry.version for entry in graph.opset_import if not entry.domain), 0)
-    if opset > _LAST_OPSET:
-        raise ExportError(
-            f"{what}: it has opset {opset}, above which ONNX Runtime leaves some int8 pairs in float; "
-            f"expected at most {_LAST_OPSET}, so export it with --opset {_LAST_OPSET}."
-        )

@@ -39,7 +39,6 @@ OPSET: Final = 20
 OPSETS: Final = range(17, 25)
 SAMPLES: Final = 256
 """Pictures and texts to choose int8 ranges on at most, where nothing else is said."""
-_INT8_OPSET = 20  # above it ONNX Runtime's integer kernels do not take over every Q/DQ pair
 _NUMBERS = ("max_abs", "cosine_min", "cosine_mean", "centred_cosine_mean", "top1_agreement")
 _PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -94,12 +93,6 @@ class GraphOptions:
         Raises:
             ConfigError: these variants cannot be made so.
         """
-        for spec in specs:
-            if spec.form_name == "onnx-int8" and self.opset > _INT8_OPSET:
-                raise ConfigError(
-                    f"variant {spec.name!r} with opset {self.opset}: ONNX Runtime runs int8 graphs well up "
-                    f"to opset {_INT8_OPSET}; leave the opset out, or export this variant without it."
-                )
         if self.bake_labels and not any(spec.form.format == "onnx" for spec in specs):
             raise ConfigError(
                 "labels are baked into ONNX variants only, and none is asked for among "

@@ -143,7 +143,6 @@ def test_a_failed_gate_ends_with_4_in_one_line(export: Run, pictures: Path, tmp_
         (["--variant", "onnx-fp32", "--variant", "onnx-fp32"], "'onnx-fp32' is asked for twice"),
         (["--target", "toaster"], "got the target 'toaster'"),
         (["--opset", "16"], "opset: got 16, expected 17 to 24"),
-        (["--opset", "21", "--variant", "onnx-int8"], "variant 'onnx-int8' with opset 21"),
         (["--static-batch", "0"], "static batch: got 0, expected 1 to 4096"),
         (["--bake-labels", "--variant", "openvino-fp16"], "none is asked for among openvino-fp16"),
         (["--limit", "fp32:max_abs"], "limit 'fp32:max_abs': expected PRECISION:NUMBER=LIMIT"),
