@@ -166,9 +166,11 @@ class _Run:
 
     def all(self) -> PipelineReport:
         """Do what is not done yet."""
+        began = time.perf_counter()
         try:
             bundle = self._bundle()
         except ParityError as error:
+            self._done("export", began, str(error), failed=True)
             return self._without_bundle(error)
         verified = self.measuring.verify(bundle)
         bench, not_timed = self.measuring.bench(bundle)
@@ -356,7 +358,6 @@ class _Run:
 
     def _without_bundle(self, error: ParityError) -> PipelineReport:
         """Return the report of a run whose export failed its own gate."""
-        self._done("export", time.perf_counter(), str(error), failed=True)
         wrong = Finding("export", "failed", "wrong numbers", "within its limits", str(error))
         unjudged = Finding("bundle", "inconclusive", "no bundle", "a bundle", "its export failed")
         verdicts = [
