@@ -168,10 +168,10 @@ def _trace(
 
 def _calibration(
     source: Source, variants: Sequence[VariantSpec], settings: ExportSettings, steps: Steps
-) -> tuple[dict[str, NDArray[Any]], str | None]:
-    """Return rows to choose ranges on, and their digest, where anything is to be quantized."""
+) -> tuple[dict[str, NDArray[Any]], str | None, Mapping[str, str]]:
+    """Return rows to choose ranges on, their digest and sources, where anything is to be quantized."""
     if all(spec.form.precision != "int8" for spec in variants):
-        return {}, None
+        return {}, None, {}
     with steps("calibration inputs"):
         asked = settings.references
         chosen = calibration_rows(
@@ -183,7 +183,7 @@ def _calibration(
             samples=asked.calibration_samples,
         )
         feeds = chosen.feeds(source.preprocess, float_input=settings.graph.float_input)
-    return feeds, chosen.digest
+    return feeds, chosen.digest, chosen.sources
 
 
 # --- variants ----------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def _make(
     spec: VariantSpec,
     yardstick: Yardstick,
     graphs: Mapping[str, onnx.ModelProto],
-    calibration: tuple[dict[str, NDArray[Any]], str | None],
+    calibration: tuple[dict[str, NDArray[Any]], str | None, Mapping[str, str]],
     settings: ExportSettings,
     steps: Steps,
     work: Path,
@@ -201,7 +201,7 @@ def _make(
     """Make, store and compare one variant."""
     folder = work / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    rows, digest = calibration if spec.form.precision == "int8" else ({}, None)
+    rows, digest, sources = calibration if spec.form.precision == "int8" else ({}, None, {})
     with steps(f"{spec.name}: make"):
         request = BuildRequest(
             spec,
@@ -213,6 +213,8 @@ def _make(
             on_step=lambda said: steps.note(f"{spec.name}: {said}"),
         )
         built = builder_of(spec.form.format)(request)
+        if built.calibration is not None:
+            built = replace(built, calibration={**built.calibration, "source": dict(sources)})
         if settings.graph.bake_labels and spec.form.format == "onnx":
             built = replace(built, towers={**built.towers, "classifier": _classifier(built, yardstick, spec)})
     replaced = spec.name in yardstick.writer.manifest["variants"]

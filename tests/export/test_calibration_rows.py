@@ -139,3 +139,26 @@ def test_too_few_samples_and_missing_folders_are_refused(tmp_path: Path) -> None
     with pytest.raises(InputError, match="nowhere"):
         calibration_rows(SPEC, given=tmp_path / "nowhere")
     assert References().calibration_samples == 256
+
+
+@pytest.mark.slow
+def test_the_manifest_says_what_ranges_were_chosen_on(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    from exported import export_probe, write_pictures
+
+    from edgeclip.export.options import ExportSettings, Gates, GraphOptions, LimitChange
+
+    pictures = write_pictures(tmp_path / "shapes", 64)
+    settings = ExportSettings(
+        graph=GraphOptions(text=False),
+        references=References(pictures=pictures, calibration=pictures, calibration_samples=20),
+        gates=Gates((LimitChange("int8", "top1_agreement", 0.8),)),
+        threads=1,
+    )
+    made = export_probe("tinyclip", tmp_path / "bundle", pictures, "onnx-int8", settings=settings)
+    said = made.bundle.manifest.variants["onnx-int8"].calibration
+    assert said is not None
+    assert (said["method"], said["rows"], said["source"]) == ("minmax", {"image": 20}, {"image": "shapes"})
+    spec = made.bundle.manifest.preprocess
+    assert said["digest"] == calibration_rows(spec, given=pictures, samples=20).digest
