@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "open_source"]
 
-_PICTURES, _TEXTS = 8, 32  # a call: small ones keep the peak of memory low
+_PICTURES, _TEXTS = 16, 32  # a call: small ones keep the peak of memory low
 _KEPT_TEXTS = 4096
 
 
