@@ -44,7 +44,7 @@ from edgeclip.shape_files import write_shapes
 
 SEEDS = (0, 1, 2)
 SHARE = 5  # the reinforced student sees this part of the samples
-EMBED_DIM = 288  # of both students: that of the teachers one after the other
+EMBED_DIM = 288  # of the plain student
 CURVE = 10  # measurements of a run
 RESULTS = ROOT / "benchmarks/results"
 IMAGES = ROOT / "docs/images"
@@ -142,8 +142,15 @@ class Apprentice:
 
 @dataclass(frozen=True)
 class Reinforced:
-    """What the reinforced student does otherwise than the plain one."""
+    """What the reinforced student does otherwise than the plain one.
 
+    Attributes:
+        embed_dim: that of the teachers one after the other.
+        weight: of the distance to their embeddings.
+        views: of a picture, stored.
+    """
+
+    embed_dim: int
     rate: float
     batch_size: int
     warmup: int
@@ -160,6 +167,7 @@ class Task:
         make: writes a directory with ``train.jsonl``, ``held_out.jsonl`` and ``labels.json``.
         samples: that the plain student sees.
         rates: to choose its learning rate from.
+        parts: so many fifths of its samples the reinforced students see; the first is the one in question.
         result: file in ``RESULTS``.
         plot: file in ``IMAGES``.
     """
@@ -172,6 +180,7 @@ class Task:
     result: str
     plot: str
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    parts: tuple[int, ...] = (1,)
 
 
 TASKS = (
@@ -180,7 +189,9 @@ TASKS = (
         make=write_shapes,
         samples=64_000,
         teachers=(Probe("mobileclip"), Probe("vit"), Probe("tinyclip")),
-        reinforced=Reinforced(rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=4),
+        reinforced=Reinforced(
+            embed_dim=288, rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=4
+        ),
         result="learning_efficiency.json",
         plot="learning-efficiency.svg",
     ),
@@ -191,11 +202,11 @@ TASKS = (
         ),
         samples=32_000,
         rates=(2e-3, 4e-3, 8e-3),
-        teachers=(
-            Apprentice("wide", 100, 4e-3, 96_000, 144, (24, 72, 144), (1, 1, 2)),
-            Apprentice("deep", 101, 4e-3, 96_000, 144, (24, 48, 96), (2, 2, 2)),
+        parts=(1, 2),
+        teachers=(Apprentice("wide", 100, 4e-3, 96_000, 144, (24, 72, 144), (1, 1, 2)),),
+        reinforced=Reinforced(
+            embed_dim=144, rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=1
         ),
-        reinforced=Reinforced(rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=1),
         result="learning_efficiency_pictograms.json",
         plot="learning-efficiency-pictograms.svg",
     ),
@@ -252,8 +263,14 @@ class Bench:
     def reinforced(self) -> None:
         """Let the teachers look once, and train the students that read what they said."""
         self._reinforce()
-        for seed in SEEDS:
-            self.train(self._reinforced_student(seed))
+        for samples in self.seen:
+            for seed in SEEDS:
+                self.train(self._reinforced_student(samples, seed))
+
+    @property
+    def seen(self) -> list[int]:
+        """Samples that reinforced students see, a student each."""
+        return [self.task.samples * part // SHARE for part in self.task.parts]
 
     # -- Data ---------------------------------------------------------------------------------------------
 
@@ -305,17 +322,17 @@ class Bench:
         text = self.plain(seed, rate, self.task.samples, batch_size=BATCH, embed_dim=EMBED_DIM)
         return self.recipe(f"plain-{rate:g}-{seed}", text)
 
-    def _reinforced_student(self, seed: int) -> str:
-        ours, samples = self.task.reinforced, self.task.samples // SHARE
-        text = self.plain(seed, ours.rate, samples, batch_size=ours.batch_size, embed_dim=EMBED_DIM)
+    def _reinforced_student(self, samples: int, seed: int) -> str:
+        ours = self.task.reinforced
+        text = self.plain(seed, ours.rate, samples, batch_size=ours.batch_size, embed_dim=ours.embed_dim)
         changes = {
             f'paths = ["{self.task.name}/train.jsonl"]\ncrop_scale = [0.9, 1.0]': 'paths = ["reinforced"]',
             "warmup = 100": f"warmup = {ours.warmup}",
             "ema = 0.995": f"ema = {ours.ema}",
-            "[data.train]": f"{TEACHER}[data.train]",
+            "[data.train]": f"{TEACHER.format(embed_dim=ours.embed_dim)}[data.train]",
             '[[stage.loss]]\nkind = "info-nce"\n': LOSS.format(weight=ours.weight),
         }
-        return self.recipe(f"reinforced-{seed}", replaced(text, changes))
+        return self.recipe(f"reinforced-{samples}-{seed}", replaced(text, changes))
 
     def plain(self, seed: int, rate: float, samples: int, *, batch_size: int, embed_dim: int) -> str:
         """Return the recipe `plain-clip`, on this task and with these numbers."""
@@ -385,10 +402,9 @@ class Bench:
         """Return everything that was measured, and what follows from it."""
         task, best = self.task, self.best_rate()
         plain = [f"plain-{best:g}-{seed}" for seed in SEEDS]
-        helped = [f"reinforced-{seed}" for seed in SEEDS]
-        target = statistics.mean(self.curve(name, "report")[-1][1] for name in plain)
-        samples = {"plain": task.samples, "reinforced": task.samples // SHARE}
-        student = flops(self.work / plain[0] / "model")
+        helped = {samples: [f"reinforced-{samples}-{seed}" for seed in SEEDS] for samples in self.seen}
+        target = statistics.mean(self.last(name) for name in plain)
+        forward = flops(self.work / plain[0] / "model")
         teachers = {each.name: flops(each.checkpoint(self)) for each in task.teachers}
         trained = {each.name: each.trained(self) for each in task.teachers}
         pictures = sum(1 for _ in (self.data / "train.jsonl").open(encoding="utf-8"))
@@ -399,6 +415,7 @@ class Bench:
         return {
             "data": task.name,
             "labels": len(json.loads((self.data / "labels.json").read_text(encoding="utf-8"))["labels"]),
+            "pictures": pictures,
             "target_top1": round(target, 4),
             "learning_rate": {
                 "chosen": best,
@@ -407,51 +424,61 @@ class Bench:
                     for rate in task.rates
                 },
             },
-            "samples": {**samples, "share": 1 / SHARE},
-            "reached_by_all_seeds": all(self.curve(name, "report")[-1][1] >= target for name in helped),
+            "plain": {"samples": task.samples, "top1": [self.last(name) for name in plain]},
+            "reinforced": [
+                {
+                    "samples": samples,
+                    "share": samples / task.samples,
+                    "top1": [self.last(name) for name in names],
+                    "reached_on_average": statistics.mean(map(self.last, names)) >= target,
+                    "reached_by_all_seeds": all(self.last(name) >= target for name in names),
+                    "flops": paid(
+                        plain=training_flops(task.samples, forward),
+                        reinforced=training_flops(samples, flops(self.work / names[0] / "model")),
+                        reinforcement=asked,
+                        teachers=sum(
+                            training_flops(trained[name]["samples"], teachers[name]) for name in teachers
+                        ),
+                    ),
+                    "seconds": paid(
+                        plain=statistics.mean(map(self.seconds, plain)),
+                        reinforced=statistics.mean(map(self.seconds, names)),
+                        reinforcement=self._reinforcing()["seconds"],
+                        teachers=sum(each["seconds"] for each in trained.values()),
+                    ),
+                }
+                for samples, names in helped.items()
+            ],
+            "seconds_are": (
+                "means over seeds of the sums of the steps' times, and the time of the command for "
+                "reinforcement, on a machine that did other work meanwhile"
+            ),
             "runs": {
                 name: {
                     "tune": self.curve(name, "tune"),
                     "report": self.curve(name, "report"),
                     "seconds": round(self.seconds(name), 1),
                 }
-                for name in [*plain, *helped]
+                for name in [*plain, *(name for names in helped.values() for name in names)]
             },
-            "teachers_trained": trained,
-            "flops": {
-                "student_forward": student,
-                "teachers_forward": teachers,
-                **paid(
-                    plain=training_flops(samples["plain"], student),
-                    reinforced=training_flops(samples["reinforced"], student),
-                    reinforcement=asked,
-                    teachers=sum(
-                        training_flops(trained[name]["samples"], teachers[name]) for name in teachers
-                    ),
-                ),
-            },
-            "seconds": paid(
-                plain=statistics.mean(map(self.seconds, plain)),
-                reinforced=statistics.mean(map(self.seconds, helped)),
-                reinforcement=self._reinforcing()["seconds"],
-                teachers=sum(each["seconds"] for each in trained.values()),
-            ),
-            "seconds_are": (
-                "sums of the steps' times, and the time of the command for reinforcement, on a machine that "
-                "did other work meanwhile"
-            ),
-            "recipe": asdict(task.reinforced) | {"teachers": list(teachers)},
+            "student_forward_flops": forward,
+            "teachers": {name: trained[name] | {"forward_flops": teachers[name]} for name in teachers},
+            "recipe": asdict(task.reinforced),
             "reinforcement": manifest["settings"],
         }
+
+    def last(self, name: str) -> float:
+        """Return a run's top-1 on the report half at its end."""
+        return self.curve(name, "report")[-1][1]
 
 
 # The teachers' embeddings side by side are one teacher, whose cosine is the mean of theirs; the student's
 # embeddings are moved towards it directly, which needs no other pictures in the batch, so batches are small.
-TEACHER = f"""
+TEACHER = """
 [[teacher]]
 kind = "stored"
 name = "teachers"
-slice = [0, {EMBED_DIM}]
+slice = [0, {embed_dim}]
 licence = "Apache-2.0"
 
 """
@@ -506,10 +533,13 @@ def training_flops(samples: int, forward: dict[str, int]) -> int:
     return 3 * samples * (forward["image"] + forward["text"])
 
 
+COLOURS = ("#2f7ed8", "#e8710a", "#7a5195")
+
+
 def drawn(document: dict[str, Any]) -> str:
     """Return the learning curves as SVG: accuracy over samples seen, a line a run."""
     width, height, left, right, top, bottom = 760, 420, 64, 24, 56, 56
-    most = document["samples"]["plain"]
+    most = document["plain"]["samples"]
     title = (
         f"Top-1 among {document['labels']} labels of held-out combinations of {document['data']}, "
         "over samples seen"
@@ -545,17 +575,15 @@ def drawn(document: dict[str, Any]) -> str:
         f'<line x1="{x0}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" stroke="#7b8794" '
         'stroke-dasharray="4 4"/>'
     )
-    colours = {"plain": "#2f7ed8", "reinforced": "#e8710a"}
-    for name, run in document["runs"].items():
-        points = " ".join(
-            f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in [(0, 0), *run["report"]])
-        )
-        colour = colours[name.split("-")[0]]
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    for row, (name, colour) in enumerate(colours.items()):
-        y = height - bottom - 60 + 22 * row
-        seen = document["samples"][name]
-        text = f"{name}: {seen:,} samples, {len(SEEDS)} seeds"
+    kinds = [("plain", document["plain"]["samples"])]
+    kinds += [(f"reinforced-{each['samples']}", each["samples"]) for each in document["reinforced"]]
+    for row, ((kind, seen), colour) in enumerate(zip(kinds, COLOURS, strict=False)):
+        runs = [run["report"] for name, run in document["runs"].items() if name.startswith(f"{kind}-")]
+        for run in runs:
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in [(0, 0), *run]))
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        y = height - bottom - 22 * (len(kinds) - row) - 16
+        text = f"{kind.split('-')[0]}: {seen:,} samples, {len(runs)} seeds"
         parts.append(
             f'<rect x="{width - 320}" y="{y - 6}" width="22" height="4" fill="{colour}"/>'
             f'<text x="{width - 290}" y="{y}" fill="#1f2933">{escape(text)}</text>'
