@@ -21,7 +21,9 @@ from edgeclip.bundle import Bundle, TowerFiles
 from edgeclip.cache import HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime import RuntimeOptions, open_session
+from edgeclip.runtime.diagnose import diagnose
 from edgeclip.runtime.host import usable_cores
+from edgeclip.runtime.parity import golden_check
 from edgeclip.runtime.session import ModelFiles
 
 if importlib.util.find_spec("openvino") is None:
@@ -60,6 +62,18 @@ def answers(tower: TowerFiles | Path, options: RuntimeOptions = ONE) -> np.ndarr
 
 def test_its_answers_are_those_of_onnx_runtime(tower: TowerFiles) -> None:
     np.testing.assert_allclose(answers(tower), answers(tower, RuntimeOptions(backend="ort")), atol=1e-5)
+
+
+def test_the_embedded_bundle_gives_the_right_answers() -> None:
+    bundle = Bundle.open("default")
+    report = golden_check(bundle, bundle.manifest.default_variants[0], options=ONE)
+    assert {name: tower.failures for name, tower in report.towers.items()} == {"image": (), "text": ()}
+
+
+def test_the_doctor_says_which_devices_there_are() -> None:
+    (state,) = (state for state in diagnose().backends if state.name == "openvino")
+    assert state.works
+    assert f"CPU ({openvino_devices()['CPU']})" in state.detail
 
 
 def test_an_ir_is_read_with_its_weights_under_another_name(tower: TowerFiles, ir_tower: TowerFiles) -> None:
