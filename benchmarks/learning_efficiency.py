@@ -146,6 +146,7 @@ class Reinforced:
 
     Attributes:
         embed_dim: that of the teachers one after the other.
+        final: share of the rate that is left at the end.
         weight: of the distance to their embeddings.
         views: of a picture, stored.
     """
@@ -154,6 +155,7 @@ class Reinforced:
     rate: float
     batch_size: int
     warmup: int
+    final: float
     ema: float
     weight: float
     views: int
@@ -190,7 +192,7 @@ TASKS = (
         samples=64_000,
         teachers=(Probe("mobileclip"), Probe("vit"), Probe("tinyclip")),
         reinforced=Reinforced(
-            embed_dim=288, rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=4
+            embed_dim=288, rate=6e-3, batch_size=32, warmup=20, final=0.0, ema=0.98, weight=500.0, views=4
         ),
         result="learning_efficiency.json",
         plot="learning-efficiency.svg",
@@ -202,10 +204,9 @@ TASKS = (
         ),
         samples=32_000,
         rates=(2e-3, 4e-3, 8e-3),
-        parts=(1, 2),
         teachers=(Apprentice("wide", 100, 4e-3, 96_000, 144, (24, 72, 144), (1, 1, 2)),),
         reinforced=Reinforced(
-            embed_dim=144, rate=6e-3, batch_size=32, warmup=20, ema=0.98, weight=500.0, views=1
+            embed_dim=144, rate=6e-3, batch_size=32, warmup=20, final=0.4, ema=0.98, weight=500.0, views=1
         ),
         result="learning_efficiency_pictograms.json",
         plot="learning-efficiency-pictograms.svg",
@@ -327,7 +328,7 @@ class Bench:
         text = self.plain(seed, ours.rate, samples, batch_size=ours.batch_size, embed_dim=ours.embed_dim)
         changes = {
             f'paths = ["{self.task.name}/train.jsonl"]\ncrop_scale = [0.9, 1.0]': 'paths = ["reinforced"]',
-            "warmup = 100": f"warmup = {ours.warmup}",
+            "warmup = 100": f"warmup = {ours.warmup}, final = {ours.final:g}",
             "ema = 0.995": f"ema = {ours.ema}",
             "[data.train]": f"{TEACHER.format(embed_dim=ours.embed_dim)}[data.train]",
             '[[stage.loss]]\nkind = "info-nce"\n': LOSS.format(weight=ours.weight),
@@ -381,10 +382,9 @@ class Bench:
         ]
 
     def seconds(self, name: str) -> float:
-        """Return how long a run's steps took, without its measurements."""
+        """Return how long a run's steps took, each as long as the median one: a pause is no work."""
         steps = [entry for entry in self._log(name) if entry["kind"] == "step"]
-        batch = steps[0]["samples"]
-        return sum(batch / entry["samples_per_s"] for entry in steps)
+        return len(steps) * statistics.median(step["samples"] / step["samples_per_s"] for step in steps)
 
     def _log(self, name: str) -> list[dict[str, Any]]:
         lines = (self.work / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -450,8 +450,8 @@ class Bench:
                 for samples, names in helped.items()
             ],
             "seconds_are": (
-                "means over seeds of the sums of the steps' times, and the time of the command for "
-                "reinforcement, on a machine that did other work meanwhile"
+                "means over seeds of the number of steps times the median time of a step, and the time of the "
+                "command for reinforcement, on a machine that did other work meanwhile"
             ),
             "runs": {
                 name: {
