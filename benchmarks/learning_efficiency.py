@@ -384,7 +384,8 @@ class Bench:
     def seconds(self, name: str) -> float:
         """Return how long a run's steps took, each as long as the median one: a pause is no work."""
         steps = [entry for entry in self._log(name) if entry["kind"] == "step"]
-        return len(steps) * statistics.median(step["samples"] / step["samples_per_s"] for step in steps)
+        batch = steps[0]["samples"]  # of later steps: since the beginning
+        return len(steps) * batch / statistics.median(step["samples_per_s"] for step in steps)
 
     def _log(self, name: str) -> list[dict[str, Any]]:
         lines = (self.work / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -450,8 +451,8 @@ class Bench:
                 for samples, names in helped.items()
             ],
             "seconds_are": (
-                "means over seeds of the number of steps times the median time of a step, and the time of the "
-                "command for reinforcement, on a machine that did other work meanwhile"
+                "means over seeds of steps times the median time of a step, and the time of the command for "
+                "reinforcement, on a machine that did other work meanwhile"
             ),
             "runs": {
                 name: {
