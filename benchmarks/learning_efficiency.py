@@ -442,8 +442,8 @@ class Bench:
                         ),
                     ),
                     "seconds": paid(
-                        plain=statistics.mean(map(self.seconds, plain)),
-                        reinforced=statistics.mean(map(self.seconds, names)),
+                        plain=statistics.median(map(self.seconds, plain)),
+                        reinforced=statistics.median(map(self.seconds, names)),
                         reinforcement=self._reinforcing()["seconds"],
                         teachers=sum(each["seconds"] for each in trained.values()),
                     ),
@@ -451,7 +451,7 @@ class Bench:
                 for samples, names in helped.items()
             ],
             "seconds_are": (
-                "means over seeds of steps times the median time of a step, and the time of the command for "
+                "medians over seeds of steps times the median time of a step, and the time of the command for "
                 "reinforcement, on a machine that did other work meanwhile"
             ),
             "runs": {
