@@ -451,8 +451,8 @@ class Bench:
                 for samples, names in helped.items()
             ],
             "seconds_are": (
-                "medians over seeds of steps times the median time of a step, and the time of the command for "
-                "reinforcement, on a machine that did other work meanwhile"
+                "medians over seeds of steps times the median time of a step, and the time of the command "
+                "for reinforcement, on a machine that did other work meanwhile"
             ),
             "runs": {
                 name: {
