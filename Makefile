@@ -14,7 +14,7 @@ LINT := build/lint
 # The first name of each photograph (edgeclip/assets/photos/photos.toml), and some that are in none of them.
 DEMO_LABELS := baseball,bison,castle,cat,chicken,coffee,crab,dog,frying pan,jaguar,koala,lemur,panda,parrot,red panda,sheep,bicycle,car,guitar,teapot
 
-.PHONY: help demo install dev fmt check layers test test-fast test-lowest bench-smoke clean
+.PHONY: help demo install dev fmt check layers test test-fast test-gpu test-lowest bench-smoke clean
 help:
 	@sed -n 's/^# \(make [a-z-]*  *.*\)/\1/p' Makefile
 
@@ -73,6 +73,10 @@ test-lowest: $(DEV)
 	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check -c build/lowest.txt -e . \
 	    pytest hypothesis jsonschema psutil scipy onnx
 	build/lowest/bin/pytest -m "not slow and not gpu and not network and not full"
+
+# make test-gpu  the tests that need an NVIDIA GPU and TensorRT
+test-gpu: $(DEV)
+	$(BIN)/pytest -m gpu
 
 # make clean  remove .venv and what builds leave behind
 clean:
