@@ -169,7 +169,6 @@ class Task:
         make: writes a directory with ``train.jsonl``, ``held_out.jsonl`` and ``labels.json``.
         samples: that the plain student sees.
         rates: to choose its learning rate from.
-        parts: so many fifths of its samples the reinforced students see; the first is the one in question.
         result: file in ``RESULTS``.
         plot: file in ``IMAGES``.
     """
@@ -182,7 +181,6 @@ class Task:
     result: str
     plot: str
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
-    parts: tuple[int, ...] = (1,)
 
 
 TASKS = (
@@ -264,14 +262,8 @@ class Bench:
     def reinforced(self) -> None:
         """Let the teachers look once, and train the students that read what they said."""
         self._reinforce()
-        for samples in self.seen:
-            for seed in SEEDS:
-                self.train(self._reinforced_student(samples, seed))
-
-    @property
-    def seen(self) -> list[int]:
-        """Samples that reinforced students see, a student each."""
-        return [self.task.samples * part // SHARE for part in self.task.parts]
+        for seed in SEEDS:
+            self.train(self._reinforced_student(seed))
 
     # -- Data ---------------------------------------------------------------------------------------------
 
@@ -323,8 +315,8 @@ class Bench:
         text = self.plain(seed, rate, self.task.samples, batch_size=BATCH, embed_dim=EMBED_DIM)
         return self.recipe(f"plain-{rate:g}-{seed}", text)
 
-    def _reinforced_student(self, samples: int, seed: int) -> str:
-        ours = self.task.reinforced
+    def _reinforced_student(self, seed: int) -> str:
+        ours, samples = self.task.reinforced, self.task.samples // SHARE
         text = self.plain(seed, ours.rate, samples, batch_size=ours.batch_size, embed_dim=ours.embed_dim)
         changes = {
             f'paths = ["{self.task.name}/train.jsonl"]\ncrop_scale = [0.9, 1.0]': 'paths = ["reinforced"]',
@@ -403,7 +395,8 @@ class Bench:
         """Return everything that was measured, and what follows from it."""
         task, best = self.task, self.best_rate()
         plain = [f"plain-{best:g}-{seed}" for seed in SEEDS]
-        helped = {samples: [f"reinforced-{samples}-{seed}" for seed in SEEDS] for samples in self.seen}
+        samples = task.samples // SHARE
+        helped = [f"reinforced-{samples}-{seed}" for seed in SEEDS]
         target = statistics.mean(self.last(name) for name in plain)
         forward = flops(self.work / plain[0] / "model")
         teachers = {each.name: flops(each.checkpoint(self)) for each in task.teachers}
@@ -426,30 +419,24 @@ class Bench:
                 },
             },
             "plain": {"samples": task.samples, "top1": [self.last(name) for name in plain]},
-            "reinforced": [
-                {
-                    "samples": samples,
-                    "share": samples / task.samples,
-                    "top1": [self.last(name) for name in names],
-                    "reached_on_average": statistics.mean(map(self.last, names)) >= target,
-                    "reached_by_all_seeds": all(self.last(name) >= target for name in names),
-                    "flops": paid(
-                        plain=training_flops(task.samples, forward),
-                        reinforced=training_flops(samples, flops(self.work / names[0] / "model")),
-                        reinforcement=asked,
-                        teachers=sum(
-                            training_flops(trained[name]["samples"], teachers[name]) for name in teachers
-                        ),
-                    ),
-                    "seconds": paid(
-                        plain=statistics.median(map(self.seconds, plain)),
-                        reinforced=statistics.median(map(self.seconds, names)),
-                        reinforcement=self._reinforcing()["seconds"],
-                        teachers=sum(each["seconds"] for each in trained.values()),
-                    ),
-                }
-                for samples, names in helped.items()
-            ],
+            "reinforced": {
+                "samples": samples,
+                "share": samples / task.samples,
+                "top1": [self.last(name) for name in helped],
+                "reached_by_all_seeds": all(self.last(name) >= target for name in helped),
+            },
+            "flops": paid(
+                plain=training_flops(task.samples, forward),
+                reinforced=training_flops(samples, flops(self.work / helped[0] / "model")),
+                reinforcement=asked,
+                teachers=sum(training_flops(trained[name]["samples"], teachers[name]) for name in teachers),
+            ),
+            "seconds": paid(
+                plain=statistics.median(map(self.seconds, plain)),
+                reinforced=statistics.median(map(self.seconds, helped)),
+                reinforcement=self._reinforcing()["seconds"],
+                teachers=sum(each["seconds"] for each in trained.values()),
+            ),
             "seconds_are": (
                 "medians over seeds of steps times the median time of a step, and the time of the command "
                 "for reinforcement, on a machine that did other work meanwhile"
@@ -460,7 +447,7 @@ class Bench:
                     "report": self.curve(name, "report"),
                     "seconds": round(self.seconds(name), 1),
                 }
-                for name in [*plain, *(name for names in helped.values() for name in names)]
+                for name in [*plain, *helped]
             },
             "student_forward_flops": forward,
             "teachers": {name: trained[name] | {"forward_flops": teachers[name]} for name in teachers},
@@ -534,9 +521,6 @@ def training_flops(samples: int, forward: dict[str, int]) -> int:
     return 3 * samples * (forward["image"] + forward["text"])
 
 
-COLOURS = ("#2f7ed8", "#e8710a", "#7a5195")
-
-
 def drawn(document: dict[str, Any]) -> str:
     """Return the learning curves as SVG: accuracy over samples seen, a line a run."""
     width, height, left, right, top, bottom = 760, 420, 64, 24, 56, 56
@@ -576,15 +560,13 @@ def drawn(document: dict[str, Any]) -> str:
         f'<line x1="{x0}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" stroke="#7b8794" '
         'stroke-dasharray="4 4"/>'
     )
-    kinds = [("plain", document["plain"]["samples"])]
-    kinds += [(f"reinforced-{each['samples']}", each["samples"]) for each in document["reinforced"]]
-    for row, ((kind, seen), colour) in enumerate(zip(kinds, COLOURS, strict=False)):
+    for row, (kind, colour) in enumerate({"plain": "#2f7ed8", "reinforced": "#e8710a"}.items()):
         runs = [run["report"] for name, run in document["runs"].items() if name.startswith(f"{kind}-")]
         for run in runs:
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in [(0, 0), *run]))
             parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        y = height - bottom - 22 * (len(kinds) - row) - 16
-        text = f"{kind.split('-')[0]}: {seen:,} samples, {len(runs)} seeds"
+        y = height - bottom - 60 + 22 * row
+        text = f"{kind}: {document[kind]['samples']:,} samples, {len(runs)} seeds"
         parts.append(
             f'<rect x="{width - 320}" y="{y - 6}" width="22" height="4" fill="{colour}"/>'
             f'<text x="{width - 290}" y="{y}" fill="#1f2933">{escape(text)}</text>'
