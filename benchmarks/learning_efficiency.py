@@ -525,10 +525,7 @@ def drawn(document: dict[str, Any]) -> str:
     """Return the learning curves as SVG: accuracy over samples seen, a line a run."""
     width, height, left, right, top, bottom = 760, 420, 64, 24, 56, 56
     most = document["plain"]["samples"]
-    title = (
-        f"Top-1 among {document['labels']} labels of held-out combinations of {document['data']}, "
-        "over samples seen"
-    )
+    title = f"{document['data'].capitalize()}: top-1 among {document['labels']} held-out labels, over samples seen"
 
     def place(samples: float, accuracy: float) -> tuple[float, float]:
         x = left + (width - left - right) * samples / most
