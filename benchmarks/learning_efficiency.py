@@ -1,15 +1,15 @@
 """How many samples reinforcement saves: `plain-clip` on generated pictures, alone and with stored teachers.
 
 The baseline is the recipe `plain-clip` (InfoNCE), its learning rate chosen on the tuning half of the held-out
-combinations; the reinforced student is the same network, trained on shards that `edgeclip reinforce` wrote,
-for at most a fifth of the samples. Both are judged on the report half: top-1 among the labels of all held-out
+combinations; the reinforced student has the same towers and embeddings as wide as the teachers', and is
+trained on shards that `edgeclip reinforce` wrote, for a fifth of the samples. Both are judged on the report half: top-1 among the labels of all held-out
 combinations, of which no picture was in training.
 
     python benchmarks/learning_efficiency.py --data shapes --work DIR
     python benchmarks/learning_efficiency.py --data pictograms --work DIR    # edgeclip data fetch pictograms
 
-`shapes` has the three probes of `tests/data/probes` as teachers. `pictograms` trains its own, by `plain-clip`
-too, on other and more pictures of the same combinations for more samples.
+`shapes` has the three probes of `tests/data/probes` as teachers. `pictograms` trains a wider one, by
+`plain-clip` too, on other and more pictures of the same combinations for more samples.
 
 Runs lie in DIR and are kept: the same command goes on where it was stopped. Compute is counted in floating
 point operations of the towers' matrix products and convolutions (a backward pass counts as two forward
@@ -525,7 +525,8 @@ def drawn(document: dict[str, Any]) -> str:
     """Return the learning curves as SVG: accuracy over samples seen, a line a run."""
     width, height, left, right, top, bottom = 760, 420, 64, 24, 56, 56
     most = document["plain"]["samples"]
-    title = f"{document['data'].capitalize()}: top-1 among {document['labels']} held-out labels, over samples seen"
+    subject, labels = document["data"].capitalize(), document["labels"]
+    title = f"{subject}: top-1 among {labels} held-out labels, over samples seen"
 
     def place(samples: float, accuracy: float) -> tuple[float, float]:
         x = left + (width - left - right) * samples / most
