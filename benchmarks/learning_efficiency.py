@@ -2,8 +2,8 @@
 
 The baseline is the recipe `plain-clip` (InfoNCE), its learning rate chosen on the tuning half of the held-out
 combinations; the reinforced student has the same towers and embeddings as wide as the teachers', and is
-trained on shards that `edgeclip reinforce` wrote, for a fifth of the samples. Both are judged on the report half: top-1 among the labels of all held-out
-combinations, of which no picture was in training.
+trained on shards that `edgeclip reinforce` wrote, for a fifth of the samples. Both are judged on the report
+half: top-1 among the labels of all held-out combinations, of which no picture was in training.
 
     python benchmarks/learning_efficiency.py --data shapes --work DIR
     python benchmarks/learning_efficiency.py --data pictograms --work DIR    # edgeclip data fetch pictograms
