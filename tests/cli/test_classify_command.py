@@ -194,7 +194,8 @@ def test_unknown_labels_are_warned_about_once(classify, photos: Path) -> None:
         (["--bundle", "/none"], 1, "'/none': does not exist"),
         (["--variant", "onnx-int4"], 1, "no variant 'onnx-int4'"),
         (["--device", "tpu"], 1, "'tpu'"),
-        (["--backend", "openvino"], 1, "openvino"),
+        (["--backend", "eager"], 1, "no such backend yet"),
+        (["--backend", "tensorrt"], 1, "'tensorrt' runs tensorrt files, got 'onnx'"),
         (["--language", "zh", "--labels", "a"], 1, "no alias in language 'zh'"),
     ],
 )
