@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from edgeclip.hub import weights_directory
 from edgeclip.label_sets import TEMPLATES, LabelSet, Templates, read_labels
 from edgeclip.models.zoo import MODELS
 from edgeclip.runtime.host import versions
+from edgeclip.storage import hash_stream
 
 from .options import LimitChange, Offered
 from .pipeline_recipe import AccuracyGate, ExportSpec, LatencyGate, PipelineRecipe
@@ -160,11 +162,8 @@ def content_digest(path: Path) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with FileIO(path) as stream:
+        return hash_stream(stream)[1]
 
 
 def tools() -> dict[str, str]:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from edgeclip.models.checkpoints import load_model, read_checkpoint_info
 from edgeclip.models.clip import CLIP, MAX_SCALE
 from edgeclip.models.config import CLIPConfig
 from edgeclip.models.zoo import MODELS
+from edgeclip.storage import hash_stream
 from edgeclip.tokenizer import Tokenizer
 
 from .options import Checkpoint, GraphOptions
@@ -249,8 +251,5 @@ def _weights_digest(model: CLIP) -> str:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with FileIO(path) as stream:
+        return hash_stream(stream)[1]
