@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from edgeclip.bundle import Requires
 from edgeclip.errors import ExportError
+from edgeclip.quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8Policy, Scheme
 
 from .build import BuildRequest, BuiltVariant
 from .passes import apply
 from .passes._graph import constant
 from .passes.qdq import InsertQdq, is_product, observed, place
 from .passes.sequences import for_onnx_runtime
-from .quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8Policy, Scheme
 from .ranges import check_rows, observe
 from .storage import store_small
 from .to_onnx import built_tower

@@ -1,6 +1,6 @@
 """The least and largest value of tensors over a calibration set (min-max), observed in ONNX Runtime.
 
-Other ways of choosing ranges give the same mapping, see :mod:`.quantization`.
+Other ways of choosing ranges give the same mapping, see :mod:`edgeclip.quantization`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edgeclip.errors import CalibrationError
+from edgeclip.quantization import Range
 from edgeclip.runtime.session import DEFAULT_OPTIONS, RuntimeOptions, open_session
 
-from .quantization import Range
 from .to_onnx import built_tower, tensor_entries
 
 __all__ = ["LEAST_ROWS", "check_rows", "observe"]

@@ -17,13 +17,13 @@ import onnx
 
 from edgeclip.bundle import Requires
 from edgeclip.errors import ExportError
+from edgeclip.quantization import TENSORRT, Int8Policy
 
 from . import passes
 from .build import BuildRequest, BuiltVariant
 from .int8 import policy_of, said, symmetric_qdq
 from .passes.cast_first import CastFirst
 from .passes.float16 import Float16
-from .quantization import TENSORRT, Int8Policy
 from .ranges import check_rows
 from .to_onnx import built_tower
 

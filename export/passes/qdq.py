@@ -1,6 +1,7 @@
 """Put QuantizeLinear and DequantizeLinear around products with constant weights (Jacob et al. 2018).
 
-Which nodes, in which form and with which ranges are values (:mod:`..quantization`); this pass chooses none.
+Which nodes, in which form and with which ranges are values, see :mod:`edgeclip.quantization`; this pass
+chooses none.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..quantization import CPU, Int8Policy, Ranges, Scheme
+from edgeclip.quantization import CPU, Int8Policy, Ranges, Scheme, activation_step, weight_steps
+
 from ._graph import after, constant, drop_unread, flag, fresh_name, new_constant, readers, require_flat
 
 __all__ = ["InsertQdq", "observed", "place"]
 
 _LEAST_OPSET = 13  # scales for each index of an axis
 _CLAMPS = ("Relu", "Clip")
-_MANTISSA = 11  # bits of a float16's mantissa, the hidden one among them
 _LARGEST_BIAS = 1 << 30
-_TINY = float(np.finfo(np.float32).tiny)
-_LEAST_HALF = 2.0**-24
 
 
 def place(model: ir.Model, policy: Int8Policy) -> tuple[str, ...]:
@@ -191,7 +190,7 @@ class InsertQdq(ir.passes.InPlacePass):
         if producer is not None and producer.op_type == "DequantizeLinear":
             return value
         if name not in self._pairs:
-            scale, zero = _affine(self.ranges[name], self.scheme)
+            scale, zero = activation_step(self.ranges[name], self.scheme)
             kind = np.int8 if self.scheme.signed else np.uint8
             inputs = [
                 new_constant(graph, np.asarray(scale), f"{name}_scale"),
@@ -240,11 +239,7 @@ class InsertQdq(ir.passes.InPlacePass):
         """Return a weight from int8 and its scales."""
         array = constant(weight)
         assert array is not None
-        other = tuple(each for each in range(array.ndim) if each != axis)
-        largest = np.abs(array).max(axis=other).astype(np.float64)
-        scale = np.maximum(largest / self.scheme.weight_limit, least)
-        scale = np.where(scale > _TINY, scale, 1.0)
-        scale = _half(scale) if self.scheme.half_scales else scale.astype(np.float32)
+        scale = weight_steps(array, axis, self.scheme, least=least)
         shape = [-1 if each == axis else 1 for each in range(array.ndim)]
         limit = self.scheme.weight_limit
         integers = np.rint(array / scale.reshape(shape)).clip(-limit, limit).astype(np.int8)
@@ -289,34 +284,3 @@ class InsertQdq(ir.passes.InPlacePass):
         if key not in self._known:
             self._known[key] = new_constant(graph, zeros, f"zero_{zeros.dtype.name}")
         return self._known[key]
-
-
-def _affine(given: tuple[float, float], scheme: Scheme) -> tuple[np.float32, int]:
-    """Return scale and zero point of a range, widened to hold 0, which padding and zeros need."""
-    low, high = min(given[0], 0.0), max(given[1], 0.0)
-    if scheme.symmetric:
-        return _coarse(max(-low, high) / 127, scheme), 0
-    scale = _coarse((high - low) / 255, scheme)
-    zero = int(np.clip(np.rint(-low / np.float64(scale)), 0, 255))
-    return scale, zero - 128 if scheme.signed else zero
-
-
-def _coarse(scale: float, scheme: Scheme) -> np.float32:
-    """Return a scale of few bits, at least the given one.
-
-    Two processors differ in the last bits of what they compute; with eleven bits they choose the same scale
-    nearly always, and float16 can hold it.
-    """
-    if scale <= _TINY:
-        return np.float32(1)
-    if scheme.half_scales:
-        return np.float32(_half(np.asarray(scale)))
-    mantissa, exponent = np.frexp(scale)
-    return np.float32(np.ldexp(np.ceil(np.ldexp(mantissa, _MANTISSA)), exponent - _MANTISSA))
-
-
-def _half(scale: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return the next numbers up that float16 holds."""
-    near = np.maximum(scale, _LEAST_HALF).astype(np.float16)
-    near = np.where(near.astype(np.float64) < scale, np.nextafter(near, np.float16(np.inf)), near)
-    return near.astype(np.float32)

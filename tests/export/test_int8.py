@@ -22,7 +22,10 @@ from edgeclip.export.build import BuildRequest, BuiltVariant, builder_of  # noqa
 from edgeclip.export.int8 import policy_of, quantize, scheme_of, symmetric_qdq  # noqa: E402
 from edgeclip.export.passes import apply  # noqa: E402
 from edgeclip.export.passes.qdq import InsertQdq, observed, place  # noqa: E402
-from edgeclip.export.quantization import (  # noqa: E402
+from edgeclip.export.ranges import observe  # noqa: E402
+from edgeclip.export.storage import store_small  # noqa: E402
+from edgeclip.export.variants import VariantSpec  # noqa: E402
+from edgeclip.quantization import (  # noqa: E402
     CONVOLUTIONS,
     CPU,
     TENSORRT,
@@ -30,9 +33,6 @@ from edgeclip.export.quantization import (  # noqa: E402
     Int8Policy,
     Scheme,
 )
-from edgeclip.export.ranges import observe  # noqa: E402
-from edgeclip.export.storage import store_small  # noqa: E402
-from edgeclip.export.variants import VariantSpec  # noqa: E402
 from edgeclip.runtime.ort import import_onnxruntime  # noqa: E402
 from edgeclip.runtime.parity import ParityNumbers, compare_embeddings  # noqa: E402
 

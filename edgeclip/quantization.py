@@ -1,8 +1,9 @@
-"""What of a tower becomes int8, and in which form: values, without onnx and without an engine.
+"""What of a tower becomes int8, and in which form: values and their arithmetic, without onnx and torch.
 
 A :class:`Int8Policy` says which nodes stay float, a :class:`Scheme` what int8 means for an engine, and ranges
 are a mapping from names of tensors to the least and largest value they take. Whoever chooses better ranges or
-better nodes brings other values; nothing else changes.
+better nodes brings other values; nothing else changes. The exporter writes them into a graph, training
+rounds by them, and a simulation computes with them: all by the arithmetic here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from edgeclip.errors import CalibrationError
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CalibrationError
 
 __all__ = [
     "CONVOLUTIONS",
@@ -23,6 +27,8 @@ __all__ = [
     "Range",
     "Ranges",
     "Scheme",
+    "activation_step",
+    "weight_steps",
 ]
 
 Range: TypeAlias = tuple[float, float]
@@ -30,6 +36,9 @@ Range: TypeAlias = tuple[float, float]
 Ranges: TypeAlias = Mapping[str, Range]
 """Range by name of tensor."""
 _BITS: Final = (7, 8)
+_MANTISSA: Final = 11  # bits of a float16's mantissa, the hidden one among them
+_TINY: Final = float(np.finfo(np.float32).tiny)
+_LEAST_HALF: Final = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -120,3 +129,52 @@ CONVOLUTIONS: Final = Int8Policy("convolutions")
 TRANSFORMER: Final = Int8Policy("transformer")
 """Towers whose weights are in linear maps over tokens for the most part."""
 POLICIES: Final = (CONVOLUTIONS, TRANSFORMER)
+
+
+def activation_step(given: Range, scheme: Scheme) -> tuple[np.float32, int]:
+    """Return scale and zero point of a range, widened to hold 0, which padding and zeros need."""
+    low, high = min(given[0], 0.0), max(given[1], 0.0)
+    if scheme.symmetric:
+        return _coarse(max(-low, high) / 127, scheme), 0
+    scale = _coarse((high - low) / 255, scheme)
+    zero = int(np.clip(np.rint(-low / np.float64(scale)), 0, 255))
+    return scale, zero - 128 if scheme.signed else zero
+
+
+def weight_steps(
+    weight: NDArray[np.float32], axis: int, scheme: Scheme, *, least: NDArray[np.float64] | float = 0.0
+) -> NDArray[np.float32]:
+    """Return the scale of each index of an axis of a weight, ``(channels,)``.
+
+    Args:
+        weight: of a product.
+        axis: its axis of output channels.
+        scheme: what int8 means.
+        least: scales are at least this, one number or ``(channels,)``.
+    """
+    other = tuple(each for each in range(weight.ndim) if each != axis)
+    largest = np.abs(weight).max(axis=other).astype(np.float64)
+    scale = np.maximum(largest / scheme.weight_limit, least)
+    scale = np.where(scale > _TINY, scale, 1.0)
+    return _half(scale) if scheme.half_scales else scale.astype(np.float32)
+
+
+def _coarse(scale: float, scheme: Scheme) -> np.float32:
+    """Return a scale of few bits, at least the given one.
+
+    Two processors differ in the last bits of what they compute; with eleven bits they choose the same scale
+    nearly always, and float16 can hold it.
+    """
+    if scale <= _TINY:
+        return np.float32(1)
+    if scheme.half_scales:
+        return np.float32(_half(np.asarray(scale)))
+    mantissa, exponent = np.frexp(scale)
+    return np.float32(np.ldexp(np.ceil(np.ldexp(mantissa, _MANTISSA)), exponent - _MANTISSA))
+
+
+def _half(scale: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the next numbers up that float16 holds."""
+    near = np.maximum(scale, _LEAST_HALF).astype(np.float16)
+    near = np.where(near.astype(np.float64) < scale, np.nextafter(near, np.float16(np.inf)), near)
+    return near.astype(np.float32)
