@@ -1,0 +1,1 @@
+"""Measuring engines operator by operator, and devices as a whole."""
