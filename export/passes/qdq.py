@@ -16,7 +16,7 @@ from edgeclip.quantization import CPU, Int8Policy, Ranges, Scheme, activation_st
 
 from ._graph import after, constant, drop_unread, flag, fresh_name, new_constant, readers, require_flat
 
-__all__ = ["InsertQdq", "observed", "place"]
+__all__ = ["InsertQdq", "clamped", "observed", "place"]
 
 _LEAST_OPSET = 13  # scales for each index of an axis
 _CLAMPS = ("Relu", "Clip")
@@ -96,11 +96,11 @@ def observed(model: ir.Model, nodes: Iterable[str], scheme: Scheme = CPU) -> tup
             assert source is not None
             names[source.name or ""] = None
             if scheme.integer_outputs and node.op_type == "Conv":
-                names[_clamped(node.outputs[0]).name or ""] = None
+                names[clamped(node.outputs[0]).name or ""] = None
     return tuple(names)
 
 
-def _clamped(value: ir.Value) -> ir.Value:
+def clamped(value: ir.Value) -> ir.Value:
     """Return the value after a clamp that is all that reads this one: engines fold it into the rounding."""
     reading = readers(value)
     if value.is_graph_output() or len(reading) != 1 or reading[0].op_type not in _CLAMPS:
@@ -155,7 +155,7 @@ class InsertQdq(ir.passes.InPlacePass):
         products = [node for node in graph if node.outputs[0].name in chosen]
         if self.scheme.integer_outputs:
             for node in products:
-                value = _clamped(node.outputs[0])
+                value = clamped(node.outputs[0])
                 if node.op_type == "Conv" and not value.is_graph_output():
                     self._round_for_all(value, graph)
         for node in products:
