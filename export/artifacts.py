@@ -13,6 +13,7 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 from edgeclip.manifest import Manifest, Parity
+from edgeclip.runtime.host import UNAVAILABLE
 
 from .gates import Status, Verdict
 
@@ -239,18 +240,24 @@ def _device_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
                 report["variant"],
                 report["verify"]["status"],
                 _p50(stages.get("image_tower")),
-                str(report.get("host", {}).get("board") or report.get("host", {}).get("cpu_model", "")),
+                _board(report.get("host", {})),
                 report["created"],
             )
         )
     return _table(("device", "variant", "verify", "p50 ms", "host", "created"), rows) if rows else []
 
 
+def _board(host: Mapping[str, Any]) -> str:
+    """Return what a device calls itself: its board, else its processor."""
+    said = (host.get(name) for name in ("board", "cpu_model"))
+    return next((str(value) for value in said if value not in (None, UNAVAILABLE)), "")
+
+
 def _host_table(report: PipelineReport) -> list[str]:
     rows = [
         (name, _plain(report.host[name]))
         for name in ("cpu_model", "cores", "machine", "system", "release", "isa", "gpus", "python")
-        if report.host.get(name) not in (None, [], "unavailable")
+        if report.host.get(name) not in (None, [], UNAVAILABLE)
     ]
     rows += [(name, version) for name, version in report.versions.items()]
     if report.bundle is not None:

@@ -259,7 +259,7 @@ def _accuracy(gate: AccuracyGate, facts: Facts) -> Iterator[Finding]:
     good = gate.min is None or found.value >= gate.min - 1e-12
     if gate.max_drop is not None and found.against is not None:
         drop = found.against - found.value
-        got += f", {drop:+.1%} below {gate.against}"
+        got += f", {gate.against} {found.against:.1%}"
         good = good and drop <= gate.max_drop + 1e-12
     yield Finding(gate.variant, "passed" if good else "failed", got, limit)
 
@@ -305,31 +305,45 @@ def _device_report(gate: DeviceReportGate, facts: Facts) -> Iterator[Finding]:
     expected = f"a report of {gate.device}"
     found = [report for report in _reports(facts, gate.variant) if report.device == gate.device]
     if not found:
-        others = [f"{report.device} on {report.bundle.digest[:12]}…" for report in facts.reports]
-        said = f"there are reports of {', '.join(others)}" if others else "there is no report at all"
-        reason = f"{said}; this bundle is {facts.digest[:12]}…"
+        reason = _at_hand(facts)
         yield Finding(subject, "inconclusive", "no report", expected, reason)
     for report in found:
         statuses: dict[str, Status] = {"passed": "passed", "failed": "failed"}
         status = statuses.get(report.verify.status, "inconclusive")
         limit = "the right numbers"
         yield Finding(subject, status, f"verify: {report.verify.status}", limit, report.verify.reason)
-        for p, most in ((50, gate.p50_ms), (90, gate.p90_ms)):
-            if most is not None:
-                yield _percentile(subject, report, gate.stage, p, most)
+        budgets = [(p, most) for p, most in ((50, gate.p50_ms), (90, gate.p90_ms)) if most is not None]
+        for p, most in budgets or [(50, None)]:
+            yield _percentile(subject, report, gate.stage, p, most)
 
 
-def _percentile(subject: str, report: DeviceReport, stage: str, p: int, most: float) -> Finding:
-    limit = f"p{p} of at most {most:g} ms"
+def _at_hand(facts: Facts) -> str:
+    """Say which reports there are where the one that is asked for is not."""
+    said = []
+    for report in facts.reports:
+        digest = report.bundle.digest
+        whose = "this bundle" if digest == facts.digest else f"the bundle {digest[:12]}…"
+        said.append(f"{report.device} for {report.variant} of {whose}")
+    if not said:
+        return "there is no report at all"
+    return f"there are reports of {', '.join(said)}; this bundle is {facts.digest[:12]}…"
+
+
+def _percentile(subject: str, report: DeviceReport, stage: str, p: int, most: float | None) -> Finding:
+    """Judge a percentile; without a budget it is told and not judged."""
+    limit = "no budget is set" if most is None else f"p{p} of at most {most:g} ms"
+    unknown: Status = "passed" if most is None else "inconclusive"
     if report.latency is None or stage not in report.latency.stages:
         known = "nothing" if report.latency is None else ", ".join(sorted(report.latency.stages))
-        return Finding(subject, "inconclusive", "no latency", limit, f"timed was {known}, not {stage}")
+        return Finding(subject, unknown, "no latency", limit, f"timed was {known}, not {stage}")
     samples = report.latency.samples(stage)
     found = samples.percentile(p)
     if found is None:
         reason = f"{len(samples)} samples do not carry p{p}"
-        return Finding(subject, "inconclusive", "too few samples", limit, reason)
+        return Finding(subject, unknown, "too few samples", limit, reason)
     got = f"p{p} {found.ms:.2f} ms ({found.low_ms:.2f} to {found.high_ms:.2f}, n {len(samples):,})"
+    if most is None:
+        return Finding(subject, "passed", got, limit, "set p50_ms or p90_ms of the gate to have it judged")
     return _within(subject, found.low_ms, found.high_ms, most, got, limit)
 
 

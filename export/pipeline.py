@@ -44,6 +44,7 @@ __all__ = ["PipelineOptions", "Planned", "judge_bundle", "judge_run", "plan_pipe
 
 _BUNDLE: Final = "bundle"
 _NEW: Final = ".bundle-new"
+_OLD: Final = ".bundle-old"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def judge_run(
     path = options.out / "report.json"
     said = read_stored(path)
     if said.bundle is None:
-        raise InputError(f"{str(path)!r}: its run ended without a bundle; there is nothing to judge.")
+        raise InputError(
+            f"{str(path)!r}: its run ended without a bundle, and its summary.md says why; "
+            "run the pipeline again."
+        )
     with locked(options.out):
         own = options.out / _BUNDLE
         bundle = Bundle.open(own if recipe.model.bundle is None else options.root / recipe.model.bundle)
@@ -170,7 +174,7 @@ class _Run:
         try:
             bundle = self._bundle()
         except ParityError as error:
-            self._done("export", began, str(error), failed=True)
+            self._done("export", began, "numbers are beyond their limits", failed=True)
             return self._without_bundle(error)
         verified = self.measuring.verify(bundle)
         bench, not_timed = self.measuring.bench(bundle)
@@ -228,6 +232,8 @@ class _Run:
     def _bundle(self) -> Bundle:
         if self.inputs.bundle is not None:
             return Bundle.open(self.inputs.bundle)
+        for name in (_NEW, _OLD):  # of a run that was killed
+            shutil.rmtree(self.options.out / name, ignore_errors=True)
         began = time.perf_counter()
         assert self.recipe.export is not None
         self._done("checkpoint", began, f"sha256 {self.inputs.digests['checkpoint'][:12]}…")
@@ -241,8 +247,6 @@ class _Run:
             return bundle
         fresh = bundle is None or not kept
         target = self.options.out / _NEW if fresh else path
-        if fresh:
-            shutil.rmtree(target, ignore_errors=True)
         built = dict(kept)
         for section, specs in recipe_variants(self.recipe):
             missing = [spec for spec in specs if spec.name not in kept]
@@ -253,8 +257,10 @@ class _Run:
                     self._keep_export(bundle, built)
         bundle = self._tidied(target, wanted)
         if fresh:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                path.rename(self.options.out / _OLD)
             target.rename(path)
+            shutil.rmtree(self.options.out / _OLD, ignore_errors=True)
             bundle = Bundle.open(path)
         self._keep_export(bundle, wanted)
         taken = f", {len(kept)} reused" if kept else ""
@@ -358,7 +364,8 @@ class _Run:
 
     def _without_bundle(self, error: ParityError) -> PipelineReport:
         """Return the report of a run whose export failed its own gate."""
-        wrong = Finding("export", "failed", "wrong numbers", "within its limits", str(error))
+        why = f"{error} A recipe sets limits in [export] 'limits'."
+        wrong = Finding("export", "failed", "wrong numbers", "within its limits", why)
         unjudged = Finding("bundle", "inconclusive", "no bundle", "a bundle", "its export failed")
         verdicts = [
             Verdict(

@@ -64,7 +64,7 @@ class Inputs:
             if not (root / said).exists():
                 raise ConfigError(
                     f"recipe {recipe.name!r}: {key} is {said!r}, and there is no "
-                    f"{str((root / said).absolute())!r}; paths are relative to the recipe's folder."
+                    f"{str((root / said).absolute())!r}; paths are relative to {str(root.absolute())!r}."
                 )
             found[said] = ""
         checkpoint, model = None, recipe.model.model

@@ -141,7 +141,7 @@ def judged(
         verify=said.verify,
         bench={name: report.to_dict() for name, report in said.bench.items()},
         not_timed=said.not_timed,
-        measured={name: msgspec.to_builtins(found) for name, found in taken.items()},
+        measured={name: msgspec.to_builtins(found) for name, found in said.measured.items()},
         unmeasured=said.unmeasured,
         device_reports=on_this,
         host=said.host or Host.here().to_dict(),

@@ -303,7 +303,7 @@ class DeviceReportGate(_Table, frozen=True, kw_only=True, tag_field="kind", tag=
         device: name that its report gives.
         variant: which.
         stage: of its latency report.
-        p50_ms: most that half of the calls may take.
+        p50_ms: most that half of the calls may take; without this and the next, times are told, not judged.
         p90_ms: most that nine in ten calls may take.
     """
 

@@ -251,7 +251,22 @@ def test_a_missing_report_is_inconclusive_and_says_what_there_is() -> None:
     others = (report(digest="cd" * 32, samples=[1.0]), report("jetson"))
     verdict = judge(device(), facts(reports=others))
     assert verdict.status == "inconclusive"
-    assert "pi on cdcdcdcdcdcd…, jetson on abababababab…; this bundle is abab" in verdict.findings[0].reason
+    assert verdict.findings[0].reason == (
+        "there are reports of pi for tensorrt-fp16 of the bundle cdcdcdcdcdcd…, jetson for tensorrt-fp16 of "
+        "this bundle; this bundle is abababababab…"
+    )
+
+
+def test_without_a_budget_times_are_told_and_the_numbers_alone_are_judged() -> None:
+    gate = device()
+    verdict = judge(gate, facts(reports=(report(samples=np.full(400, 7.0)),)))
+    assert verdict.status == "passed"
+    assert verdict.findings[1].limit == "no budget is set"
+    assert verdict.findings[1].got.startswith("p50 7.00 ms")
+    assert "set p50_ms or p90_ms" in verdict.findings[1].reason
+    assert judge(gate, facts(reports=(report(),))).findings[1].got == "no latency"
+    set_one = judge(device(p90_ms=8), facts(reports=(report(samples=np.full(400, 7.0)),)))
+    assert "no budget is set" not in {finding.limit for finding in set_one.findings}
 
 
 def test_a_report_passes_within_its_limits() -> None:

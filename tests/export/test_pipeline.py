@@ -206,6 +206,31 @@ def test_changed_contents_are_noticed_under_the_same_names(workshop: Path, expor
     assert exports == [["onnx-fp32", "onnx-int8"]]
 
 
+def test_the_bundle_is_whole_while_another_takes_its_place(
+    workshop: Path, exports: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed while it removes a folder leaves half of it."""
+    run_pipeline(parse(RECIPE), options(workshop))
+    out = workshop / "out"
+    (workshop / "checkpoint" / "model.safetensors").write_bytes(b"other")
+    removed: list[str] = []
+
+    def killed(path: Path, **how: Any) -> None:
+        if path.is_dir():
+            removed.append(path.name)
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeclip.export.pipeline.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(parse(RECIPE), options(workshop))
+    assert removed
+    Bundle.open(out / "bundle").check_files()
+    assert run_pipeline(parse(RECIPE), options(workshop)).exit_code == 0
+    assert {each.name for each in out.iterdir()} == ARTIFACTS | {"bundle", "state.json"}
+
+
 def test_variants_that_the_recipe_no_longer_has_go_and_new_ones_come(
     workshop: Path, exports: list[list[str]]
 ) -> None:
@@ -327,7 +352,10 @@ def test_an_export_that_disagrees_is_a_failed_gate_with_artifacts(
     report = run_pipeline(parse(RECIPE), options(workshop))
     assert (report.status, report.exit_code) == ("failed", 4)
     out = workshop / "out"
-    assert "cosine\\_mean is 0.2, expected at least 0.99" in (out / "summary.md").read_text()
+    summary = (out / "summary.md").read_text()
+    assert summary.count("cosine\\_mean is 0.2, expected at least 0.99") == 1
+    assert "A recipe sets limits in \\[export\\] 'limits'" in summary
+    assert "| export | failed |" in summary
     assert "<failure" in (out / "junit.xml").read_text()
     assert [(verdict.gate, verdict.status) for verdict in report.verdicts] == [
         ("numbers", "failed"),
@@ -354,7 +382,10 @@ def test_wrong_numbers_fail_though_the_recipe_has_no_gate(tiny_bundle: Path, tmp
             "model.checkpoint=MobileCLIP-S0",
             "its weights are not in .*run `edgeclip models pull MobileCLIP-S0`",
         ),
-        ("calibration.data=nowhere", r"\[calibration\] 'data' is 'nowhere', and there is no '/"),
+        (
+            "calibration.data=nowhere",
+            r"\[calibration\] 'data' is 'nowhere', and there is no '/.*relative to '/",
+        ),
         ("export.reference=nowhere", r"\[export\] 'reference' is 'nowhere'"),
         ("export.labels=nowhere", r"\[export\] 'labels' is 'nowhere'"),
         ("bench.images=nowhere", r"\[bench\] 'images' is 'nowhere'"),
@@ -515,6 +546,14 @@ def test_reports_are_merged_into_a_run_and_stay(tiny_bundle: Path, pi: DeviceRep
     assert said["verify"] == verified
     assert "| pi | onnx-int8 | passed |" in (root / "out" / "summary.md").read_text()
     assert judge_run(recipe, options(root), []).exit_code == 0
+
+
+def test_judging_by_other_gates_keeps_what_was_measured(workshop: Path, exports: list[list[str]]) -> None:
+    first = run_pipeline(parse(RECIPE), options(workshop))
+    assert judge_run(parse(RECIPE, "gate=[]"), options(workshop), []).exit_code == 0
+    again = judge_run(parse(RECIPE), options(workshop), [])
+    assert [verdict.status for verdict in again.verdicts] == ["passed"] * 3
+    assert again.measured == first.measured
 
 
 def test_a_report_on_another_bundle_counts_for_nothing_and_that_is_said(

@@ -106,6 +106,22 @@ def test_the_summary_begins_with_the_gates_then_variants_then_the_host(report: P
     assert "onnx-fp32 was not timed: it needs a GPU" in text
 
 
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ({"board": "Raspberry Pi 5", "cpu_model": "A76"}, "Raspberry Pi 5"),
+        ({"board": "unavailable", "cpu_model": "AMD EPYC"}, "AMD EPYC"),
+        ({"board": "unavailable", "cpu_model": "unavailable"}, ""),
+    ],
+)
+def test_a_device_is_called_by_what_is_known_of_it(
+    report: PipelineReport, host: dict[str, str], shown: str
+) -> None:
+    said = replace(report, device_reports=({**report.device_reports[0], "host": host},))
+    table = next(table for table in tables(summary(said)) if table[0][0] == "device")
+    assert table[-1][4] == shown
+
+
 def test_sizes_in_the_summary_are_those_on_disk(report: PipelineReport, tiny_bundle_session: Path) -> None:
     variants = tables(summary(report))[1]
     entry = Bundle.open(tiny_bundle_session).manifest.variants["onnx-int8"]
