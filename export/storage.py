@@ -80,11 +80,13 @@ def gather_int8(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
         [numpy_helper.from_array(values, f"{table}_int8"), numpy_helper.from_array(scale, f"{table}_scale")]
     )
     position = list(model.graph.node).index(node)
+    taken = {tensor.name for tensor in model.graph.initializer}
+    stem = f"{output}_row" if f"{output}_scale" in taken else output  # Q/DQ of the rows has the same names
     replacement = [
-        helper.make_node("Gather", [f"{table}_int8", indices], [f"{output}_int8"], axis=0),
-        helper.make_node("Gather", [f"{table}_scale", indices], [f"{output}_scale"], axis=0),
-        helper.make_node("Cast", [f"{output}_int8"], [f"{output}_whole"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{output}_whole", f"{output}_scale"], [output]),
+        helper.make_node("Gather", [f"{table}_int8", indices], [f"{stem}_int8"], axis=0),
+        helper.make_node("Gather", [f"{table}_scale", indices], [f"{stem}_scale"], axis=0),
+        helper.make_node("Cast", [f"{stem}_int8"], [f"{stem}_whole"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{stem}_whole", f"{stem}_scale"], [output]),
     ]
     model.graph.node.remove(node)
     for offset, each in enumerate(replacement):
