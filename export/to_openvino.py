@@ -1,7 +1,8 @@
 """OpenVINO's IR: an ``.xml`` and a ``.bin`` a tower, in float32, float16 or int8.
 
 Inputs and outputs keep their names, dtypes and shapes: uint8 pictures in, float32 embeddings out, whatever
-the precision between. *fp16* stores weights in float16; a device with float16 arithmetic also computes in it.
+the precision between. *fp16* stores weights in float16, but for those that it cannot hold; a device with
+float16 arithmetic also computes in it.
 *int8* is NNCF's post-training quantization: weights symmetric per output channel, activations asymmetric;
 token tables keep float rows as int8 with scales and are never activations. Equal graphs, rows and versions
 give equal bytes: layers are named by kind and number, and what tells versions is left out.
@@ -31,6 +32,7 @@ from edgeclip.runtime.ov import import_openvino, without_telemetry
 from edgeclip.runtime.parity import ParityLimits
 
 from .build import BuildRequest, BuiltTower, BuiltVariant
+from .passes.float16 import MOST_LOST, lost
 from .ranges import check_rows
 from .to_onnx import tensor_entries
 
@@ -168,10 +170,40 @@ def _written(graph: onnx.ModelProto, path: Path) -> Path:
 def _stored(tower: str, network: Any, graph: onnx.ModelProto, work: Path, *, halve: bool) -> BuiltTower:
     inputs, outputs = tensor_entries(graph)
     path = work / f"{tower}.xml"
+    if halve:
+        network = _sparing(network, work / f"{tower}.single.xml")
     import_openvino().save_model(network, path, compress_to_fp16=halve)
     names = [entry.name for entry in (*inputs, *outputs)]
     path.write_bytes(_canonical(path.read_bytes(), names))
     return BuiltTower(path.name, {path.name: path, f"{tower}.bin": path.with_suffix(".bin")}, inputs, outputs)
+
+
+def _sparing(network: Any, path: Path) -> Any:
+    """Return a network that keeps in float32 what float16 cannot hold, when its weights are halved.
+
+    OpenVINO itself looks at shares: it cuts one large value down to 65504, and rounds what is small to
+    nothing beside zeros. The mark that a constant stays as it is can only be read from a file.
+    """
+    openvino = import_openvino()
+    spared = set()
+    for number, node in enumerate(network.get_ordered_ops()):
+        if (
+            node.get_type_name() == "Constant"
+            and node.get_element_type() == openvino.Type.f32
+            and lost(node.data) > MOST_LOST
+        ):
+            spared.add(f"spared_{number}")
+            node.set_friendly_name(f"spared_{number}")
+    if not spared:
+        return network
+    openvino.save_model(network, path, compress_to_fp16=False)
+    root = ET.fromstring(path.read_bytes())  # noqa: S314  # OpenVINO has written it a moment ago
+    for layer in root.iterfind("layers/layer"):
+        if layer.get("name") in spared:
+            said = ET.SubElement(layer, "rt_info")
+            ET.SubElement(said, "attribute", name="precise", version="0")
+    ET.ElementTree(root).write(path)
+    return openvino.Core().read_model(path)
 
 
 def _canonical(text: bytes, names: Sequence[str]) -> bytes:

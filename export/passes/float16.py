@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ._graph import after, constant, fresh_name, new_constant, readers, require_flat
 
-__all__ = ["Float16"]
+__all__ = ["MOST_LOST", "Float16", "lost"]
 
 _HEAVY = frozenset({"Conv", "ConvTranspose", "Einsum", "Gather", "Gemm", "MatMul"})
 _MOVING = frozenset(
@@ -35,7 +35,8 @@ _DELICATE = frozenset(
 )
 _POOLING = frozenset({"GlobalAveragePool", "Softmax"})  # their results are ordinary numbers again
 _LARGEST = float(np.finfo(np.float16).max)
-_LOST = 0.01  # relative error of a tensor; rounding alone gives 0.0003
+MOST_LOST = 0.01
+"""Relative error of a tensor that float16 may cost; rounding alone gives 0.0003."""
 _QUANTIZED_HALF_OPSET = 19  # before, scales are float32
 
 
@@ -158,8 +159,7 @@ def _is_float(value: ir.Value | None) -> bool:
 
 def _rounded(array: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     """Return an array in float16, which must hold its largest value."""
-    finite = array[np.isfinite(array)]
-    largest = float(np.abs(finite).max()) if finite.size else 0.0
+    largest = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
     if largest > _LARGEST:
         raise ValueError(
             f"{name!r} overflows in float16: its largest value is {largest:.3g}, expected at most "
@@ -169,17 +169,22 @@ def _rounded(array: NDArray[np.float32], name: str) -> NDArray[np.float16]:
 
 
 def _vanishes(node: ir.Node) -> bool:
-    """Whether rounding loses more of a weight than it may."""
+    """Whether rounding loses more of a weight than it may; an overflow is an error and not this."""
     arrays = [constant(value) for value in node.inputs[:2] if _is_float(value)]
-    return node.op_type in _HEAVY and any(_lost(array) > _LOST for array in arrays if array is not None)
+    return node.op_type in _HEAVY and any(
+        MOST_LOST < lost(array) < np.inf for array in arrays if array is not None
+    )
 
 
-def _lost(array: NDArray[np.float32]) -> float:
-    """Return the relative error of rounding; 0 where there is an overflow, which is reported elsewhere."""
-    norm = float(np.linalg.norm(array))
-    if not 0 < norm < np.inf or np.abs(array).max() > _LARGEST:
-        return 0.0
-    return float(np.linalg.norm(array - array.astype(np.float16).astype(np.float32))) / norm
+def lost(array: NDArray[np.float32]) -> float:
+    """Return the relative error of an array in float16; ``inf`` where a finite value overflows."""
+    finite = array[np.isfinite(array)]
+    if np.abs(finite).max(initial=0.0) > _LARGEST:
+        return float("inf")
+    norm = float(np.linalg.norm(finite))
+    return (
+        float(np.linalg.norm(finite - finite.astype(np.float16).astype(np.float32))) / norm if norm else 0.0
+    )
 
 
 def _kept(graph: ir.Graph, opset: int) -> set[ir.Node]:
@@ -243,4 +248,4 @@ def _scale_fits(node: ir.Node, opset: int) -> bool:
         return False
     single = scale.astype(np.float64)
     error = np.abs(single - scale.astype(np.float16).astype(np.float64))
-    return bool((error <= _LOST * np.abs(single)).all())
+    return bool((error <= MOST_LOST * np.abs(single)).all())

@@ -169,6 +169,32 @@ def test_float16_halves_the_weights(tmp_path: Path) -> None:
     assert sizes["openvino-fp16"] <= 0.55 * sizes["openvino-fp32"]
 
 
+@pytest.mark.parametrize("kind", ["one overflows", "small beside zeros"])
+def test_what_float16_cannot_hold_stays_float32(kind: str, tmp_path: Path) -> None:
+    """Left to itself, OpenVINO cuts 1e6 down to 65504, and half of what is at 3e-8 to nothing."""
+    graph = tiny_graph()
+    (product,) = (tensor for tensor in graph.graph.initializer if tensor.name == "product")
+    weights = numpy_helper.to_array(product).copy()
+    if kind == "one overflows":
+        weights[0, 0] = 1e6
+    else:
+        weights[:, ::2] = 0.0
+        weights *= 3e-8
+    product.CopyFrom(numpy_helper.from_array(weights, "product"))
+    rows = pixels(10, seed=2)
+    built = to_openvino.build(request(tmp_path, "openvino-fp16", {"image": graph}))
+    numbers = compare_embeddings(by_onnx_runtime(tmp_path, rows, graph), run(built, rows))
+    assert numbers.max_abs <= 2e-3
+    kinds = {
+        data.get("shape", "").replace(" ", ""): data.get("element_type")
+        for data in read_xml(tmp_path / "image.xml").iterfind("layers/layer[@type='Const']/data")
+    }
+    assert (kinds["8,8,3,3"], kinds["8,3,3,3"]) == ("f16", "f16")
+    assert kinds.get(f"8,{EMBED}", kinds.get(f"{EMBED},8")) == "f32"
+    again = to_openvino.build(request(tmp_path / "again", "openvino-fp16", {"image": graph}))
+    assert contents(again) == contents(built)
+
+
 def test_int8_weights_are_stored_as_bytes_but_for_stem_and_projection(tmp_path: Path) -> None:
     to_openvino.build(request(tmp_path, "openvino-int8"))
     root = read_xml(tmp_path / "image.xml")
