@@ -1,7 +1,8 @@
 """The host cache: what this machine worked out once and need not work out again.
 
-``<root>/<first 16 digits of the bundle digest>/<host fingerprint>/`` holds engines, optimised graphs, label
-vectors, tuned profiles and stamps; the root is ``EDGECLIP_CACHE_DIR``, else the user's cache directory.
+``<root>/<first 16 digits of the bundle digest>/<host fingerprint>/`` holds label vectors, tuned profiles and
+stamps of a bundle. ``<root>/compiled/any/`` holds engines, blobs and graphs of towers, which bundles share;
+names tell network, host and engine. The root is ``EDGECLIP_CACHE_DIR``, else the user's cache directory.
 Nothing in it is needed: an entry that is absent, damaged or cannot be written costs time, never correctness.
 So nothing here raises for I/O, and whatever is read is checked before it is used. Entries are replaced
 atomically; any number of processes may share a cache.
@@ -20,7 +21,7 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from edgeclip.errors import ConfigError
 
@@ -28,10 +29,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CacheEntry", "CacheInfo", "HostCache", "cache_info", "cache_root", "clear_cache"]
+__all__ = ["COMPILED", "CacheEntry", "CacheInfo", "HostCache", "cache_info", "cache_root", "clear_cache"]
 
 ENVIRONMENT_NAME = "EDGECLIP_CACHE_DIR"
-_BUNDLE_FOLDER = re.compile(r"[0-9a-f]{16}")
+COMPILED: Final = "compiled"
+"""What :meth:`HostCache.open` takes in place of a digest for what towers of all bundles were compiled to."""
+
+_BUNDLE_FOLDER = re.compile(rf"[0-9a-f]{{16}}|{COMPILED}")
 _HOST_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 # Any file or folder name that every system takes; no leading dot, which marks our own checksums.
 _PART = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9._@+=-]{0,199}")
@@ -56,7 +60,7 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class HostCache:
-    """What is cached for one bundle on one kind of host. Safe to share between threads and processes.
+    """What is cached for one bundle on one kind of host, or for all of them; may be shared between threads.
 
     Attributes:
         directory: where entries are; ``None`` where it does not exist and cannot be made.
@@ -71,7 +75,7 @@ class HostCache:
         """Open the cache of a bundle, making its directory where possible.
 
         Args:
-            bundle_digest: ``Bundle.digest``, or any sha256 in hexadecimal digits.
+            bundle_digest: ``Bundle.digest``, any sha256 in hexadecimal digits, or :data:`COMPILED`.
             fingerprint: ``Host.fingerprint()``; ``"any"`` for entries that hold on every host.
             root: instead of :func:`cache_root`.
 
@@ -250,7 +254,10 @@ def _replace(path: Path, data: bytes | memoryview) -> None:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What is cached for one bundle, over all hosts; ``used_s`` is the time of its last change since 1970."""
+    """What is cached for one bundle, over all hosts; ``used_s`` is the time of its last change since 1970.
+
+    ``bundle`` is :data:`COMPILED` for what towers of all bundles were compiled to.
+    """
 
     bundle: str
     hosts: tuple[str, ...]
@@ -286,7 +293,7 @@ def clear_cache(root: Path | None = None, bundle: str | None = None) -> CacheInf
 
     Args:
         root: instead of :func:`cache_root`.
-        bundle: digest of one bundle, or its first digits; ``None`` for all.
+        bundle: digest of one bundle, or its first digits; :data:`COMPILED`; ``None`` for all.
 
     Raises:
         ConfigError: the root is a file system's root, a home directory, or above one; or not exactly one

@@ -312,7 +312,9 @@ def _device_report(gate: DeviceReportGate, facts: Facts) -> Iterator[Finding]:
         status = statuses.get(report.verify.status, "inconclusive")
         limit = "the right numbers"
         yield Finding(subject, status, f"verify: {report.verify.status}", limit, report.verify.reason)
-        budgets = [(p, most) for p, most in ((50, gate.p50_ms), (90, gate.p90_ms)) if most is not None]
+        budgets: list[tuple[int, float | None]] = [
+            (p, most) for p, most in ((50, gate.p50_ms), (90, gate.p90_ms)) if most is not None
+        ]
         for p, most in budgets or [(50, None)]:
             yield _percentile(subject, report, gate.stage, p, most)
 

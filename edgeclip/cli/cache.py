@@ -29,11 +29,11 @@ def cache() -> None:
 @cache.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def info(as_json: bool) -> None:
-    """Show where the cache is and what it holds for each bundle.
+    """Show where the cache is and what it holds for each bundle, and compiled for all of them.
 
     Example: edgeclip cache info
     """
-    from edgeclip.cache import cache_info
+    from edgeclip.cache import COMPILED, cache_info
 
     prepare_stdout()
     found = cache_info()
@@ -43,18 +43,26 @@ def info(as_json: bool) -> None:
     click.echo(f"{shown(found.root)}: {_size(found.size_bytes)}")
     for entry in found.entries:
         changed = time.strftime("%Y-%m-%d", time.localtime(entry.used_s)) if entry.used_s else "never"
-        hosts = f"{len(entry.hosts)} host{'' if len(entry.hosts) == 1 else 's'}"
-        click.echo(
-            f"  bundle {entry.bundle}  {_size(entry.size_bytes):>10}  {entry.files} files, {hosts}, {changed}"
-        )
+        files = f"{entry.files} file{'' if entry.files == 1 else 's'}"
+        count = len(entry.hosts)
+        hosts = "all hosts" if entry.bundle == COMPILED else f"{count} host{'' if count == 1 else 's'}"
+        name, size = _name(entry.bundle), _size(entry.size_bytes)
+        click.echo(f"  {name:<23}  {size:>10}  {files}, {hosts}, {changed}")
 
 
 @cache.command()
-@click.option("--bundle", metavar="DIGEST", help="Only what belongs to this bundle (first digits suffice).")
+@click.option(
+    "--bundle",
+    metavar="DIGEST",
+    help="Only what belongs to this bundle (first digits suffice), or 'compiled': only compiled towers.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def clear(bundle: str | None, yes: bool, as_json: bool) -> None:
     """Remove what the cache holds; the next run makes anew what it needs.
+
+    Compiled towers belong to no bundle, because bundles share them: they go with everything, or alone.
+    Engines of TensorRT need 'edgeclip compile' afterwards.
 
     Example: edgeclip cache clear --yes
     """
@@ -63,13 +71,20 @@ def clear(bundle: str | None, yes: bool, as_json: bool) -> None:
     prepare_stdout()
     found = cache_info()
     if not yes and found.entries:
-        what = "everything" if bundle is None else f"what belongs to bundle {bundle}"
+        what = "everything" if bundle is None else _name(bundle)
         click.confirm(f"Remove {what} in {shown(found.root)}?", abort=True, err=True)
     removed = clear_cache(bundle=bundle)
     if as_json:
         click.echo(json.dumps(_document(removed), ensure_ascii=False, indent=2))
     else:
-        click.echo(f"removed {_size(removed.size_bytes)} of {len(removed.entries)} bundles")
+        names = ", ".join(_name(entry.bundle) for entry in removed.entries)
+        click.echo(f"removed {_size(removed.size_bytes)}: {names or 'there was nothing'}")
+
+
+def _name(bundle: str) -> str:
+    from edgeclip.cache import COMPILED
+
+    return "compiled towers" if bundle == COMPILED else f"bundle {bundle}"
 
 
 def _document(info: CacheInfo) -> dict[str, object]:

@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from edgeclip.cache import HostCache
+from edgeclip.cache import COMPILED, HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError
 from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.session import (
@@ -157,7 +157,7 @@ def with_cache(variant: Variant, tower: str, options: RuntimeOptions) -> Runtime
     # ONNX Runtime's text towers are opened for new labels alone, and are mostly a table: nothing to optimise.
     if options.cache_dir is not None or (tower != "image" and variant.entry.format == "onnx"):
         return options
-    return replace(options, cache_dir=_cache(variant.bundle).directory)
+    return replace(options, cache_dir=HostCache.open(COMPILED).directory)
 
 
 def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | None:

@@ -77,7 +77,7 @@ def compile_variant(
     Args:
         variant: of an open bundle.
         towers: which; all without.
-        options: backend, device, and ``cache_dir`` instead of the bundle's host cache.
+        options: backend, device, and ``cache_dir`` instead of the host cache.
         choices: for TensorRT.
         force: make again what is there.
         on_progress: told the tower and what is being done. What it raises ends the work.

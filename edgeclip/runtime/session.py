@@ -283,7 +283,7 @@ class ModelFiles:
         session_config: engine keys the bundle asks for.
         digest: identifies the content; ``None`` for a bare file.
         files: all files of the tower, ``model`` among them; empty for a bare file.
-        variant: its name in the bundle, with ``bundle`` and ``bundle_digest``: where it comes from.
+        variant: its name in the bundle, and ``bundle``: where it comes from.
     """
 
     model: Path
@@ -295,7 +295,6 @@ class ModelFiles:
     files: tuple[Path, ...] = ()
     variant: str | None = None
     bundle: Path | None = None
-    bundle_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -610,7 +609,6 @@ def model_files(tower: TowerFiles | Path | str) -> ModelFiles:
         files=tower.files,
         variant=tower.variant,
         bundle=tower.bundle,
-        bundle_digest=tower.bundle_digest,
     )
 
 

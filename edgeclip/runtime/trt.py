@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -97,7 +97,7 @@ def prepare(
     backend, _ = resolve_backend(model.format, options)
     trt = import_tensorrt(backend)
     version = str(trt.__version__)
-    cache = EngineCache.of(model, options)
+    cache = EngineCache.of(options)
     gpu = None if settings.compute_capability is not None else _gpu(model, options)
     capability = gpu.compute_capability if gpu is not None else settings.compute_capability
     aim = None if capability == "any" else capability
@@ -105,19 +105,28 @@ def prepare(
         raise ConfigError(
             "compute capability: got 'any', expected none: TensorRT builds for the GPU at hand."
         )
-    record = cache.find(model.digest, backend=backend, capability=aim)
-    if (
-        not force
-        and record is not None
-        and record.misfit(version=version, gpu=gpu) is None
-        and record.batch == str(settings.batch)
-        and cache.holds(record)
-    ):
-        return Prepared(cache.entries.path(record.engine), record.size_bytes, 0.0, up_to_date=True)
+    record = EngineRecord(
+        engine="",
+        size_bytes=0,
+        tower_digest=model.digest,
+        tower=model.name,
+        precision=model.precision,
+        backend=backend,
+        engine_version=version,
+        compute_capability=aim,
+        gpu=None if gpu is None else gpu.name,
+        gpu_uuid=None if gpu is None else gpu.uuid,
+        driver=None if gpu is None else gpu.driver,
+        batch=str(settings.batch),
+        workspace_bytes=settings.workspace_bytes,
+    )
+    kept = None if force else cache.same(record)
+    if kept is not None and cache.read(kept) is not None:
+        return Prepared(cache.entries.path(kept.engine), kept.size_bytes, 0.0, up_to_date=True)
     if not cache.entries.writable:
         raise BackendError(
-            f"{model.name}: its engine cannot be kept in {cache.where}. Set EDGECLIP_CACHE_DIR to a "
-            "directory that can be written."
+            f"{model.name}: its engine cannot be kept in {cache.where}. Choose a directory that can be "
+            "written with -o or EDGECLIP_CACHE_DIR."
         )
     began = time.perf_counter()
     if gpu is not None and not is_rtx(trt):
@@ -129,25 +138,14 @@ def prepare(
         batch=settings.batch,
         compute_capability=aim if is_rtx(trt) else None,
         workspace_bytes=settings.workspace_bytes,
-        timing_cache=cache.timing_cache(version),
+        timing_cache=b"" if gpu is None else cache.timing_cache(version, gpu.name),
         on_progress=on_progress,
     )
-    if built.timing_cache is not None:
-        cache.keep_timing_cache(version, built.timing_cache)
+    if gpu is not None and built.timing_cache is not None:
+        cache.keep_timing_cache(version, gpu.name, built.timing_cache)
     stored = cache.keep(
-        EngineRecord(
-            engine="",
-            size_bytes=len(built.data),
-            tower_digest=model.digest,
-            tower=model.name,
-            precision=model.precision,
-            backend=backend,
-            engine_version=version,
-            compute_capability=aim,
-            gpu=None if gpu is None else gpu.name,
-            gpu_uuid=None if gpu is None else gpu.uuid,
-            driver=None if gpu is None else gpu.driver,
-            batch=str(settings.batch),
+        replace(
+            record,
             profile={name: [list(shape) for shape in shapes] for name, shapes in built.profile.items()},
             layers=built.layers,
             build_s=round(built.build_s, 3),
@@ -165,8 +163,8 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> TrtEngin
     """Load the engine of a tower onto the GPU.
 
     Args:
-        model: a tower whose engine is in the host cache, or a bare engine file.
-        options: device (``cuda:N``); ``cache_dir`` instead of the bundle's host cache.
+        model: a tower whose engine was built, or a bare engine file.
+        options: device (``cuda:N``); ``cache_dir`` instead of the host cache.
         reason: why this backend, kept in :class:`Placement`.
 
     Raises:
@@ -205,18 +203,16 @@ def _engine_bytes(trt: Any, backend: str, model: ModelFiles, options: RuntimeOpt
                 f"{model.name}: got no engine, expected a file {' or '.join(_ENGINE_SUFFIXES)}."
             )
         return model.model.read_bytes()
-    cache = EngineCache.of(model, options)
-    record = cache.find(model.digest, backend=backend, capability=gpu.compute_capability)
-    if record is None:
-        problem: str | None = f"there is none in {cache.where}"
-    else:
-        problem = record.misfit(version=str(trt.__version__), gpu=gpu)
-        data = cache.read(record) if problem is None else None
+    cache = EngineCache.of(options)
+    found = cache.fitting(model.digest, backend=backend, version=str(trt.__version__), gpu=gpu)
+    if isinstance(found, EngineRecord):
+        data = cache.read(found)
         if data is not None:
             return data
-        problem = problem or f"{record.engine!r} in {cache.where} is damaged"
+        found = f"{found.engine!r} in {cache.where} is damaged"
     raise BackendUnavailableError(
-        f"{model.name}: no engine for this host ({problem}). {_how_to_compile(model, options, backend)}"
+        f"{model.name}: no engine for this host ({found}). {_how_to_compile(model, options, backend)}, or "
+        "give the directory of 'edgeclip compile -o' as --cache-dir or RuntimeOptions(cache_dir=…)."
     )
 
 
@@ -224,7 +220,7 @@ def _how_to_compile(model: ModelFiles, options: RuntimeOptions, backend: str) ->
     bundle = "BUNDLE" if model.bundle is None else repr(str(model.bundle))
     device = "" if options.device in ("cuda", "cuda:0") else f" --device {options.device}"
     which = "" if options.backend == "auto" else f" --backend {backend}"
-    return f"Run edgeclip compile {bundle} --variant {model.variant or 'NAME'}{which}{device}."
+    return f"Run edgeclip compile {bundle} --variant {model.variant or 'NAME'}{which}{device}"
 
 
 @dataclass

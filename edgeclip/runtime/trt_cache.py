@@ -1,8 +1,8 @@
 """Where built TensorRT engines are kept on a host, and what says whether one still fits.
 
-An engine holds for one network, one version of TensorRT and one kind of GPU. It is an entry of the host
-cache with a JSON record beside it; the record is written last and names the engine, so that a process killed
-between the two leaves the old pair or none.
+An engine holds for one network, one version of TensorRT and one kind of GPU, whichever bundle the network is
+in. It is an entry of the host cache with a JSON record beside it; the record is written last and names the
+engine, so that a process killed between the two leaves the old pair or none.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import re
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
 
-from edgeclip.cache import HostCache
+from edgeclip.cache import COMPILED, HostCache
 from edgeclip.errors import BackendError
 from edgeclip.runtime.cuda import Gpu
-from edgeclip.runtime.host import Host
-from edgeclip.runtime.session import ModelFiles, RuntimeOptions
+from edgeclip.runtime.session import RuntimeOptions
 
 __all__ = ["EngineCache", "EngineRecord"]
 
@@ -47,6 +46,7 @@ class EngineRecord:
         gpu_uuid: of that very board.
         driver: version of its driver.
         batch: ``"MIN/OPT/MAX"``.
+        workspace_bytes: memory it may use for intermediate values; ``None`` for no limit.
         profile: smallest, best and largest shape of each input.
         layers: of the parsed network.
         build_s: seconds it took.
@@ -64,21 +64,42 @@ class EngineRecord:
     gpu_uuid: str | None
     driver: str | None
     batch: str
-    profile: dict[str, list[list[int]]]
-    layers: int
-    build_s: float
+    workspace_bytes: int | None
+    profile: dict[str, list[list[int]]] = field(default_factory=dict)
+    layers: int = 0
+    build_s: float = 0.0
 
-    def misfit(self, *, version: str, gpu: Gpu | None) -> str | None:
-        """Return why the engine cannot be used, ``None`` where it can.
+    @property
+    def name(self) -> str:
+        """Of its files: what decides whether an engine can be used, and nothing else."""
+        generation = "any" if self.compute_capability is None else f"sm{self.compute_capability}"
+        parts = [
+            self.backend,
+            self.tower_digest[:16],
+            _word(self.engine_version),
+            generation.replace(".", ""),
+        ]
+        if self.gpu is not None and self.backend == "tensorrt":
+            parts.append(_word(self.gpu))
+        return "-".join(parts)
 
-        Args:
-            version: of the TensorRT at hand.
-            gpu: at hand; ``None`` looks at the version alone.
-        """
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """What the name does not tell in full, and what was chosen for the build."""
+        gpu = self.gpu if self.backend == "tensorrt" else None
+        return (
+            self.tower_digest,
+            self.engine_version,
+            self.compute_capability,
+            gpu,
+            self.batch,
+            self.workspace_bytes,
+        )
+
+    def misfit(self, *, version: str, gpu: Gpu) -> str | None:
+        """Return why the engine cannot be used with a TensorRT and a GPU, ``None`` where it can."""
         if self.engine_version != version:
             return f"it was built by version {self.engine_version}, this host has {version}"
-        if gpu is None:
-            return None
         if self.compute_capability not in (None, gpu.compute_capability):
             return (
                 f"it was built for compute capability {self.compute_capability}, this host's {gpu.name} has "
@@ -96,7 +117,10 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class EngineCache:
-    """The engines of one bundle on this host, or in a directory.
+    """The engines of this host, or those in a directory.
+
+    An engine's name tells network, version of TensorRT and GPU; there is one of each, and another choice of
+    batches takes its place.
 
     Attributes:
         entries: where they are.
@@ -105,24 +129,11 @@ class EngineCache:
     entries: HostCache
 
     @classmethod
-    def of(cls, model: ModelFiles, options: RuntimeOptions) -> EngineCache:
-        """Return where the engines of a tower are: ``options.cache_dir``, else the bundle's host cache.
-
-        Raises:
-            BackendError: the tower is a bare file, which has no cache, and ``options`` name none.
-        """
-        if options.cache_dir is not None:
-            return cls.at(options.cache_dir)
-        if model.bundle_digest is None:
-            raise BackendError(
-                f"{model.name}: engines of a bare file are kept nowhere. Open an engine (.engine), a "
-                "tower of a bundle, or give RuntimeOptions(cache_dir=…)."
-            )
-        return cls(HostCache.open(model.bundle_digest, Host.here().fingerprint()))
-
-    @classmethod
-    def at(cls, directory: Path) -> EngineCache:
-        """Return the engines in a directory, which is made where it does not exist."""
+    def of(cls, options: RuntimeOptions) -> EngineCache:
+        """Return the engines in ``options.cache_dir``, which is made if it is not there; else the host's."""
+        directory = options.cache_dir
+        if directory is None:
+            return cls(HostCache.open(COMPILED))
         with contextlib.suppress(OSError):  # what it then says is that it cannot be written
             directory.mkdir(parents=True, exist_ok=True)
         return cls(HostCache(directory, writable=os.access(directory, os.W_OK | os.X_OK)))
@@ -133,30 +144,38 @@ class EngineCache:
         directory = self.entries.directory
         return "the host cache, which cannot be made" if directory is None else repr(str(directory))
 
-    def find(self, digest: str, *, backend: str, capability: str | None) -> EngineRecord | None:
-        """Return the record of a tower's engine; ``None`` where there is none that can be read.
+    def same(self, record: EngineRecord) -> EngineRecord | None:
+        """Return what is kept for this network, version and GPU, if it was built with these choices."""
+        kept = self._record(f"{record.name}.json")
+        if kept is None or kept.choices != record.choices:
+            return None
+        return kept
+
+    def fitting(self, digest: str, *, backend: str, version: str, gpu: Gpu) -> EngineRecord | str:
+        """Return the engine of a tower that runs here, else why there is none.
 
         Args:
             digest: of the tower.
             backend: that runs it.
-            capability: of the GPU; ``None`` looks for one that TensorRT-RTX built for all.
+            version: of the TensorRT at hand.
+            gpu: at hand. What was built for it alone comes before what was built for all.
         """
-        names = [self._name(digest, backend, capability)]
-        if capability is not None and backend == "tensorrt_rtx":
-            names.append(self._name(digest, backend, None))
-        for name in names:
-            record = self._record(f"{name}.json")
-            if record is not None and record.tower_digest == digest:
+        directory = self.entries.directory
+        names = [] if directory is None else sorted(directory.glob(f"{backend}-{digest[:16]}-*.json"))
+        found = [self._record(path.name) for path in names]
+        records = [record for record in found if record is not None and record.tower_digest == digest]
+        records.sort(key=lambda record: record.compute_capability is None)
+        problem = f"there is none in {self.where}"
+        for record in records:
+            misfit = record.misfit(version=version, gpu=gpu)
+            if misfit is None:
                 return record
-        return None
+            problem = f"{record.engine!r} in {self.where} does not fit: {misfit}"
+        return problem
 
     def read(self, record: EngineRecord) -> bytes | None:
         """Return an engine; ``None`` where it is missing or damaged."""
         return self.entries.get(record.engine)
-
-    def holds(self, record: EngineRecord) -> bool:
-        """Return whether an engine is there and undamaged."""
-        return self.read(record) is not None
 
     def keep(self, record: EngineRecord, data: bytes) -> EngineRecord:
         """Store an engine and its record in the place of earlier ones; return the record as stored.
@@ -164,33 +183,27 @@ class EngineCache:
         Raises:
             BackendError: the cache cannot be written.
         """
-        name = self._name(record.tower_digest, record.backend, record.compute_capability)
-        earlier = self._record(f"{name}.json")
-        engine = f"{name}-{hashlib.sha256(data).hexdigest()[:8]}.engine"
+        engine = f"{record.name}-{hashlib.sha256(data).hexdigest()[:8]}.engine"
         stored = replace(record, engine=engine, size_bytes=len(data))
         text = json.dumps({"schema": _SCHEMA, **stored.to_dict()}, indent=2, ensure_ascii=False)
-        if not self.entries.put(engine, data) or not self.entries.put(f"{name}.json", text.encode()):
+        written = self.entries.put(engine, data)
+        earlier = self._record(f"{record.name}.json")
+        if not written or not self.entries.put(f"{record.name}.json", text.encode()):
             raise BackendError(
-                f"{record.tower}: the engine was built and cannot be kept in {self.where}. Make room "
-                "there, or set EDGECLIP_CACHE_DIR to a directory that can be written."
+                f"{record.tower}: the engine was built and cannot be kept in {self.where}. Make room there, "
+                "or choose a directory that can be written with -o or EDGECLIP_CACHE_DIR."
             )
         if earlier is not None and earlier.engine != engine:
             self.entries.remove(earlier.engine)
         return stored
 
-    def timing_cache(self, version: str) -> bytes:
-        """Return what earlier builds of this version measured; empty where there is nothing."""
-        return self.entries.get(f"timing-{_word(version)}.cache") or b""
+    def timing_cache(self, version: str, gpu: str) -> bytes:
+        """Return what earlier builds of this version measured on this GPU; empty where there is nothing."""
+        return self.entries.get(_timing_name(version, gpu)) or b""
 
-    def keep_timing_cache(self, version: str, data: bytes) -> None:
+    def keep_timing_cache(self, version: str, gpu: str, data: bytes) -> None:
         """Keep what a build measured; losing it costs time alone."""
-        self.entries.put(f"timing-{_word(version)}.cache", data)
-
-    @staticmethod
-    def _name(digest: str, backend: str, capability: str | None) -> str:
-        return (
-            f"{backend}-{digest[:16]}-{'any' if capability is None else 'sm' + capability.replace('.', '')}"
-        )
+        self.entries.put(_timing_name(version, gpu), data)
 
     def _record(self, name: str) -> EngineRecord | None:
         data = self.entries.get(name)
@@ -207,5 +220,10 @@ class EngineCache:
         return record
 
 
-def _word(version: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in version)
+def _timing_name(version: str, gpu: str) -> str:
+    return f"timing-{_word(version)}-{_word(gpu)}.cache"
+
+
+def _word(text: str) -> str:
+    """Return text as a part of a name: the GPU's as the driver says it, or a version."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:80]

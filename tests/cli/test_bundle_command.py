@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -19,7 +20,7 @@ from tiny_bundle import COLOURS, colour_picture, make_tiny_bundle
 
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.bundle_tools import NewBank, diff_bundles, pack_bundle, slim_bundle, unpack_bundle
-from edgeclip.cache import HostCache
+from edgeclip.cache import COMPILED, HostCache
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.cli import _run
 from edgeclip.errors import BundleError, ConfigError
@@ -515,13 +516,29 @@ def test_the_cache_can_be_looked_at_and_cleared(run: Run) -> None:
     assert document["bundles"][0]["files"] == 1
     assert document["size_bytes"] > 16_000
 
+    HostCache.open(COMPILED).put("x.engine", b"x" * 500_000)
+    code, out, _ = run("cache", "info")
+    assert re.search(r"^  compiled towers +0\.5 MB  1 file, all hosts, \d", out, re.M)
+    assert json.loads(run("cache", "info", "--json")[1])["bundles"][0]["bundle"] == COMPILED
+    assert run("cache", "clear", "--bundle", COMPILED, "--yes")[:2] == (
+        0,
+        "removed 0.5 MB: compiled towers\n",
+    )
+
     code, _, err = run("cache", "clear", "--bundle", "a", "--yes")
     assert (code, "has 2 entries whose digest starts with 'a', expected one" in err) == (1, True)
-    assert run("cache", "clear", "--bundle", "ab", "--yes")[:2] == (0, "removed 8.1 kB of 1 bundles\n")
+    assert run("cache", "clear", "--bundle", "ab", "--yes")[:2] == (
+        0,
+        "removed 8.1 kB: bundle abababababababab\n",
+    )
     removed = json.loads(run("cache", "clear", "--yes", "--json")[1])
     assert [entry["bundle"] for entry in removed["bundles"]] == ["a" * 16]
     assert json.loads(run("cache", "info", "--json")[1])["bundles"] == []
-    assert run("cache", "clear") == (0, "removed 0.0 kB of 0 bundles\n", "")  # nothing there: nothing to ask
+    assert run("cache", "clear") == (
+        0,
+        "removed 0.0 kB: there was nothing\n",
+        "",
+    )  # nothing there: nothing to ask
 
 
 def test_clearing_asks_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

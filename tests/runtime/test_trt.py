@@ -17,7 +17,7 @@ import pytest
 from fake_cuda import FakeCudart, FakeTensorRT, RtxAs
 
 from edgeclip.bundle import Bundle, BundleWriter, TowerFiles
-from edgeclip.cache import HostCache
+from edgeclip.cache import COMPILED, HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError, InputError
 from edgeclip.runtime import trt as trt_module
 from edgeclip.runtime.choose import open_tower, unmet
@@ -285,9 +285,10 @@ def test_the_processor_runs_no_engine(tower: TowerFiles) -> None:
 def test_a_missing_engine_says_what_to_run(bundle: Bundle, tower: TowerFiles, gpu: Gpu) -> None:
     with pytest.raises(BackendError, match=r"no engine for this host \(there is none in '.*'\)") as caught:
         open_session(tower, options=replace(CUDA, device="cuda:1"))
-    assert f"Run edgeclip compile {str(bundle.path)!r} --variant tensorrt-fp32 --device cuda:1." in str(
+    assert f"Run edgeclip compile {str(bundle.path)!r} --variant tensorrt-fp32 --device cuda:1, " in str(
         caught.value
     )
+    assert "as --cache-dir or RuntimeOptions(cache_dir=…)" in str(caught.value)
 
 
 def test_the_engine_is_found_where_it_was_put(
@@ -306,7 +307,7 @@ def test_the_engine_is_found_where_it_was_put(
     for name in ("image", "text"):
         prepared = prepare(model_files(variant.tower(name)), CUDA)
         assert prepared.path is not None
-        assert prepared.path.parent == HostCache.open(bundle.digest, Host.here().fingerprint()).directory
+        assert prepared.path.parent == HostCache.open(COMPILED).directory
         with pytest.raises(BackendError, match=r"^loaded$"):
             open_session(variant.tower(name), options=CUDA)
         with pytest.raises(BackendError, match=r"^loaded$"):
@@ -374,8 +375,10 @@ def test_tensorrt_builds_on_the_gpu_that_was_asked_for(
         warnings.simplefilter("ignore", DeprecationWarning)  # RTX's timing cache does nothing, and says so
         prepare(model_files(tower), options)
     assert used == [1]
-    assert EngineCache.at(folder).timing_cache("10.3.0")
-    assert EngineCache.at(folder).timing_cache("10.4.0") == b""
+    cache = EngineCache.of(options)
+    assert cache.timing_cache("10.3.0", RTX_3060.name)
+    assert cache.timing_cache("10.4.0", RTX_3060.name) == b""
+    assert cache.timing_cache("10.3.0", "NVIDIA GeForce RTX 3070") == b""
 
 
 def test_damage_is_seen_and_built_again(tower: TowerFiles, gpu: Gpu, tmp_path: Path) -> None:
@@ -430,6 +433,7 @@ def make_record(backend: str = "tensorrt") -> EngineRecord:
         gpu_uuid="GPU-0",
         driver=None,
         batch="1/1/8",
+        workspace_bytes=None,
         profile={"image": [[1], [1], [8]]},
         layers=3,
         build_s=1.0,
@@ -452,9 +456,10 @@ def test_an_update_of_tensorrt_makes_engines_stale(
 
 
 def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
-    cache = EngineCache.at(tmp_path)
+    cache = engines(tmp_path)
     stored = cache.keep(make_record(), b"engine")
-    assert cache.find("ab" * 32, backend="tensorrt", capability="8.7") == stored
+    assert found(cache) == stored
+    assert cache.same(make_record()) == stored
     assert cache.read(stored) == b"engine"
     (name,) = (path.name for path in tmp_path.glob("[!.]*.json"))
     for wrong in (
@@ -465,25 +470,85 @@ def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
         b'{"schema": 1}',
     ):
         cache.entries.put(name, wrong)
-        assert cache.find("ab" * 32, backend="tensorrt", capability="8.7") is None
+        assert found(cache) == f"there is none in {str(tmp_path)!r}"
+        assert cache.same(make_record()) is None
 
 
-def test_an_engine_is_found_for_its_network_and_generation_alone(tmp_path: Path) -> None:
-    cache = EngineCache.at(tmp_path)
-    cache.keep(make_record(), b"engine")
-    assert cache.find("ab" * 32, backend="tensorrt", capability="8.6") is None
-    assert cache.find("ac" * 32, backend="tensorrt", capability="8.7") is None
-    assert cache.find("ab" * 32, backend="tensorrt_rtx", capability="8.7") is None
-    cache.keep(replace(make_record("tensorrt_rtx"), compute_capability=None), b"for all")
-    found = cache.find("ab" * 32, backend="tensorrt_rtx", capability="8.9")
-    assert found is not None
-    assert cache.read(found) == b"for all"
+def engines(directory: Path) -> EngineCache:
+    return EngineCache.of(RuntimeOptions(cache_dir=directory))
+
+
+def found(cache: EngineCache, digest: str = "ab" * 32, **changes: Any) -> EngineRecord | str:
+    asked: dict[str, Any] = {"backend": "tensorrt", "version": "11.4.0", "gpu": ORIN}
+    return cache.fitting(digest, **(asked | changes))
+
+
+def test_an_engine_is_found_for_its_network_and_gpu_alone(tmp_path: Path) -> None:
+    cache = engines(tmp_path)
+    stored = cache.keep(make_record(), b"engine")
+    assert found(cache) == stored
+    assert str(found(cache, gpu=RTX_3060)).endswith(
+        "does not fit: it was built for compute capability 8.7, this host's NVIDIA GeForce RTX 3060 has 8.6"
+    )
+    assert str(found(cache, "ac" * 32)).startswith("there is none")
+    assert str(found(cache, "ab" * 31 + "ac")).startswith("there is none")  # alike in what the name has of it
+    assert str(found(cache, backend="tensorrt_rtx")).startswith("there is none")
+    for_all = cache.keep(replace(make_record("tensorrt_rtx"), compute_capability=None, gpu=None), b"for all")
+    assert found(cache, backend="tensorrt_rtx", gpu=RTX_3060) == for_all
+    own = cache.keep(replace(make_record("tensorrt_rtx"), compute_capability="8.6"), b"its own")
+    assert found(cache, backend="tensorrt_rtx", gpu=RTX_3060) == own
+    assert found(cache, backend="tensorrt_rtx", gpu=ORIN) == for_all
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"gpu": "NVIDIA Orin Nano"},
+        {"engine_version": "11.5.0"},
+        {"compute_capability": "8.9"},
+        {"tower_digest": "cd" * 32},
+    ],
+)
+def test_engines_of_two_gpus_versions_and_networks_stand_side_by_side(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    cache = engines(tmp_path)
+    first = cache.keep(make_record(), b"first")
+    second = cache.keep(replace(make_record(), **changed), b"second")
+    assert (cache.read(first), cache.read(second)) == (b"first", b"second")
+    assert cache.same(make_record()) == first
+
+
+@pytest.mark.parametrize("changed", [{"batch": "1/2/8"}, {"workspace_bytes": 1 << 20}])
+def test_an_engine_of_other_choices_takes_the_place(tmp_path: Path, changed: dict[str, Any]) -> None:
+    cache = engines(tmp_path)
+    first = cache.keep(make_record(), b"first")
+    other = replace(make_record(), **changed)
+    assert cache.same(other) is None
+    second = cache.keep(other, b"second")
+    assert (cache.read(first), cache.read(second)) == (None, b"second")
+    assert cache.same(make_record()) is None
+    assert found(cache) == second
+
+
+def test_another_variant_in_the_bundle_asks_for_no_other_engine(
+    bundle: Bundle, gpu: Gpu, tmp_path: Path
+) -> None:
+    """The network is what it was, though the bundle has another digest."""
+    first = prepare(model_files(bundle.variant("tensorrt-fp32").tower("image")), CUDA)
+    with BundleWriter(bundle.path) as writer:
+        writer.manifest["variants"]["onnx-again"] = writer.manifest["variants"]["onnx-fp32"]
+        changed = writer.commit()
+    assert changed.digest != bundle.digest
+    second = prepare(model_files(changed.variant("tensorrt-fp32").tower("image")), CUDA)
+    assert second.up_to_date
+    assert second.path == first.path
 
 
 def test_a_kill_between_engine_and_record_leaves_the_old_pair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = EngineCache.at(tmp_path)
+    cache = engines(tmp_path)
     old = cache.keep(make_record(), b"old")
     real = HostCache.put
 
@@ -496,22 +561,21 @@ def test_a_kill_between_engine_and_record_leaves_the_old_pair(
     with pytest.raises(KeyboardInterrupt):
         cache.keep(make_record(), b"new")
     monkeypatch.undo()
-    found = cache.find("ab" * 32, backend="tensorrt", capability="8.7")
-    assert found == old
+    assert found(cache) == old
     assert cache.read(old) == b"old"
 
 
 def test_nowhere_to_keep_it_is_said_before_the_build(tower: TowerFiles, gpu: Gpu, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     options = replace(CUDA, cache_dir=tmp_path / "file" / "below")
-    with pytest.raises(BackendError, match=r"cannot be kept in '.*below'\. Set EDGECLIP_CACHE_DIR"):
+    with pytest.raises(BackendError, match=r"cannot be kept in '.*below'\. Choose .* EDGECLIP_CACHE_DIR"):
         prepare(model_files(tower), options)
 
 
 def test_a_disk_that_fills_up_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostCache, "put", lambda self, name, data: False)
     with pytest.raises(BackendError, match=r"tiny image tower: the engine was built and cannot be kept in"):
-        EngineCache.at(tmp_path).keep(make_record(), b"x")
+        engines(tmp_path).keep(make_record(), b"x")
 
 
 # --- for which host
@@ -522,14 +586,16 @@ def test_a_generation_is_built_for_without_a_gpu(bundle: Bundle, tmp_path: Path)
     options = RuntimeOptions(cache_dir=tmp_path)
     compiled = compile_variant(variant, options=options, choices=EngineChoices(compute_capability="8.9"))
     assert [each.tower for each in compiled] == ["image", "text"]
-    record = EngineCache.at(tmp_path).find(
-        variant.tower_digest("image"), backend="tensorrt_rtx", capability="8.9"
+    version = import_tensorrt("tensorrt_rtx").__version__
+    record = engines(tmp_path).fitting(
+        variant.tower_digest("image"),
+        backend="tensorrt_rtx",
+        version=version,
+        gpu=replace(RTX_3060, compute_capability="8.9"),
     )
-    assert record is not None
+    assert isinstance(record, EngineRecord)
     assert record.gpu is None
-    assert (
-        record.misfit(version=record.engine_version, gpu=replace(RTX_3060, compute_capability="8.9")) is None
-    )
+    assert record.engine_version == version
 
 
 def test_a_generation_older_than_the_variant_needs_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
