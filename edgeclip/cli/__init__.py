@@ -22,6 +22,7 @@ __all__ = ["cli", "main"]
 EXIT_INTERRUPTED = 130
 
 _COMMANDS: dict[str, tuple[str, str]] = {
+    "bench": ("edgeclip.cli.bench:bench", "Say where the time of a bundle goes."),
     "bundle": ("edgeclip.cli.bundle:bundle", "Inspect, slim, compare and pack bundles."),
     "cache": ("edgeclip.cli.cache:cache", "Show or clear what edgeclip keeps on this host."),
     "classify": ("edgeclip.cli.classify:classify", "Classify pictures against labels of your choice."),

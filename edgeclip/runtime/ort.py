@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,7 @@ from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime.host import Host, usable_cores
 from edgeclip.runtime.session import (
     OPENVINO_DEVICES,
+    KernelTime,
     ModelFiles,
     Placement,
     Prepared,
@@ -35,7 +37,7 @@ from edgeclip.runtime.session import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["OrtEngine", "import_onnxruntime", "load", "prepare"]
+__all__ = ["OrtEngine", "import_onnxruntime", "load", "load_profiled", "prepare"]
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
@@ -67,12 +69,35 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> OrtEngin
         BackendUnavailableError: ONNX Runtime or a provider asked for is not here or did not start.
         BackendError: the file cannot be loaded.
     """
+    return _load(model, options, reason)
+
+
+def load_profiled(model: ModelFiles, options: RuntimeOptions, *, folder: Path) -> OrtEngine:
+    """Load a tower so that ONNX Runtime times every kernel; :meth:`OrtEngine.kernel_times` reads it.
+
+    Args:
+        model: as for :func:`load`.
+        options: as for :func:`load`; nothing is cached.
+        folder: where the notes are written.
+
+    Raises:
+        BackendUnavailableError: as :func:`load`.
+        BackendError: as :func:`load`.
+    """
+    return _load(model, replace(options, cache_dir=None), "to be profiled", profile=folder / "profile")
+
+
+def _load(
+    model: ModelFiles, options: RuntimeOptions, reason: str, *, profile: Path | None = None
+) -> OrtEngine:
     ort = import_onnxruntime()
     providers = _providers(options)
     available = ort.get_available_providers()
     _require(providers, available, model, "offers")
     threads, why_threads = _threads(options)
     settings = _session_options(ort, model, options, providers, threads)
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
 
     def make(source: str) -> Any:
         chosen = [(name, _provider_options(name, options)) for name in providers]
@@ -164,6 +189,23 @@ class OrtEngine:
         except Exception as error:
             raise _run_error(error, self._model) from error
         return dict(zip(self._names, values, strict=True))
+
+    def kernel_times(self) -> list[list[KernelTime]]:
+        """Return the kernels of every call so far, in the order they ran, and stop timing.
+
+        For engines of :func:`load_profiled`, once.
+        """
+        events = json.loads(Path(self._session.end_profiling()).read_bytes())
+        calls: list[list[KernelTime]] = []
+        kernels: list[KernelTime] = []
+        for event in events:
+            if event.get("cat") == "Node":
+                name = event["name"].removesuffix("_kernel_time")
+                kernels.append(KernelTime(name, event["args"]["op_name"], event["dur"] / 1e3))
+            elif event.get("name") == "model_run":  # stands behind the kernels of its call
+                calls.append(kernels)
+                kernels = []
+        return calls
 
     def close(self) -> None:
         """Drop the session; the memory goes when the last call in flight has ended."""

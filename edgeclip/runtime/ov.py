@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +28,7 @@ from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime.host import Host, usable_cores
 from edgeclip.runtime.session import (
     OPENVINO_DEVICES,
+    KernelTime,
     ModelFiles,
     Placement,
     Prepared,
@@ -37,6 +38,8 @@ from edgeclip.runtime.session import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 __all__ = ["OvEngine", "import_openvino", "load", "openvino_devices", "prepare", "without_telemetry"]
@@ -150,6 +153,26 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> OvEngine
         if cache is not None:
             cache.keep(compiled)
     return _engine(plan, compiled, options, reason, from_cache=from_cache)
+
+
+def load_profiled(model: ModelFiles, options: RuntimeOptions, *, folder: Path) -> OvEngine:
+    """Load a tower so that OpenVINO times every kernel; :meth:`OvEngine.kernel_times` reads it.
+
+    Args:
+        model: as for :func:`load`.
+        options: as for :func:`load`; nothing is cached, and a device other than the CPU compiles now.
+        folder: not used; other backends write there.
+
+    Raises:
+        BackendUnavailableError: as :func:`load`.
+        BackendError: as :func:`load`.
+        ConfigError: as :func:`load`.
+    """
+    plan = _Plan.of(model, options)
+    plan = replace(plan, settings=MappingProxyType({**plan.settings, "PERF_COUNT": "YES"}))
+    engine = _engine(plan, plan.compile(), options, "to be profiled", from_cache=False)
+    engine.calls = []
+    return engine
 
 
 def prepare(
@@ -425,6 +448,8 @@ class OvEngine:
         self._model = plan.model
         self._keeps_little = plan.keeps_little
         self._request = compiled.create_infer_request()
+        self.calls: list[list[Any]] | None = None
+        """What was timed, for engines of :func:`load_profiled`."""
         self.chosen = chosen
         self.inputs: Mapping[str, TensorSpec] = _specs(compiled.inputs, plan.model)
         self.outputs: Mapping[str, TensorSpec] = _specs(compiled.outputs, plan.model)
@@ -434,11 +459,24 @@ class OvEngine:
         try:
             values = self._request.infer(dict(feeds), share_inputs=True)
             results = {name: values[number] for number, name in enumerate(self.outputs)}
+            if self.calls is not None:
+                self.calls.append(list(self._request.profiling_info))
             if self._keeps_little:
                 self._compiled.release_memory()
         except Exception as error:
             raise _translated(error, f"{self._model.name}: OpenVINO failed") from error
         return results
+
+    def kernel_times(self) -> list[list[KernelTime]]:
+        """Return the kernels of every call so far; for engines of :func:`load_profiled`."""
+        return [
+            [
+                KernelTime(each.node_name, each.exec_type, each.real_time.total_seconds() * 1e3)
+                for each in call
+                if str(each.status).endswith(".EXECUTED")
+            ]
+            for call in self.calls or ()
+        ]
 
     def close(self) -> None:
         """Do nothing: the engine goes with the last reference, which a call in flight may hold."""

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast, runtime_checkable
 
 from edgeclip.errors import (
     BackendError,
@@ -40,6 +40,7 @@ __all__ = [
     "OPENVINO_DEVICES",
     "Backend",
     "Engine",
+    "KernelTime",
     "ModelFiles",
     "OpenSession",
     "Placement",
@@ -51,6 +52,14 @@ __all__ = [
     "open_session",
     "resolve_backend",
 ]
+
+
+class KernelTime(NamedTuple):
+    """How long one kernel took in one call, as its engine says: its name there, its code, milliseconds."""
+
+    name: str
+    kernel: str
+    ms: float
 
 
 @dataclass(frozen=True)
