@@ -23,6 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeclip.bundle import Requires
+from edgeclip.calibration.ranges import observe
 from edgeclip.errors import ExportError
 from edgeclip.quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8Policy, Scheme
 
@@ -31,7 +32,7 @@ from .passes import apply
 from .passes._graph import constant
 from .passes.qdq import InsertQdq, is_product, observed, place
 from .passes.sequences import for_onnx_runtime
-from .ranges import check_rows, observe
+from .ranges import GraphWatch, check_rows
 from .storage import store_small
 from .to_onnx import built_tower
 
@@ -110,7 +111,8 @@ def quantize(
             f"{what}: nothing in it can be quantized (policy {policy.name!r}: products of "
             f"{', '.join(sorted(policy.ops))} with constant weights); export it in float."
         )
-    ranges = observe(graph, rows, observed(model, nodes, scheme), what=what)
+    watch = GraphWatch(graph, what=what)
+    ranges = observe(watch, check_rows(graph, rows, what=what), observed(model, nodes, scheme), what=what)
     return apply(shaped, [InsertQdq(nodes, ranges, scheme)], what=what)
 
 

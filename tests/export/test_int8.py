@@ -17,12 +17,13 @@ import onnx_ir as ir  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgeclip.bundle import Requires  # noqa: E402
+from edgeclip.calibration.ranges import observe  # noqa: E402
 from edgeclip.errors import CalibrationError, ExportError  # noqa: E402
 from edgeclip.export.build import BuildRequest, BuiltVariant, builder_of  # noqa: E402
 from edgeclip.export.int8 import policy_of, quantize, scheme_of, symmetric_qdq  # noqa: E402
 from edgeclip.export.passes import apply  # noqa: E402
 from edgeclip.export.passes.qdq import InsertQdq, observed, place  # noqa: E402
-from edgeclip.export.ranges import observe  # noqa: E402
+from edgeclip.export.ranges import GraphWatch  # noqa: E402
 from edgeclip.export.storage import store_small  # noqa: E402
 from edgeclip.export.variants import VariantSpec  # noqa: E402
 from edgeclip.quantization import (  # noqa: E402
@@ -290,9 +291,10 @@ def test_integers_and_scales_are_those_of_onnx_runtimes_quantizer(tmp_path: Path
 
 def test_ranges_are_the_least_and_largest_values() -> None:
     rows = pictures(21)
-    seen = observe(convolutions(), rows, ["planes", "active"], what="tower")
+    seen = observe(GraphWatch(convolutions(), what="tower"), rows, ["planes", "active"], what="tower")
     assert seen["planes"] == (rows.min() / 64, rows.max() / 64)
-    fixed = observe(convolutions(batch=4), rows, ["planes", "active"], what="tower")
+    watch = GraphWatch(convolutions(batch=4), what="tower")
+    fixed = observe(watch, rows, ["planes", "active"], what="tower")
     assert fixed["active"] == pytest.approx(seen["active"], rel=1e-5)
     assert seen["active"][0] == 0
 
