@@ -42,7 +42,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["OvEngine", "import_openvino", "load", "openvino_devices", "prepare", "without_telemetry"]
+__all__ = [
+    "OvEngine",
+    "import_openvino",
+    "load",
+    "openvino_devices",
+    "openvino_message",
+    "prepare",
+    "without_telemetry",
+]
 
 _DTYPES: Final = {
     "u8": "uint8",
@@ -579,7 +587,7 @@ def _specs(ports: list[Any], model: ModelFiles) -> Mapping[str, TensorSpec]:
 
 
 def _translated(error: Exception, where: str) -> BackendError:
-    text = _said(error)
+    text = openvino_message(error)
     if isinstance(error, MemoryError) or re.search(
         r"bad_alloc|out of memory|allocat\w+ .*memory", text, re.I
     ):
@@ -592,18 +600,18 @@ def _translated(error: Exception, where: str) -> BackendError:
     if re.search(
         r"unable to read the model|can't be parsed|pugi|tags mismatch|bin file|no output", text, re.I
     ):
-        return BackendError(f"{where}: it is no such file, or damaged ({text}). Restore the bundle.")
+        return BackendError(f"{where}: it is damaged, or not a model ({text}). Restore the bundle.")
     return BackendError(f"{where}: {text}.")
 
 
 # Source files, and lines that announce the next one.
 _NOISE: Final = re.compile(
-    r"Exception from \S+:$|Check '.*' failed at \S+$|FrontEnd API failed with \w+:?$|Loading input model$"
-    r"|Model wasn't fully converted|While validating |-- .* with a message:$|Summary:$"
+    r"(?:\[\w+\] .*)?Exception from \S+:$|Check '.*' failed at \S+$|FrontEnd API failed with \w+:?$"
+    r"|Loading input model$|Model wasn't fully converted|While validating |-- .* with a message:$|Summary:$"
 )
 
 
-def _said(error: Exception) -> str:
+def openvino_message(error: Exception) -> str:
     """Shorten a message of OpenVINO: what follows the list of source files, without directories."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not _NOISE.match(line)] or lines[-1:] or [type(error).__name__]

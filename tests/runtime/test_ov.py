@@ -258,7 +258,10 @@ def test_damaged_weights_are_an_error(ir_tower: TowerFiles, tmp_path: Path, kind
     weights = tmp_path / "weights.bin"
     if kind != "missing":
         weights.write_bytes(content(kind, whole.read_bytes()))
-    with pytest.raises(BackendError, match=r"cannot load 'image.01234567.xml'.*(damaged|a file is missing)"):
+    with pytest.raises(
+        BackendError,
+        match=r"cannot load 'image.01234567.xml'.*(it is damaged, or not a model|a file is missing)",
+    ):
         open_session(replace(ir_tower, files=(model, weights)), options=ONE)
 
 
@@ -308,7 +311,15 @@ def test_messages_lose_source_files_and_directories() -> None:
         "Loading input model\n"
         "Can not open file /some/where/none.bin for mapping. Ensure that it is there.\n"
     )
-    assert backend._said(RuntimeError(text)) == "Can not open file none.bin for mapping"
+    assert backend.openvino_message(RuntimeError(text)) == "Can not open file none.bin for mapping"
+
+
+def test_a_refusal_of_a_device_behind_another_is_told(tower: TowerFiles) -> None:
+    odd = replace(tower, session_config={"INFERENCE_PRECISION_HINT": "f12"})
+    with pytest.raises(
+        BackendError, match=r"'.*\.onnx' for AUTO:CPU: Wrong value f12 for property key INFER"
+    ):
+        open_session(odd, options=replace(ONE, device="auto:cpu"))
 
 
 def test_a_missing_library_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
