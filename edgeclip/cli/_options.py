@@ -28,6 +28,7 @@ __all__ = [
     "Notes",
     "Pictures",
     "bundle_directory",
+    "cache_dir_option",
     "is_there",
     "label_options",
     "model_options",
@@ -41,6 +42,16 @@ SCHEMA = 1
 BACKENDS = ("auto", "ort", "openvino", "tensorrt", "tensorrt_rtx", "eager")
 _BANK_SUFFIXES = (".safetensors", ".npy")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def cache_dir_option(command: _Command) -> _Command:
+    """Add the option that says where compiled towers are."""
+    return click.option(
+        "--cache-dir",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        metavar="DIR",
+        help="Where compiled towers are, as 'compile -o DIR' made them.  [default: the host cache]",
+    )(command)
 
 
 def model_options(command: _Command) -> _Command:
@@ -73,6 +84,7 @@ def model_options(command: _Command) -> _Command:
                 type=click.IntRange(min=1),
                 help="Threads of the towers.  [default: usable cores]",
             ),
+            cache_dir_option,
         )
     ):
         command = option(command)
@@ -115,12 +127,15 @@ class ModelChoice:
     backend: str
     device: str
     threads: int | None
+    cache_dir: Path | None
 
     def options(self) -> RuntimeOptions:
         """Return them as runtime options."""
         from edgeclip.runtime.session import RuntimeOptions
 
-        return RuntimeOptions(backend=self.backend, device=self.device, threads=self.threads)
+        return RuntimeOptions(
+            backend=self.backend, device=self.device, threads=self.threads, cache_dir=self.cache_dir
+        )
 
 
 @dataclass(frozen=True)

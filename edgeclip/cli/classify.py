@@ -71,6 +71,7 @@ def classify(
     backend: str,
     device: str,
     threads: int | None,
+    cache_dir: Path | None,
     labels: str | None,
     label_file: Path | None,
     templates: str | None,
@@ -95,7 +96,7 @@ def classify(
         raise click.UsageError("name a picture or a folder, or give --paths-from.")
     offered = LabelChoice(labels, label_file, templates, language)
     offered.check()
-    model = ModelChoice(bundle, variant, backend, device, threads)
+    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir)
     began_ns = time.perf_counter_ns()
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.runtime.latency import NO_CLOCK, StageClock

@@ -52,7 +52,7 @@ _RUNNABLE = tuple(name for name in BACKENDS if name != "eager")
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Keep it in this directory instead of the host cache.",
+    help="Keep it in this directory instead of the host cache; other commands take it as --cache-dir.",
 )
 @click.option("--force", is_flag=True, help="Make it again although it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -57,6 +57,7 @@ def embed(
     backend: str,
     device: str,
     threads: int | None,
+    cache_dir: Path | None,
     batch_size: int,
     strict: bool,
     paths_from: str | None,
@@ -75,7 +76,7 @@ def embed(
         raise click.BadParameter(
             f"{str(output)!r} ends in {form!r}, expected {', '.join(_FORMATS)}.", param_hint="--output"
         )
-    model = ModelChoice(bundle, variant, backend, device, threads)
+    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir)
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.labels import write_atomic
 

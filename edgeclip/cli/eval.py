@@ -16,6 +16,7 @@ from ._options import (
     SCHEMA,
     Notes,
     bundle_directory,
+    cache_dir_option,
     is_there,
     prepare_stdout,
     quiet_broken_pipe,
@@ -85,6 +86,7 @@ class _Recorded(click.Command):
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
+@cache_dir_option
 @click.option(
     "--max-left-out",
     default="1%",
@@ -114,6 +116,7 @@ def eval_(
     batch_size: int,
     device: str,
     threads: int | None,
+    cache_dir: Path | None,
     max_left_out: str,
     seed: int,
     per_class: bool,
@@ -156,7 +159,7 @@ def eval_(
     # What is cheap to find wrong is looked at before a model is opened.
     offered = None if task == "retrieval" else _offered(pictures, labels, languages, templates, notes)
     others = None if ood is None else open_set(ood)
-    opened = _Models(notes, variants, device, threads)
+    opened = _Models(notes, variants, device, threads, cache_dir)
     try:
         for said in models:
             opened.add(said)
@@ -314,6 +317,7 @@ class _Models:
         variants: of bundles.
         device: where everything runs.
         threads: of towers.
+        cache_dir: where compiled towers are, in place of the host cache.
         subjects: what was opened.
         skipped: variants that cannot run here, and why.
     """
@@ -322,6 +326,7 @@ class _Models:
     variants: tuple[str, ...]
     device: str
     threads: int | None
+    cache_dir: Path | None
     subjects: list[Subject] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -356,7 +361,7 @@ class _Models:
         opened, skipped = open_bundle(
             bundle_directory(said, self.notes),
             variants=[] if "all" in self.variants else self.variants,
-            options=RuntimeOptions(device=self.device, threads=self.threads),
+            options=RuntimeOptions(device=self.device, threads=self.threads, cache_dir=self.cache_dir),
         )
         self.subjects += opened
         self.skipped += skipped

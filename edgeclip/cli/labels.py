@@ -56,6 +56,7 @@ def build(
     backend: str,
     device: str,
     threads: int | None,
+    cache_dir: Path | None,
     labels: str | None,
     label_file: Path | None,
     templates: str | None,
@@ -74,7 +75,7 @@ def build(
     offered.check(required=True)
     if output is not None and output.suffix.lower() != ".safetensors":
         raise click.BadParameter(f"{str(output)!r} does not end in .safetensors.", param_hint="--output")
-    model = ModelChoice(bundle, variant, backend, device, threads)
+    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir)
     from edgeclip.classify import ZeroShotClassifier
 
     prepare_stdout()

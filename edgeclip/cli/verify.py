@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from ._options import Notes, bundle_directory, cache_dir_option
 
 if TYPE_CHECKING:
     from edgeclip.export.verify import VerifyReport
@@ -20,6 +23,7 @@ __all__ = ["verify"]
     "--threads", type=click.IntRange(min=1), help="Threads a call may use; all usable cores without."
 )
 @click.option("--device", help="cpu, cuda, cuda:N, gpu, npu.  [default: cuda for TensorRT, else cpu]")
+@cache_dir_option
 @click.option("--require-verified", is_flag=True, help="Fail where a variant cannot be run on this host.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def verify(
@@ -27,6 +31,7 @@ def verify(
     variant: str,
     threads: int | None,
     device: str | None,
+    cache_dir: Path | None,
     require_verified: bool,
     as_json: bool,
 ) -> None:
@@ -36,11 +41,10 @@ def verify(
     Ends with 4 where numbers are beyond their limits, with 1 where files are damaged.
     """
     from edgeclip.bundle import Bundle
-    from edgeclip.cli._options import Notes, bundle_directory
     from edgeclip.export.verify import verify_bundle
     from edgeclip.runtime.session import RuntimeOptions
 
-    options = RuntimeOptions(threads=threads, device=device or "cpu")
+    options = RuntimeOptions(threads=threads, device=device or "cpu", cache_dir=cache_dir)
     opened = Bundle.open(bundle_directory(bundle, Notes()))
     report = verify_bundle(opened, variant=variant, options=options)
     click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else _table(report))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from command import Command
+from PIL import Image
+from tiny_bundle import colour_picture
 
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.cache import COMPILED, HostCache
@@ -76,6 +78,34 @@ def test_no_cache_directory_is_said(
     result = run("compile", tiny_bundle)
     assert result.code == 1
     assert "no cache directory that can be written: set EDGECLIP_CACHE_DIR" in result.err
+
+
+@pytest.mark.parametrize("command", ["classify", "embed", "eval", "verify"])
+def test_what_was_compiled_into_a_directory_is_found_there(
+    command: str, run: Command, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "compiled"
+    assert run("compile", tiny_bundle, "--variant", "onnx-fp32", "-o", folder).code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert any(name.startswith("graph-") for name in before)
+    photos = tmp_path / "photos" / "red"
+    photos.mkdir(parents=True)
+    Image.fromarray(colour_picture("red")).save(photos / "0.png")
+    arguments = {
+        "classify": (photos, "--bundle", tiny_bundle, "--variant", "onnx-fp32"),
+        "embed": (photos, "-o", tmp_path / "e.npy", "--bundle", tiny_bundle, "--variant", "onnx-fp32"),
+        "eval": (tiny_bundle, "--data", photos.parent, "--variants", "onnx-fp32"),
+        "verify": (tiny_bundle, "--variant", "onnx-fp32"),
+    }[command]
+    result = run(command, *arguments, "--cache-dir", folder)
+    assert result.code == 0, result.err
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    kept = list(folder.glob("graph-*.ort"))
+    for path in kept:
+        path.write_bytes(b"damaged")
+    assert run(command, *arguments, "--cache-dir", folder).code == 0
+    assert {path.read_bytes() for path in kept} != {b"damaged"}  # looked for there, and made again
+    assert "does not exist" in run(command, *arguments, "--cache-dir", tmp_path / "nowhere").err
 
 
 # --- TensorRT
