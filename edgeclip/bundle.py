@@ -607,6 +607,8 @@ class BundleWriter:
             raise BundleError(
                 f"{self.where}: another process is writing it: wait for it to end and try again."
             ) from error
+        except FileExistsError as error:
+            raise BundleError(f"{self.where}: {what}: a file is there, expected a directory.") from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise BundleError(f"{self.where}: {what}: {_reason(error)}.") from error
 
@@ -671,15 +673,17 @@ class BundleWriter:
                 raise BundleError(f"{self.where}: the file {name!r} is missing: add it again.")
 
     def _sweep(self, keep: set[str]) -> None:
-        """Remove what earlier writes left behind: temporary files, and files that carry their own hash."""
-        for base, folders, names in os.walk(self.path, topdown=False):
+        """Remove what earlier writes left: all that is temporary, and files that carry their own hash."""
+        for base, _, names in os.walk(self.path, topdown=False):
             folder = Path(base)
+            parts = folder.relative_to(self.path).parts
+            is_temporary = any(part.startswith(TEMPORARY_PREFIX) for part in parts)
             for name in names:
                 path = folder / name
-                if path.relative_to(self.path).as_posix() not in keep and _is_ours(path):
+                if path.relative_to(self.path).as_posix() not in keep and (is_temporary or _is_ours(path)):
                     path.unlink(missing_ok=True)
-            if folder != self.path and not folders:
-                with contextlib.suppress(OSError):
+            if folder != self.path:
+                with contextlib.suppress(OSError):  # something is in it
                     folder.rmdir()
 
 

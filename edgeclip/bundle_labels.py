@@ -48,7 +48,7 @@ class BundleLabels:
         self._clock = clock
         self._lock = threading.RLock()
         self._banks: dict[str, LabelBank] = {}
-        variant = text_variant(bundle, image)
+        variant = text_variant(bundle, image, options)
         self._encoder = None if variant is None else TextEncoder(bundle, variant, options=options)
 
     @property

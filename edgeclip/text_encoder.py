@@ -11,9 +11,11 @@ import numpy as np
 
 from .bundle import Bundle, Variant
 from .errors import BundleError
+from .runtime.choose import open_tower, unmet
+from .runtime.host import Host
 from .runtime.latency import NO_CLOCK
 from .runtime.rows import run_rows
-from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions, open_session
+from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -112,7 +114,7 @@ class TextEncoder:
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self._bundle)
         if self._session is None:
-            self._session = open_session(self.variant.tower("text"), options=self._options)
+            self._session = open_tower(self._bundle, self.variant, "text", self._options)
         return self._session, self._tokenizer
 
 
@@ -131,13 +133,16 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
     return Tokenizer.from_bytes(bundle.read(files.config), bundle.read(files.merges), words)
 
 
-def text_variant(bundle: Bundle, image: Variant) -> Variant | None:
-    """Return the variant whose text tower goes with an image tower.
+def text_variant(bundle: Bundle, image: Variant, options: RuntimeOptions = DEFAULT_OPTIONS) -> Variant | None:
+    """Return the variant whose text tower goes with an image tower; ``None`` in bundles without text towers.
 
-    That is its own, else the first default variant that has one; ``None`` in bundles without text towers.
+    That is its own, else the first default variant that has one and runs here; the first that has one where
+    none does, so that opening it says why.
     """
-    for name in (image.name, *bundle.manifest.default_variants, *sorted(bundle.manifest.variants)):
-        variant = bundle.variant(name)
-        if "text" in variant.entry.towers:
-            return variant
-    return None
+    if "text" in image.entry.towers:
+        return image
+    names = dict.fromkeys((*bundle.manifest.default_variants, *sorted(bundle.manifest.variants)))
+    having = [each for each in map(bundle.variant, names) if "text" in each.entry.towers]
+    host = Host.here()
+    runs = (each for each in having if unmet(each, options=options, host=host) is None)
+    return next(runs, having[0] if having else None)

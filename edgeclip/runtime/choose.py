@@ -1,9 +1,10 @@
 """Which variant of a bundle this host runs, and opening its towers.
 
 ``auto`` takes the tuned device profile where there is one, else the first of ``default_variants`` that this
-host can run and whose numbers were verified. What is passed over is returned with its reason: nothing is
-chosen silently. An int8 variant must first give the right answers on this host: int8 kernels differ between
-instruction sets, and saturate on some.
+host can run and whose numbers were verified, or can be: a variant that was made for a host unlike its maker's
+is unverified until this one has run golden inputs. What is passed over is returned with its reason: nothing
+is chosen silently. An int8 variant must first give the right answers on this host in any case: int8 kernels
+differ between instruction sets, and saturate on some.
 
 The hook for tuned profiles is one entry of the host cache, ``profile.json``::
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from edgeclip.bundle import Bundle, Variant
 
 __all__ = [
-    "GOLDEN_PICTURES",
+    "GOLDEN_INPUTS",
     "PROFILE_NAME",
     "VariantChoice",
     "choose_variant",
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 PROFILE_NAME: Final = "profile.json"
-GOLDEN_PICTURES: Final = 8
+GOLDEN_INPUTS: Final = 8
 
 # The distributions that carry the library of a backend.
 _DISTRIBUTIONS: Final = {
@@ -114,12 +115,12 @@ def choose_variant(
     names = bundle.manifest.default_variants or tuple(bundle.manifest.variants)
     for name in names:
         candidate = bundle.variant(name)
-        problem = unmet(candidate, options=options, host=host) or _unverified(candidate, options)
+        problem = unmet(candidate, options=options, host=host) or _unprovable(candidate, options)
         if problem is None:
-            reason = "first of the bundle's default variants"
-            return VariantChoice(
-                candidate, reason if not skipped else f"{reason} that runs here", tuple(skipped)
-            )
+            reason = "first of the bundle's default variants" + (" that runs here" if skipped else "")
+            if _to_prove(candidate, "image", options) and not _is_verified(candidate, "image"):
+                reason += "; not verified where it was made, so golden pictures are run here first"
+            return VariantChoice(candidate, reason, tuple(skipped))
         skipped.append((name, problem))
     reasons = "; ".join(f"{name}: {problem}" for name, problem in skipped)
     raise BackendUnavailableError(f"{bundle.where}: none of its variants can be run here ({reasons}).")
@@ -131,11 +132,12 @@ def open_tower(
     tower: str,
     options: RuntimeOptions = DEFAULT_OPTIONS,
 ) -> OpenSession:
-    """Open a tower of the chosen variant; an int8 image tower proves itself first.
+    """Open a tower of the chosen variant; int8 image towers and unverified ones prove themselves first.
 
-    The first time an int8 variant is opened on a kind of host, eight golden pictures are run, and the host
-    cache is stamped. From then on this costs one small read. The host cache also keeps what the engine made
-    of a tower, unless ``options.cache_dir`` names another place.
+    The first time such a tower is opened on a kind of host, eight golden inputs are run, and the host cache
+    is stamped. From then on this costs one small read. ``"unverified"`` in ``options.allow`` takes what is
+    not verified as it is. The host cache also keeps what the engine made of a tower, unless
+    ``options.cache_dir`` names another place.
 
     Raises:
         BundleError: files are missing or damaged.
@@ -144,8 +146,8 @@ def open_tower(
     variant = choice.variant if isinstance(choice, VariantChoice) else choice
     session = open_session(variant.tower(tower), options=with_cache(variant, tower, options))
     try:
-        if variant.entry.precision == "int8" and tower == "image":
-            _prove(bundle, variant, session)
+        if _to_prove(variant, tower, options):
+            _prove(bundle, variant, tower, session)
     except BaseException:
         session.close()
         raise
@@ -243,15 +245,29 @@ def _numbers(version: str) -> tuple[int, ...] | None:
     return tuple(map(int, match[0].split("."))) if match else None
 
 
-def _unverified(variant: Variant, options: RuntimeOptions) -> str | None:
-    """Return why a variant may not be chosen by itself: some tower's numbers were never found right."""
-    if "unverified" in options.allow:
+def _is_verified(variant: Variant, tower: str) -> bool:
+    parity = variant.entry.parity.get(tower)
+    return parity is not None and parity.status == "passed"
+
+
+def _unprovable(variant: Variant, options: RuntimeOptions) -> str | None:
+    """Return why a variant may not be chosen by itself: nobody found its numbers right, nor can this host."""
+    if "unverified" in options.allow or variant.bundle.manifest.golden is not None:
         return None
     for tower in sorted(variant.entry.towers):
-        parity = variant.entry.parity.get(tower)
-        if parity is None or parity.status != "passed":
-            return f"the numbers of its {tower} tower are not verified"
+        if not _is_verified(variant, tower):
+            return (
+                f"the numbers of its {tower} tower are not verified, and without golden file cannot be here"
+            )
     return None
+
+
+def _to_prove(variant: Variant, tower: str, options: RuntimeOptions) -> bool:
+    """Return whether a tower must give the right answers here before it is handed out."""
+    if tower == "image" and variant.entry.precision == "int8":
+        return True
+    needed = "unverified" not in options.allow and not _is_verified(variant, tower)
+    return needed and tower in ("image", "text")
 
 
 def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> Variant | None:
@@ -275,25 +291,30 @@ def _cache(bundle: Bundle, host: Host | None = None) -> HostCache:
     return HostCache.open(bundle.digest, (host or Host.here()).fingerprint())
 
 
-def _prove(bundle: Bundle, variant: Variant, session: OpenSession) -> None:
-    """Check eight golden pictures unless this kind of host has passed before."""
+def _prove(bundle: Bundle, variant: Variant, tower: str, session: OpenSession) -> None:
+    """Check eight golden inputs unless this kind of host has passed before."""
     if bundle.manifest.golden is None:
         return  # nothing to check against; `edgeclip verify` says so
     placement = session.chosen
     cache = _cache(bundle)
     device = re.sub(r"\W+", "", placement.device, flags=re.ASCII)
-    stamp = f"golden-{variant.name}-{placement.backend}-{device}.json"
+    which = "" if tower == "image" else f"-{tower}"
+    stamp = f"golden-{variant.name}-{placement.backend}-{device}{which}.json"
     if cache.get(stamp) is not None:
         return
     from edgeclip.runtime.parity import Golden, check_tower
 
-    result = check_tower(bundle, Golden.of(bundle), variant, "image", session, limit=GOLDEN_PICTURES)
+    golden = Golden.of(bundle)
+    if tower == "text" and golden.tokens is None:
+        return
+    result = check_tower(bundle, golden, variant, tower, session, limit=GOLDEN_INPUTS)
     if not result.passed:
         others = [name for name in bundle.manifest.variants if name != variant.name]
         instead = f"Open it with variant={others[0]!r}" if others else "Use another bundle"
+        inputs = "pictures" if tower == "image" else "texts"
         raise BackendError(
             f"variant {variant.name!r}: its answers on this host are wrong over {result.numbers.n} golden "
-            f"pictures: {'; '.join(map(str, result.failures))}. {instead}, and see `edgeclip verify`."
+            f"{inputs}: {'; '.join(map(str, result.failures))}. {instead}, and see `edgeclip verify`."
         )
     cache.put(stamp, json.dumps(result.numbers.to_dict()).encode())
 

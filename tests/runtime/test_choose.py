@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_bundle import make_tiny_bundle
 from wrong_bundle import put_wrong_model
 
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.cache import HostCache
+from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import BackendError, BackendUnavailableError, BundleError
 from edgeclip.runtime import RuntimeOptions, choose_variant, open_tower, parity
 from edgeclip.runtime.choose import PROFILE_NAME, version_fits
 from edgeclip.runtime.host import Host
+from edgeclip.text_encoder import text_variant
 
 VNNI = replace(Host.here(), isa=frozenset({"avx2", "fma", "avx_vnni"}))
 AVX2 = replace(Host.here(), isa=frozenset({"avx2", "fma"}))
@@ -28,6 +31,17 @@ SILENT = replace(Host.here(), isa=None)
 def changed(path: Path, variant: str, **fields: Any) -> Bundle:
     with BundleWriter(path) as writer:
         writer.manifest["variants"][variant].update(fields)
+        return writer.commit()
+
+
+UNVERIFIED = {
+    tower: {"status": "unverified", "proxy": "the same engine on x86_64"} for tower in ("image", "text")
+}
+
+
+def without_golden(path: Path) -> Bundle:
+    with BundleWriter(path) as writer:
+        writer.manifest["golden"] = None
         return writer.commit()
 
 
@@ -78,16 +92,6 @@ def test_a_named_variant_that_cannot_run_is_an_error_unless_allowed(tiny_bundle:
         ({"requires": {"engine": ">=99"}}, "it needs ort >=99, this host has "),
         ({"format": "coreml"}, "this edgeclip does not know the format 'coreml'"),
         ({"requires": {"compute_capability": "8.7"}}, "it needs a GPU of capability 8.7"),
-        ({"parity": {}}, "the numbers of its image tower are not verified"),
-        (
-            {
-                "parity": {
-                    "image": {"status": "unverified", "proxy": "onnx-fp32"},
-                    "text": {"status": "passed"},
-                }
-            },
-            "the numbers of its image tower are not verified",
-        ),
     ],
 )
 def test_what_else_passes_a_variant_over(tiny_bundle: Path, fields: dict[str, Any], reason: str) -> None:
@@ -108,7 +112,21 @@ def test_a_format_whose_engine_is_not_installed_is_passed_over(
     assert why.startswith("no backend for 'openvino' files is here (openvino: the package 'openvino' is not")
 
 
+def test_what_is_unverified_and_cannot_be_checked_here_is_passed_over(tiny_bundle: Path) -> None:
+    without_golden(tiny_bundle)
+    bundle = changed(tiny_bundle, "onnx-int8", parity=UNVERIFIED)
+    choice = choose_variant(bundle)
+    assert choice.variant.name == "onnx-fp32"
+    assert choice.skipped == (
+        (
+            "onnx-int8",
+            "the numbers of its image tower are not verified, and without golden file cannot be here",
+        ),
+    )
+
+
 def test_unverified_numbers_can_be_allowed(tiny_bundle: Path) -> None:
+    without_golden(tiny_bundle)
     bundle = changed(tiny_bundle, "onnx-int8", parity={})
     options = RuntimeOptions(allow=frozenset({"unverified"}))
     assert choose_variant(bundle, options=options).variant.name == "onnx-int8"
@@ -217,6 +235,68 @@ def test_int8_that_answers_wrongly_here_is_refused(tiny_bundle: Path, tmp_path: 
     assert stamps(bundle) == []
 
 
+@pytest.mark.parametrize("variant", ["onnx-fp32", "onnx-int8"])
+@pytest.mark.parametrize("parity_said", [{}, UNVERIFIED])
+def test_what_was_not_verified_proves_both_towers_and_is_then_used(
+    variant: str, parity_said: dict[str, Any], tiny_bundle: Path
+) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        writer.manifest["default_variants"] = [variant]
+        writer.manifest["variants"][variant]["parity"] = parity_said
+        bundle = writer.commit()
+    choice = choose_variant(bundle)
+    assert (choice.variant.name, choice.skipped) == (variant, ())
+    assert choice.reason.endswith("; not verified where it was made, so golden pictures are run here first")
+    for tower in ("image", "text"):
+        open_tower(bundle, choice, tower).close()
+    assert stamps(bundle) == [f"golden-{variant}-ort-cpu-text.json", f"golden-{variant}-ort-cpu.json"]
+
+
+def test_what_was_not_verified_and_answers_wrongly_here_is_refused_unless_allowed(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    put_wrong_model(tiny_bundle, tmp_path, "onnx-fp32")
+    bundle = changed(tiny_bundle, "onnx-fp32", parity=UNVERIFIED)
+    expected = (
+        r"'onnx-fp32': its answers on this host are wrong over 8 golden pictures: max_abs is .*"
+        r"Open it with variant='onnx-int8'"
+    )
+    for _ in range(2):
+        with pytest.raises(BackendError, match=expected):
+            open_tower(bundle, choose_variant(bundle, variant="onnx-fp32"), "image")
+    assert stamps(bundle) == []
+    options = RuntimeOptions(allow=frozenset({"unverified"}))
+    open_tower(bundle, bundle.variant("onnx-fp32"), "image", options).close()
+
+
+def test_labels_are_encoded_by_a_text_tower_that_proved_itself(tiny_bundle: Path, tmp_path: Path) -> None:
+    other = make_tiny_bundle(tmp_path / "other", seed=1)
+    with BundleWriter(tiny_bundle) as writer:
+        entry = writer.manifest["variants"]["onnx-fp32"]
+        stored = writer.add("onnx-fp32/text.onnx", other.variant("onnx-fp32").tower("text").model)
+        entry["towers"]["text"].update(model=stored, files=[stored])
+        entry["parity"] = UNVERIFIED
+        writer.commit()
+    with (
+        ZeroShotClassifier.open(tiny_bundle, variant="onnx-fp32") as classifier,
+        pytest.raises(BackendError, match=r"'onnx-fp32': .* wrong over 8 golden texts: max_abs is "),
+    ):
+        classifier.set_labels(["mauve", "ochre"])
+
+
+def test_a_text_tower_of_another_variant_is_one_that_runs_here(tiny_bundle: Path) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        variants = writer.manifest["variants"]
+        variants["onnx-int8"]["towers"].pop("text")
+        variants["onnx-int8"]["parity"].pop("text")
+        variants["another"] = {**variants["onnx-fp32"], "requires": {"isa_any": ["an_isa_of_the_future"]}}
+        writer.manifest["default_variants"] = ["another", "onnx-int8", "onnx-fp32"]
+        bundle = writer.commit()
+    found = text_variant(bundle, bundle.variant("onnx-int8"))
+    assert found is not None
+    assert found.name == "onnx-fp32"
+
+
 def test_without_a_cache_the_proof_is_repeated_and_nothing_fails(
     tiny_bundle_session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,9 +309,7 @@ def test_without_a_cache_the_proof_is_repeated_and_nothing_fails(
 
 
 def test_a_bundle_without_golden_file_still_opens(tiny_bundle: Path) -> None:
-    with BundleWriter(tiny_bundle) as writer:
-        writer.manifest["golden"] = None
-        bundle = writer.commit()
+    bundle = without_golden(tiny_bundle)
     open_tower(bundle, choose_variant(bundle), "image").close()
 
 
