@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeclip.cli._options import SCHEMA, Notes, prepare_stdout, shown
+from edgeclip.cli._options import SCHEMA, Notes, is_there, prepare_stdout, shown
 from edgeclip.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _of_command_line(said: Sequence[str]) -> list[TeacherSpec]:
     found: list[TeacherSpec] = []
     names: set[str] = set()
     for text in said:
-        match = None if Path(text).exists() else _NAMED.fullmatch(text)
+        match = None if is_there(text) else _NAMED.fullmatch(text)
         spec = match[2] if match else text
         kind, _, rest = spec.partition(":")
         if kind == "open-clip":

@@ -153,6 +153,7 @@ def test_teachers_come_from_a_file_with_their_scales(run, folder: Path, tmp_path
     [
         ([], 2, "give --teacher or --teachers"),
         (["--teacher", "nowhere"], 1, "nowhere"),
+        (["--teacher", "n" * 300], 1, "nnn"),
         (["--teacher", "open-clip:ViT-L-14"], 1, "expected open-clip:MODEL:FILE"),
         (["--teacher", "MobileCLIP-S0:nothing.pt"], 1, "nothing.pt"),
         (["--teachers", "nothing.toml"], 1, "'nothing.toml' cannot be read"),
