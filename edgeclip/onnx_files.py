@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["GraphNode", "external_locations", "graph_nodes"]
+__all__ = ["GraphNode", "external_locations", "fields", "graph_nodes", "varint"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # Message -> field number -> message in that field; numbers as in onnx.proto.

@@ -537,13 +537,17 @@ def open_session(tower: TowerFiles | Path | str, *, options: RuntimeOptions = DE
         A session, also a context manager that closes it.
 
     Raises:
-        BackendUnavailableError: the backend, provider or device asked for is not here.
+        BackendUnavailableError: the backend, provider or device asked for is not here, or int8 sums of this
+            file would overflow on this host.
         BackendError: the engine cannot load the file.
         BundleError: the tower is not what the manifest says.
     """
     model = model_files(tower)
     name, reason = resolve_backend(model.format, options)
     module = cast(Any, importlib.import_module(BACKENDS[name].module))
+    from edgeclip.runtime.byte_sums import refuse_overflow
+
+    refuse_overflow(model, name, options)
     engine: Engine = module.load(model, options, reason=reason)
     if not isinstance(tower, (str, os.PathLike)):
         _check_interface("inputs", tower.inputs, engine.inputs, model)
