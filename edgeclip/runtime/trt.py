@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from edgeclip.cache import HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime.cuda import CudaRuntime, Gpu, find_gpu
 from edgeclip.runtime.session import (
@@ -37,7 +38,7 @@ from edgeclip.runtime.trt_cache import EngineCache, EngineRecord
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["EngineSettings", "TrtEngine", "load", "prepare"]
+__all__ = ["EngineSettings", "Kernels", "TrtEngine", "load", "prepare"]
 
 _ENGINE_SUFFIXES: Final = (".engine", ".plan")
 _DTYPES: Final = {
@@ -174,7 +175,7 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> TrtEngin
     backend, _ = resolve_backend(model.format, options)
     gpu = _gpu(model, options)
     trt = import_tensorrt(backend)
-    data = _engine_bytes(trt, backend, model, options, gpu)
+    data, kernels = _engine_bytes(trt, backend, model, options, gpu)
     placement = Placement(
         backend=backend,
         provider=f"{'TensorRT-RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}",
@@ -183,7 +184,9 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> TrtEngin
         precision=model.precision,
         reason=f"{reason}; engine for {gpu.name} from {'a file' if model.digest is None else 'the cache'}",
     )
-    return TrtEngine(trt, CudaRuntime.open(), data, model=model, chosen=placement, index=gpu.index)
+    return TrtEngine(
+        trt, CudaRuntime.open(), data, model=model, chosen=placement, index=gpu.index, kernels=kernels
+    )
 
 
 def _gpu(model: ModelFiles, options: RuntimeOptions) -> Gpu:
@@ -196,19 +199,22 @@ def _gpu(model: ModelFiles, options: RuntimeOptions) -> Gpu:
     return find_gpu(index)
 
 
-def _engine_bytes(trt: Any, backend: str, model: ModelFiles, options: RuntimeOptions, gpu: Gpu) -> bytes:
+def _engine_bytes(
+    trt: Any, backend: str, model: ModelFiles, options: RuntimeOptions, gpu: Gpu
+) -> tuple[bytes, Kernels | None]:
+    """Return an engine, and where TensorRT-RTX may keep the kernels it compiles for it."""
     if model.digest is None:
         if model.model.suffix not in _ENGINE_SUFFIXES:
             raise BackendError(
                 f"{model.name}: got no engine, expected a file {' or '.join(_ENGINE_SUFFIXES)}."
             )
-        return model.model.read_bytes()
+        return model.model.read_bytes(), None
     cache = EngineCache.of(options)
     found = cache.fitting(model.digest, backend=backend, version=str(trt.__version__), gpu=gpu)
     if isinstance(found, EngineRecord):
         data = cache.read(found)
         if data is not None:
-            return data
+            return data, Kernels(cache.entries, found.kernels_name(gpu)) if is_rtx(trt) else None
         found = f"{found.engine!r} in {cache.where} is damaged"
     raise BackendUnavailableError(
         f"{model.name}: no engine for this host ({found}). {_how_to_compile(model, options, backend)}, or "
@@ -263,15 +269,67 @@ class _Buffer:
             self.cuda.free_host(host)
 
 
+class Kernels:
+    """What TensorRT-RTX compiles for the GPU while an engine runs, kept so that the next process need not.
+
+    TensorRT-RTX looks itself whether what was kept fits version, GPU and driver. That something cannot be
+    kept or does not fit costs time alone.
+
+    Args:
+        entries: where they are kept.
+        name: of the entry.
+    """
+
+    def __init__(self, entries: HostCache, name: str) -> None:
+        self._entries, self._name = entries, name
+        self._kept = b""
+        self._jit: Any = None
+
+    def context(self, engine: Any) -> Any:
+        """Return a context of an engine that takes kernels from here, or a plain one."""
+        running = engine.create_runtime_config()
+        jit = None if running is None else running.create_runtime_cache()
+        if jit is None:
+            return engine.create_execution_context()
+        kept = self._entries.get(self._name)
+        if kept is not None and jit.deserialize(kept):
+            self._kept = kept
+        if not running.set_runtime_cache(jit):
+            return engine.create_execution_context()
+        self._jit = jit
+        return engine.create_execution_context(running)
+
+    def keep(self) -> None:
+        """Write down what has come to be."""
+        memory = None if self._jit is None else self._jit.serialize()
+        data = self._kept if memory is None else bytes(memory)
+        if data != self._kept and self._entries.put(self._name, data):
+            self._kept = data
+
+    def close(self) -> None:
+        """Let go of TensorRT's object."""
+        self._jit = None
+
+
 class TrtEngine:
     """One tower on one GPU."""
 
     concurrent_runs = False
 
     def __init__(
-        self, trt: Any, cuda: CudaRuntime, data: bytes, *, model: ModelFiles, chosen: Placement, index: int
+        self,
+        trt: Any,
+        cuda: CudaRuntime,
+        data: bytes,
+        *,
+        model: ModelFiles,
+        chosen: Placement,
+        index: int,
+        kernels: Kernels | None = None,
     ) -> None:
         self._cuda = cuda
+        self._kernels = kernels
+        self._to_keep = kernels is not None  # what the first call compiled
         self._index = index
         self._model = model
         self.chosen = chosen
@@ -280,7 +338,8 @@ class TrtEngine:
         cuda.use(index)
         runtime = _made(lambda: trt.Runtime(self._log.logger), "give a runtime", self)
         engine = _made(lambda: runtime.deserialize_cuda_engine(data), "load the engine", self)
-        context = _made(lambda: engine.create_execution_context(), "make a context for the engine", self)
+        make = engine.create_execution_context if kernels is None else lambda: kernels.context(engine)
+        context = _made(make, "make a context for the engine", self)
         self._runtime, self._engine, self._context = runtime, engine, context
         self._limits: tuple[int, int] | None = None  # smallest and largest batch, where it is free
         self.inputs: Mapping[str, TensorSpec]
@@ -316,7 +375,11 @@ class TrtEngine:
                 raise BackendError(
                     f"{self._model.name}: the session is closed. Open it again with open_session()."
                 )
-            return self._run_parts(feeds)
+            results = self._run_parts(feeds)
+            if self._kernels is not None and self._to_keep:
+                self._to_keep = False  # a process that is killed has them kept then
+                self._kernels.keep()
+            return results
 
     def _run_parts(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         self._cuda.use(self._index)
@@ -339,7 +402,12 @@ class TrtEngine:
             self._closed = True
             with contextlib.suppress(BackendError):  # a GPU that has failed gives nothing back
                 self._cuda.use(self._index)
-            self._context = self._engine = self._runtime = None  # the context before its engine
+            if self._kernels is not None:
+                self._kernels.keep()
+            self._context = None  # before what it was made from
+            if self._kernels is not None:
+                self._kernels.close()
+            self._engine = self._runtime = None
             self._finalizer()
 
     def _run(self, feeds: Mapping[str, NDArray[Any]], part: slice, rows: int) -> dict[str, NDArray[Any]]:

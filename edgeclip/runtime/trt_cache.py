@@ -83,6 +83,10 @@ class EngineRecord:
             parts.append(_word(self.gpu))
         return "-".join(parts)
 
+    def kernels_name(self, gpu: Gpu) -> str:
+        """Return the name of what TensorRT-RTX compiles on a GPU when the engine runs."""
+        return f"kernels-{self.name}-{_word(gpu.name)}.cache"
+
     @property
     def choices(self) -> tuple[Any, ...]:
         """What the name does not tell in full, and what was chosen for the build."""

@@ -32,7 +32,7 @@ from edgeclip.runtime.session import (
     model_files,
     open_session,
 )
-from edgeclip.runtime.trt import EngineSettings, TrtEngine, prepare
+from edgeclip.runtime.trt import EngineSettings, Kernels, TrtEngine, prepare
 from edgeclip.runtime.trt_build import BatchRange, import_tensorrt
 from edgeclip.runtime.trt_cache import EngineCache, EngineRecord
 
@@ -85,13 +85,13 @@ class Stage:
         self.tower = tower
         self.data = FakeTensorRT.engine(tower.model.read_bytes(), smallest, smallest, largest)
 
-    def engine(self) -> TrtEngine:
+    def engine(self, kernels: Kernels | None = None) -> TrtEngine:
         chosen = Placement("tensorrt", "TensorRT 10.3.0", "cuda:0", 1, "fp32", "a test")
-        cuda = CudaRuntime(self.cudart)
-        return TrtEngine(self.trt, cuda, self.data, model=model_files(self.tower), chosen=chosen, index=0)
+        cuda, model = CudaRuntime(self.cudart), model_files(self.tower)
+        return TrtEngine(self.trt, cuda, self.data, model=model, chosen=chosen, index=0, kernels=kernels)
 
-    def session(self) -> OpenSession:
-        return OpenSession(self.engine(), name="tiny")
+    def session(self, kernels: Kernels | None = None) -> OpenSession:
+        return OpenSession(self.engine(kernels), name="tiny")
 
     def expected(self, pixels: Any) -> Any:
         onnx_tower = replace(self.tower, format="onnx")
@@ -270,6 +270,63 @@ def test_nvidias_own_runtime_says_why_it_cannot_load(
     monkeypatch.setattr(CudaRuntime, "open", classmethod(lambda cls: CudaRuntime(FakeCudart())))
     with pytest.raises(BackendError, match=r"TensorRT-RTX .* cannot load the engine \(.*CUDA driver version"):
         open_session(tower, options=replace(CUDA, cache_dir=tmp_path))
+
+
+# --- kernels that TensorRT-RTX compiles where it runs
+
+
+def test_kernels_are_compiled_once_and_kept(stage: Stage, tmp_path: Path) -> None:
+    cache = HostCache(tmp_path, writable=True)
+    session = stage.session(Kernels(cache, "kernels"))
+    session.run({"image": pixels(1)})
+    assert cache.get("kernels") == b"fits:1;"  # though nobody has closed it: a process may be killed
+    session.run({"image": pixels(2)})
+    session.close()
+    assert cache.get("kernels") == b"fits:1;2;"
+    given = pixels(2, 5)
+    with stage.session(Kernels(cache, "kernels")) as again:
+        np.testing.assert_array_equal(again.run({"image": given})["image_embedding"], stage.expected(given))
+    assert stage.trt.compiled == [b"1;", b"2;"]
+
+
+def test_kernels_that_do_not_fit_are_replaced(stage: Stage, tmp_path: Path) -> None:
+    cache = HostCache(tmp_path, writable=True)
+    cache.put("kernels", b"of another driver")
+    with stage.session(Kernels(cache, "kernels")) as session:
+        session.run({"image": pixels(1)})
+    assert cache.get("kernels") == b"fits:1;"
+
+
+@pytest.mark.parametrize(
+    "refused", ["create_runtime_config", "create_runtime_cache", "set_runtime_cache", "serialize"]
+)
+def test_kernels_that_cannot_be_kept_cost_time_alone(stage: Stage, tmp_path: Path, refused: str) -> None:
+    cache = HostCache(tmp_path, writable=True)
+    stage.trt.refuse.add(refused)
+    given = pixels(1)
+    with stage.session(Kernels(cache, "kernels")) as session:
+        np.testing.assert_array_equal(session.run({"image": given})["image_embedding"], stage.expected(given))
+    assert cache.get("kernels") is None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_rtx_alone_keeps_kernels_beside_the_engine(
+    tower: TowerFiles, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    options = replace(CUDA, cache_dir=tmp_path)
+    prepare(model_files(tower), options)
+    monkeypatch.setattr(trt_module, "is_rtx", lambda trt: kept)
+    monkeypatch.setattr(CudaRuntime, "open", classmethod(lambda cls: CudaRuntime(FakeCudart())))
+    given: list[Kernels | None] = []
+
+    def note(*_: Any, kernels: Kernels | None, **__: Any) -> Any:
+        given.append(kernels)
+        raise BackendError("loaded")
+
+    monkeypatch.setattr(trt_module, "TrtEngine", note)
+    with pytest.raises(BackendError, match=r"^loaded$"):
+        open_session(tower, options=options)
+    assert [kernels is not None for kernels in given] == [kept]
 
 
 # --- finding the engine

@@ -95,6 +95,21 @@ def test_many_threads_get_the_answers_of_one(bundle: Bundle) -> None:
     assert wrong == []
 
 
+def test_kernels_of_rtx_are_kept_and_give_the_same_numbers(bundle: Bundle, tmp_path: Path) -> None:
+    if resolve_backend("tensorrt", CUDA)[0] != "tensorrt_rtx":
+        pytest.skip("TensorRT compiles its kernels when it builds")
+    variant, options = bundle.variant("tensorrt-fp32"), replace(CUDA, cache_dir=tmp_path)
+    compile_variant(variant, options=options)
+    given = pixels(4)
+    with open_tower(bundle, variant, "image", options) as session:
+        first = session.run({"image": given})["image_embedding"]
+        (kept,) = tmp_path.glob("kernels-*.cache")
+    size_bytes = kept.stat().st_size
+    with open_tower(bundle, variant, "image", options) as session:
+        np.testing.assert_array_equal(session.run({"image": given})["image_embedding"], first)
+    assert kept.stat().st_size == size_bytes > 0
+
+
 def test_verify_runs_the_variant(bundle: Bundle) -> None:
     compile_variant(bundle.variant("tensorrt-fp32"), options=CUDA)
     verdict = {each.name: each for each in verify_bundle(bundle).variants}["tensorrt-fp32"]

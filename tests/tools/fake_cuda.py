@@ -151,6 +151,7 @@ class FakeTensorRT:
         self.cudart = cudart
         self.refuse: set[str] = set()
         self.runs: list[int] = []
+        self.compiled: list[bytes] = []
 
         class Severity:
             INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -244,13 +245,43 @@ class _FakeEngine:
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return [(size, *self.get_tensor_shape(name)[1:]) for size in self.profile]
 
-    def create_execution_context(self) -> Any:
-        return None if "create_execution_context" in self.trt.refuse else _FakeContext(self)
+    def create_execution_context(self, running: Any = None) -> Any:
+        return None if "create_execution_context" in self.trt.refuse else _FakeContext(self, running)
+
+    def create_runtime_config(self) -> Any:
+        return None if "create_runtime_config" in self.trt.refuse else _FakeRuntimeConfig(self.trt)
+
+
+class _FakeRuntimeConfig:
+    """Takes kernels that "fit", which are those that begin so, and adds one for each new batch."""
+
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self.trt = trt
+        self.kernels: Any = None
+
+    def create_runtime_cache(self) -> Any:
+        if "create_runtime_cache" in self.trt.refuse:
+            return None
+        cache = SimpleNamespace(blob=b"fits:", refuse=self.trt.refuse)
+
+        def deserialize(blob: bytes) -> bool:
+            if blob.startswith(b"fits:"):
+                cache.blob = bytes(blob)
+            return blob.startswith(b"fits:")
+
+        cache.deserialize = deserialize
+        cache.serialize = lambda: None if "serialize" in cache.refuse else cache.blob
+        return cache
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self.kernels = cache
+        return "set_runtime_cache" not in self.trt.refuse
 
 
 class _FakeContext:
-    def __init__(self, engine: _FakeEngine) -> None:
+    def __init__(self, engine: _FakeEngine, running: Any) -> None:
         self.engine = engine
+        self.kernels = None if running is None else running.kernels
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
@@ -281,6 +312,11 @@ class _FakeContext:
             argument.name: self._array(argument.name, self.shapes[argument.name])
             for argument in self.engine.session.get_inputs()
         }
+        if self.kernels is not None:
+            kernel = b"%d;" % self.shapes[next(iter(feeds))][0]
+            if kernel not in self.kernels.blob:
+                self.engine.trt.compiled.append(kernel)
+                self.kernels.blob += kernel
         names = [argument.name for argument in self.engine.session.get_outputs()]
         self.engine.trt.runs.append(len(next(iter(feeds.values()))))
         for name, value in zip(names, self.engine.session.run(names, feeds), strict=True):
