@@ -28,7 +28,7 @@ import numpy as np
 from edgeclip.bundle import Requires
 from edgeclip.errors import ExportError, MissingExtraError
 from edgeclip.runtime.host import versions
-from edgeclip.runtime.ov import import_openvino, without_telemetry
+from edgeclip.runtime.ov import import_openvino, openvino_message, without_telemetry
 from edgeclip.runtime.parity import ParityLimits
 
 from .build import BuildRequest, BuiltTower, BuiltVariant
@@ -91,7 +91,7 @@ def build(request: BuildRequest) -> BuiltVariant:
         if precision == "int8":
             request.on_step(f"quantize the {tower} tower")
             network = _quantized(network, request.calibration[tower][:_MOST_ROWS], request, what=what)
-        towers[tower] = _stored(tower, network, graph, request.work, halve=precision == "fp16")
+        towers[tower] = _stored(tower, network, graph, request.work, what=what, halve=precision == "fp16")
         del network
     target = Requires() if spec.target is None else spec.target.requires
     return BuiltVariant(
@@ -137,8 +137,7 @@ def _converted(tower: str, graph: onnx.ModelProto, work: Path, *, what: str) -> 
         network = openvino.Core().read_model(_written(graph, work / f"{tower}.onnx"))
         apply_moc_transformations(network, cf=True, smart_reshape=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[-300:]
-        raise ExportError(f"{what}: OpenVINO cannot convert the graph: {reason}") from error
+        raise ExportError(f"{what}: OpenVINO cannot convert the graph: {openvino_message(error)}.") from error
     # Merged layers leave several names on one tensor.
     for port, entry in zip((*network.inputs, *network.outputs), (*inputs, *outputs), strict=True):
         port.get_tensor().set_names({entry.name})
@@ -167,12 +166,20 @@ def _written(graph: onnx.ModelProto, path: Path) -> Path:
     return path
 
 
-def _stored(tower: str, network: Any, graph: onnx.ModelProto, work: Path, *, halve: bool) -> BuiltTower:
+def _stored(
+    tower: str, network: Any, graph: onnx.ModelProto, work: Path, *, what: str, halve: bool
+) -> BuiltTower:
     inputs, outputs = tensor_entries(graph)
     path = work / f"{tower}.xml"
-    if halve:
-        network = _sparing(network, work / f"{tower}.single.xml")
-    import_openvino().save_model(network, path, compress_to_fp16=halve)
+    try:
+        if halve:
+            network = _sparing(network, work / f"{tower}.single.xml")
+        import_openvino().save_model(network, path, compress_to_fp16=halve)
+    except RuntimeError as error:
+        raise ExportError(
+            f"{what}: OpenVINO cannot write its files: {openvino_message(error)}. Make room where the bundle "
+            "is."
+        ) from error
     names = [entry.name for entry in (*inputs, *outputs)]
     path.write_bytes(_canonical(path.read_bytes(), names))
     return BuiltTower(path.name, {path.name: path, f"{tower}.bin": path.with_suffix(".bin")}, inputs, outputs)
@@ -229,7 +236,7 @@ def _canonical(text: bytes, names: Sequence[str]) -> bytes:
                 del port.attrib["names"]
     stream = io.BytesIO()
     ET.ElementTree(root).write(stream, encoding="utf-8", xml_declaration=True)
-    return stream.getvalue().replace(b"\r\n", b"\n") + b"\n"
+    return stream.getvalue() + b"\n"
 
 
 # --- int8 -------------------------------------------------------------------------------------------------
@@ -257,7 +264,8 @@ def _quantized(network: Any, rows: NDArray[np.generic], request: BuildRequest, *
     policy = _policy(request)
     batch = network.inputs[0].partial_shape[0]
     size = 1 if batch.is_dynamic else int(batch.get_length())
-    batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+    whole = np.resize(rows, (-(-len(rows) // size) * size, *rows.shape[1:]))  # the last batch begins again
+    batches = [whole[start : start + size] for start in range(0, len(whole), size)]
     with _quiet_nncf() as nncf:
         from nncf.quantization.advanced_parameters import OverflowFix
 

@@ -615,5 +615,7 @@ def openvino_message(error: Exception) -> str:
     """Shorten a message of OpenVINO: what follows the list of source files, without directories."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not _NOISE.match(line)] or lines[-1:] or [type(error).__name__]
+    # An operator that is not known is said last, after what failed because of it.
+    telling.sort(key=lambda line: "No conversion rule" not in line)
     text = re.sub(r"(?<![\w.])/(?:[^/\s\"']+/)+", "", telling[0]).removeprefix("-- ")
     return " ".join(re.split(r"\.? Please check|\. Ensure", text)[0].split()).rstrip(" .:")[:300]
