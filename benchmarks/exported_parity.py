@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tools"))
 import numpy as np
 import onnx
 import torch
-from exported import run_file
 from numpy.typing import NDArray
 from torch import nn
 from towers import random_weights
@@ -125,7 +124,7 @@ def measure(name: str, *, threads: int) -> dict[str, Any]:
     for form in FORMS:
         with tempfile.TemporaryDirectory() as work:
             for tower, found in _run(form, graphs, rows, Path(work), threads=threads):
-                result[tower].setdefault(form, {})[f"batch {found.batch}"] = _judged(
+                result[tower].setdefault(form, {})[f"batch {found.batch}"] = judged(
                     form, wanted[tower], found.embeddings, result[tower]["rounding_alone"]
                 )
     return {
@@ -163,9 +162,10 @@ def _run(
     return found
 
 
-def _judged(
+def judged(
     form: str, wanted: NDArray[np.float32], got: NDArray[np.float32], rounding_alone: float
 ) -> dict[str, Any]:
+    """Return the numbers of one form, and which of them are beyond their limits."""
     precision = VariantSpec.parse(form).form.precision
     numbers, of_spread = compare_embeddings(wanted, got), _of_spread(wanted, got)
     said = [str(failure) for failure in check_parity(numbers, LIMITS[precision])]
@@ -192,7 +192,8 @@ def _with_rounded(graph: onnx.ModelProto, rows: NDArray[Any]) -> NDArray[np.floa
         path = Path(folder) / "rounded.onnx"
         path.write_bytes(rounded.SerializeToString())
         del rounded
-        return run_file(path, rows, batch=_ROWS)
+        with open_session(path) as session:
+            return run_rows(session, rows, batch=_ROWS)
 
 
 def _spread(wanted: NDArray[np.float32]) -> float:
@@ -285,15 +286,20 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, threads=options.threads)))
         return
-    results: dict[str, Any] = {}
-    if options.output.exists():
-        results = json.loads(options.output.read_text(encoding="utf-8"))["results"]
     for name in options.models.split(","):
-        if name in results and not options.again:
+        if name in _known(options.output) and not options.again:
             continue
-        results[name] = measured(name, threads=options.threads)
-        print(name, failures(results[name]) or "passed", file=sys.stderr)
-        write(options.output, _document(results))
+        result = measured(name, threads=options.threads)
+        print(name, failures(result) or "passed", file=sys.stderr)
+        write(options.output, _document({**_known(options.output), name: result}))
+
+
+def _known(output: Path) -> dict[str, Any]:
+    """Return the results so far; another process may be adding to them."""
+    if not output.exists():
+        return {}
+    known: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))["results"]
+    return known
 
 
 def _document(results: Mapping[str, Any]) -> dict[str, Any]:
