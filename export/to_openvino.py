@@ -1,11 +1,10 @@
 """OpenVINO's IR: an ``.xml`` and a ``.bin`` a tower, in float32, float16 or int8.
 
 Inputs and outputs keep their names, dtypes and shapes: uint8 pictures in, float32 embeddings out, whatever
-the precision between. *fp16* stores weights in float16, but for those that it cannot hold; a device with
-float16 arithmetic also computes in it.
-*int8* is NNCF's post-training quantization: weights symmetric per output channel, activations asymmetric;
-token tables keep float rows as int8 with scales and are never activations. Equal graphs, rows and versions
-give equal bytes: layers are named by kind and number, and what tells versions is left out.
+the precision between. *fp16* stores weights in float16, but for those that float16 cannot hold; a device with
+float16 arithmetic also computes in it. *int8* is NNCF's post-training quantization: weights symmetric per
+output channel, activations asymmetric; token tables are int8 rows with a float scale each. Equal graphs, rows
+and versions give equal bytes: layers are named by kind and number, and what tells versions is left out.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 _ENGINE: Final = ">=2026.1"
-"""Versions of OpenVINO that these files are tried with."""
+"""Versions of OpenVINO that read these files; 2026.1.0 and 2026.4.1 were tried."""
 _INLINE_BYTES: Final = 1024  # smaller tensors stay in the graph, where shapes and axes are read
 _MOST_ROWS: Final = 300  # NNCF's own default: ranges and biases do not gain by more
 
