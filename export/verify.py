@@ -11,10 +11,15 @@ from typing import Any, Literal
 
 from edgeclip.bundle import Bundle, Variant
 from edgeclip.errors import BackendError, BackendUnavailableError, BundleError, ParityError
-from edgeclip.runtime.choose import unmet
+from edgeclip.runtime.choose import unmet, with_cache
 from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.parity import GoldenReport, golden_check
-from edgeclip.runtime.session import DEFAULT_OPTIONS, RuntimeOptions
+from edgeclip.runtime.session import (
+    DEFAULT_OPTIONS,
+    OPENVINO_DEVICES,
+    RuntimeOptions,
+    parse_device,
+)
 
 __all__ = ["VariantVerdict", "VerifyReport", "verify_bundle"]
 
@@ -93,25 +98,46 @@ class VerifyReport:
 
 
 def verify_bundle(
-    bundle: Bundle, *, variant: str = "all", options: RuntimeOptions = DEFAULT_OPTIONS
+    bundle: Bundle,
+    *,
+    variant: str = "all",
+    options: RuntimeOptions = DEFAULT_OPTIONS,
+    device_of_format: bool = True,
 ) -> VerifyReport:
     """Check a bundle's files and run its golden inputs.
 
     Args:
         bundle: an open bundle.
         variant: a name, or ``"all"``.
-        options: where to run. TensorRT variants run on ``cuda`` where these say ``cpu``, which none does.
+        options: where to run.
+        device_of_format: whether TensorRT variants run on ``cuda`` where ``options`` say ``cpu``.
 
     Raises:
         BundleError: there is no such variant.
-        BackendUnavailableError: the variant was asked for by name and cannot be run here.
+        BackendUnavailableError: what was asked for by name, a variant, backend or device, runs nothing here.
     """
     chosen = list(bundle.manifest.variants) if variant == "all" else [bundle.variant(variant).name]
     damaged = [problem for name in sorted(bundle.manifest.files) if (problem := _damage(bundle, name))]
-    verdicts = tuple(_verify(bundle, bundle.variant(name), options) for name in chosen)
-    if variant != "all" and verdicts[0].status == "not run" and bundle.manifest.golden and not damaged:
-        raise BackendUnavailableError(f"variant {variant!r} cannot be run here: {verdicts[0].reason}.")
-    return VerifyReport(str(bundle.path), bundle.digest, len(bundle.manifest.files), tuple(damaged), verdicts)
+    verdicts = []
+    for name in chosen:
+        each = bundle.variant(name)
+        on_gpu = device_of_format and each.entry.format == "tensorrt" and options.device == "cpu"
+        verdicts.append(_verify(bundle, each, replace(options, device="cuda") if on_gpu else options))
+    is_asked = variant != "all" or options.backend != "auto" or options.device != "cpu"
+    ran = any(verdict.status != "not run" for verdict in verdicts)
+    if is_asked and not ran and bundle.manifest.golden and not damaged:
+        if variant != "all":
+            raise BackendUnavailableError(f"variant {variant!r} cannot be run here: {verdicts[0].reason}.")
+        why: dict[str, list[str]] = {}
+        for verdict in verdicts:
+            why.setdefault(verdict.reason, []).append(verdict.name)
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
+        raise BackendUnavailableError(
+            f"{bundle.where}: none of its variants can be run with backend {options.backend!r} on device "
+            f"{options.device!r} ({reasons})."
+        )
+    count = len(bundle.manifest.files)
+    return VerifyReport(str(bundle.path), bundle.digest, count, tuple(damaged), tuple(verdicts))
 
 
 def _damage(bundle: Bundle, name: str) -> str | None:
@@ -125,11 +151,11 @@ def _damage(bundle: Bundle, name: str) -> str | None:
 def _verify(bundle: Bundle, variant: Variant, options: RuntimeOptions) -> VariantVerdict:
     if bundle.manifest.golden is None:
         return VariantVerdict(variant.name, "not run", "the bundle has no golden file")
-    if variant.entry.format == "tensorrt" and options.device == "cpu":
-        options = replace(options, device="cuda")
     problem = unmet(variant, options=options, host=Host.here())
     if problem is not None:
         return VariantVerdict(variant.name, "not run", problem)
+    if parse_device(options.device)[0] in OPENVINO_DEVICES:  # they open only what was compiled before
+        options = with_cache(variant, "image", options)
     try:
         golden = golden_check(bundle, variant, options=options)
     except (BundleError, BackendUnavailableError) as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._options import Notes, bundle_directory, cache_dir_option
+from ._options import BACKENDS, Notes, bundle_directory, cache_dir_option
 
 if TYPE_CHECKING:
     from edgeclip.export.verify import VerifyReport
@@ -20,15 +20,26 @@ __all__ = ["verify"]
 @click.argument("bundle", default="default", metavar="[BUNDLE]")
 @click.option("--variant", default="all", show_default=True, help="Name of one variant, or all.")
 @click.option(
+    "--backend",
+    type=click.Choice([name for name in BACKENDS if name != "eager"]),
+    default="auto",
+    show_default=True,
+    help="Engine that runs them; auto takes that of each variant's format.",
+)
+@click.option(
     "--threads", type=click.IntRange(min=1), help="Threads a call may use; all usable cores without."
 )
-@click.option("--device", help="cpu, cuda, cuda:N, gpu, npu.  [default: cuda for TensorRT, else cpu]")
+@click.option(
+    "--device",
+    help="cpu, cuda or cuda:N; for OpenVINO gpu, gpu:N or npu too.  [default: cuda for TensorRT, else cpu]",
+)
 @cache_dir_option
 @click.option("--require-verified", is_flag=True, help="Fail where a variant cannot be run on this host.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def verify(
     bundle: str,
     variant: str,
+    backend: str,
     threads: int | None,
     device: str | None,
     cache_dir: Path | None,
@@ -38,15 +49,16 @@ def verify(
     """Check every file of BUNDLE and the numbers of its variants on this host.
 
     BUNDLE is a directory, or hf:ORG/NAME@REV on the hub; without, the bundle that comes with edgeclip.
+    Every variant that can be run here is, as the manifest asks for or as --backend and --device say.
     Ends with 4 where numbers are beyond their limits, with 1 where files are damaged.
     """
     from edgeclip.bundle import Bundle
     from edgeclip.export.verify import verify_bundle
     from edgeclip.runtime.session import RuntimeOptions
 
-    options = RuntimeOptions(threads=threads, device=device or "cpu", cache_dir=cache_dir)
+    options = RuntimeOptions(backend, device=device or "cpu", threads=threads, cache_dir=cache_dir)
     opened = Bundle.open(bundle_directory(bundle, Notes()))
-    report = verify_bundle(opened, variant=variant, options=options)
+    report = verify_bundle(opened, variant=variant, options=options, device_of_format=device is None)
     click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else _table(report))
     report.raise_for(require_verified=require_verified)
 

@@ -223,9 +223,9 @@ def prepare(
     return Prepared(path, size_bytes, time.perf_counter() - began, up_to_date=False)
 
 
-def _not_compiled(plan: _Plan, options: RuntimeOptions) -> BackendError:
+def _not_compiled(plan: _Plan, options: RuntimeOptions) -> BackendUnavailableError:
     bundle = "BUNDLE" if plan.model.bundle is None else repr(str(plan.model.bundle))
-    return BackendError(
+    return BackendUnavailableError(
         f"{plan.model.name}: it was not compiled for {plan.device} on this host, which takes long. Run "
         f"edgeclip compile {bundle} --variant {plan.model.variant or 'NAME'} --backend openvino --device "
         f"{options.device}."

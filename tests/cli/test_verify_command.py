@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 from wrong_bundle import put_wrong_model
 
-from edgeclip.bundle import BundleWriter
+from edgeclip.bundle import Bundle, BundleWriter, Variant
 from edgeclip.cli import _run
+from edgeclip.errors import BackendUnavailableError
+from edgeclip.export import verify as export_verify
+from edgeclip.runtime import ort
+from edgeclip.runtime.choose import with_cache
+from edgeclip.runtime.host import Host
+from edgeclip.runtime.session import RuntimeOptions
 
 
 def verify(*arguments: str | Path) -> int:
@@ -142,3 +148,84 @@ def test_bad_syntax_ends_with_2(tiny_bundle_session: Path) -> None:
 def test_a_device_nobody_has_is_named(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(tiny_bundle, "--device", "quantum") == 1
     assert "device: got 'quantum', expected 'cpu'" in capsys.readouterr().err
+
+
+def test_variants_are_checked_by_the_backend_that_was_asked_for(
+    tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(ort, "load", lambda *_, **__: pytest.fail("ONNX Runtime was opened"))
+    assert verify(tiny_bundle_session, "--backend", "openvino", "--variant", "onnx-fp32") == 0
+    assert capsys.readouterr().out.count("passed") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--device", "npu"],
+            "with backend 'auto' on device 'npu' (onnx-fp32, onnx-int8: ort does not run on npu).",
+        ),
+        (["--backend", "tensorrt"], "with backend 'tensorrt' on device 'cpu' (onnx-fp32, onnx-int8: backend"),
+        (
+            ["--device", "npu", "--variant", "onnx-fp32"],
+            "'onnx-fp32' cannot be run here: ort does not run on",
+        ),
+    ],
+)
+def test_what_was_asked_for_and_runs_nothing_is_an_error(
+    tiny_bundle_session: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(tiny_bundle_session, *arguments) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_an_openvino_device_that_is_not_here_is_named(
+    tiny_bundle_session: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    if "NPU" in openvino.Core().available_devices:
+        pytest.skip("this host has an NPU")
+    assert verify(tiny_bundle_session, "--backend", "openvino", "--device", "npu") == 1
+    assert "onnx-fp32, onnx-int8: device 'npu' is not here: OpenVINO sees CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device"), [([], "cuda"), (["--device", "cpu"], "cpu"), (["--device", "cuda:1"], "cuda:1")]
+)
+def test_tensorrt_runs_on_its_gpu_unless_another_device_is_named(
+    tiny_bundle: Path, arguments: list[str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        writer.manifest["variants"]["onnx-int8"]["format"] = "tensorrt"
+        writer.commit()
+    asked: dict[str, str] = {}
+
+    def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str:
+        asked[variant.name] = options.device
+        return "not today"
+
+    monkeypatch.setattr(export_verify, "unmet", unmet)
+    verify(tiny_bundle, *arguments)
+    assert asked == {"onnx-fp32": arguments[-1] if arguments else "cpu", "onnx-int8": device}
+
+
+def test_what_was_not_compiled_is_not_run_and_what_was_is_found(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Path | None] = []
+
+    def golden_check(*_: object, options: RuntimeOptions) -> None:
+        seen.append(options.cache_dir)
+        raise BackendUnavailableError("it was not compiled for GPU on this host. Run edgeclip compile.")
+
+    monkeypatch.setattr(export_verify, "unmet", lambda *_, **__: None)
+    monkeypatch.setattr(export_verify, "golden_check", golden_check)
+    assert verify(tiny_bundle, "--backend", "openvino", "--device", "gpu", "--variant", "onnx-fp32") == 1
+    assert "cannot be run here: it was not compiled for GPU" in capsys.readouterr().err
+    assert seen == [
+        with_cache(Bundle.open(tiny_bundle).variant("onnx-fp32"), "image", RuntimeOptions()).cache_dir
+    ]
+    assert seen != [None]
