@@ -116,14 +116,19 @@ def float_files() -> dict[str, Path]:
 
 
 def build_variant(
-    name: str, rows: Mapping[str, NDArray[Any]], work: Path, **options: Any
+    name: str,
+    rows: Mapping[str, NDArray[Any]],
+    work: Path,
+    graphs: Mapping[str, onnx.ModelProto] | None = None,
+    **options: Any,
 ) -> dict[str, Built]:
-    """Make a variant of the default model as `edgeclip export` makes it, and return its towers.
+    """Make a variant as `edgeclip export` makes it, and return its towers.
 
     Args:
         name: such as ``"onnx-int8"`` or ``"openvino-int8@x86-vnni"``.
         rows: calibration rows by tower, as :class:`edgeclip.export.build.BuildRequest` has them.
         work: an empty directory that the files are written to.
+        graphs: float32 graphs by tower, the default model's if missing.
         options: of :class:`edgeclip.export.build.BuildOptions`.
     """
     from edgeclip.export.build import BuildOptions, BuildRequest, builder_of
@@ -132,7 +137,7 @@ def build_variant(
     (spec,) = parse_variants([name])
     scratch = work / "scratch"
     scratch.mkdir(parents=True)
-    request = BuildRequest(spec, float_graphs(), scratch, rows, None, BuildOptions(**options))
+    request = BuildRequest(spec, graphs or float_graphs(), scratch, rows, None, BuildOptions(**options))
     built = builder_of(spec.form.format)(request)
     towers = {}
     for tower, made in built.towers.items():
