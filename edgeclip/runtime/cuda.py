@@ -138,19 +138,31 @@ class CudaRuntime:
 
     @classmethod
     def open(cls) -> CudaRuntime:
-        """Load ``libcudart``.
+        """Load the newest ``libcudart`` that works with the driver.
 
         Raises:
-            BackendUnavailableError: it is not here.
+            BackendUnavailableError: none is here, or the driver is too old for all of them, or sees no GPU.
         """
         names = _runtime_names()
-        library = _load(names)
-        if library is None:
-            raise BackendUnavailableError(
-                f"the CUDA runtime is not here (tried {', '.join(names[:4])} and others): run pip install "
-                "nvidia-cuda-runtime, or install the CUDA toolkit."
-            )
-        return cls(library)
+        problem = BackendUnavailableError(
+            f"the CUDA runtime is not here (tried {', '.join(names[:4])} and others): run pip install "
+            "nvidia-cuda-runtime, or install the CUDA toolkit."
+        )
+        found = 0
+        for name in names:
+            library = _load([name])
+            if library is None:
+                continue
+            found += 1
+            try:
+                runtime = cls(library)
+                runtime.device_count()
+            except BackendUnavailableError as error:
+                if found == 1:
+                    problem = error
+                continue
+            return runtime
+        raise problem
 
     def device_count(self) -> int:
         """Return how many GPUs there are."""
@@ -250,11 +262,10 @@ def _driver_names() -> list[str]:
 
 def _runtime_names() -> list[str]:
     """Return where the CUDA runtime may be: the system's, a toolkit's, one from a package; newest first."""
-    majors = (13, 12, 11)
     if sys.platform == "win32":
         names = ["cudart64_13.dll", "cudart64_12.dll", "cudart64_110.dll"]
         return [*names, *_packaged("bin", "cudart64_*.dll")]
-    names = [f"libcudart.so.{major}" for major in majors if major > 11] + ["libcudart.so.11.0"]
+    names = ["libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"]
     toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return [*names, f"{toolkit}/lib64/libcudart.so", "libcudart.so", *_packaged("lib", "libcudart.so.*")]
 

@@ -102,9 +102,10 @@ def prepare(
     gpu = None if settings.compute_capability is not None else _gpu(model, options)
     capability = gpu.compute_capability if gpu is not None else settings.compute_capability
     aim = None if capability == "any" else capability
-    if capability == "any" and not is_rtx(trt):
+    if settings.compute_capability is not None and not is_rtx(trt):
         raise ConfigError(
-            "compute capability: got 'any', expected none: TensorRT builds for the GPU at hand."
+            f"compute capability: got {capability!r}, expected none: TensorRT builds for the GPU at hand. "
+            "Choose the backend tensorrt_rtx, or build on the device."
         )
     record = EngineRecord(
         engine="",
@@ -328,8 +329,6 @@ class TrtEngine:
         kernels: Kernels | None = None,
     ) -> None:
         self._cuda = cuda
-        self._kernels = kernels
-        self._to_keep = kernels is not None  # what the first call compiled
         self._index = index
         self._model = model
         self.chosen = chosen
@@ -341,6 +340,8 @@ class TrtEngine:
         make = engine.create_execution_context if kernels is None else lambda: kernels.context(engine)
         context = _made(make, "make a context for the engine", self)
         self._runtime, self._engine, self._context = runtime, engine, context
+        self._kernels = kernels  # after the context: attributes go in this order, and it must outlive that
+        self._to_keep = kernels is not None  # what the first call compiled
         self._limits: tuple[int, int] | None = None  # smallest and largest batch, where it is free
         self.inputs: Mapping[str, TensorSpec]
         self.outputs: Mapping[str, TensorSpec]
@@ -450,7 +451,12 @@ class TrtEngine:
                     f"{self._model.name}: TensorRT does not take the shape {shape} for {name!r}"
                     f"{self._log.last()}."
                 )
-        unknown = self._context.infer_shapes()
+        try:
+            unknown = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise BackendError(
+                f"{self._model.name}: TensorRT finds no shapes for a batch of {rows}{self._log.last()}."
+            ) from error
         if unknown:
             raise BackendError(
                 f"{self._model.name}: TensorRT lacks the shape of {', '.join(map(repr, unknown))}"

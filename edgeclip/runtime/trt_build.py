@@ -239,14 +239,12 @@ def build_engine(
         if compute_capability is not None:
             _aim(trt, config, compute_capability, what, log)
         profile = _add_profile(builder, network, config, batch, what, log)
-        _set_timing_cache(trt, config, timing_cache)
+        timing = _set_timing_cache(trt, config, timing_cache)
         monitor = _monitor(trt, on_progress, interrupted)
         config.progress_monitor = monitor
         if interrupted.is_set():
             raise KeyboardInterrupt
         memory = builder.build_serialized_network(network, config)
-        if interrupted.is_set():
-            raise KeyboardInterrupt
     if monitor.raised is not None:
         raise monitor.raised
     if memory is None:
@@ -259,7 +257,7 @@ def build_engine(
         profile=profile,
         build_s=time.perf_counter() - began,
         layers=network.num_layers,
-        timing_cache=_timing_cache_of(trt, config),
+        timing_cache=_bytes_of(timing),
     )
 
 
@@ -345,21 +343,19 @@ def _add_profile(
     return shapes
 
 
-def _set_timing_cache(trt: Any, config: Any, data: bytes) -> None:
+def _set_timing_cache(trt: Any, config: Any, data: bytes) -> Any:
+    """Return the timing cache of a build, which must live as long; ``None`` where there is none."""
     if is_rtx(trt):
-        return  # it measures nothing when it builds: kernels are made where the engine runs
-    timing = config.create_timing_cache(data)
-    if timing is None or not config.set_timing_cache(timing, False):
-        _log.debug("the timing cache does not fit this TensorRT or GPU; a new one is begun")
-        timing = config.create_timing_cache(b"")
-        if timing is not None:
-            config.set_timing_cache(timing, False)
+        return None  # it measures nothing when it builds: kernels are made where the engine runs
+    for content in dict.fromkeys((data, b"")):
+        timing = config.create_timing_cache(content)
+        if timing is not None and config.set_timing_cache(timing, False):
+            return timing
+        _log.debug("TensorRT does not take a timing cache of %d bytes", len(content))
+    return None
 
 
-def _timing_cache_of(trt: Any, config: Any) -> bytes | None:
-    if is_rtx(trt):
-        return None
-    timing = config.get_timing_cache()
+def _bytes_of(timing: Any) -> bytes | None:
     memory = None if timing is None else timing.serialize()
     return None if memory is None else bytes(memory)
 

@@ -33,10 +33,10 @@ def _has_gpu() -> bool:
 
 
 def test_nvidias_own_runtime_has_every_function_and_says_that_there_is_no_gpu() -> None:
-    try:
-        runtime = CudaRuntime.open()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
+    library = cuda_module._load(cuda_module._runtime_names())
+    if library is None:
+        pytest.skip("libcudart is not installed")
+    runtime = CudaRuntime(library)
     if _has_gpu():
         assert runtime.device_count() > 0
         return
@@ -45,6 +45,19 @@ def test_nvidias_own_runtime_has_every_function_and_says_that_there_is_no_gpu() 
         runtime.device_count()
     with pytest.raises(BackendUnavailableError, match=r"cudaMalloc of 1,048,576 bytes failed"):
         runtime.allocate(1 << 20)
+    with pytest.raises(BackendUnavailableError, match=r"cudaGetDeviceCount failed"):
+        CudaRuntime.open()
+
+
+def test_a_runtime_that_is_too_new_for_the_driver_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    newest, older = FakeCudart(), FakeCudart(devices=3)
+    libraries = {"libcudart.so.13": newest, "libcudart.so.12": older}
+    monkeypatch.setattr(cuda_module, "_load", lambda names: libraries.get(names[0]))
+    newest.fail["cudaGetDeviceCount"] = 35
+    assert CudaRuntime.open().device_count() == 3
+    older.fail["cudaGetDeviceCount"] = 100
+    with pytest.raises(BackendUnavailableError, match=r"\(error 35\)\. Update the NVIDIA driver"):
+        CudaRuntime.open()
 
 
 def test_bytes_go_to_the_device_and_back() -> None:

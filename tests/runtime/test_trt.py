@@ -234,6 +234,7 @@ def test_what_tensorrt_refuses_at_loading_is_an_error(stage: Stage, refused: str
         ("execute_async_v3", r"failed to run \(enqueueV3: .*an illegal memory access\)"),
         ("set_tensor_address", "does not take memory for 'image'"),
         ("infer_shapes", "lacks the shape of 'image'"),
+        ("infer_shapes raises", r"finds no shapes for a batch of 1 \(a reshape does not fit\)"),
     ],
 )
 def test_what_tensorrt_refuses_at_running_is_an_error(stage: Stage, refused: str, message: str) -> None:
@@ -665,16 +666,19 @@ def test_a_generation_older_than_the_variant_needs_is_refused(tiny_bundle: Path,
         )
 
 
-def test_all_generations_at_once_are_rtxs_alone(
-    tower: TowerFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("aim", ["any", "8.6"])
+def test_engines_for_other_machines_are_rtxs_alone(
+    aim: str, tower: TowerFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """TensorRT would build for the GPU at hand, whatever is asked for."""
     monkeypatch.setattr(trt_module, "is_rtx", lambda trt: False)
-    with pytest.raises(ConfigError, match="got 'any', expected none"):
+    with pytest.raises(ConfigError, match=rf"got {aim!r}, expected none.*backend tensorrt_rtx"):
         prepare(
             model_files(tower),
-            RuntimeOptions(cache_dir=tmp_path),
-            settings=EngineSettings(compute_capability="any"),
+            RuntimeOptions(cache_dir=tmp_path / "engines"),
+            settings=EngineSettings(compute_capability=aim),
         )
+    assert not list((tmp_path / "engines").glob("*"))
 
 
 @pytest.mark.parametrize(

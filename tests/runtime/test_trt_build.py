@@ -262,8 +262,11 @@ def test_a_timing_cache_that_does_not_fit_is_begun_anew() -> None:
         create_timing_cache=lambda data: made.append(data) or data,
         set_timing_cache=lambda timing, ignore: timing == b"",
     )
-    trt_build._set_timing_cache(SimpleNamespace(__name__="tensorrt"), config, b"of another GPU")
+    module = SimpleNamespace(__name__="tensorrt")
+    assert trt_build._set_timing_cache(module, config, b"of another GPU") == b""
     assert made == [b"of another GPU", b""]
+    refusing = SimpleNamespace(create_timing_cache=lambda data: None)
+    assert trt_build._set_timing_cache(module, refusing, b"") is None
 
 
 @pytest.mark.parametrize(

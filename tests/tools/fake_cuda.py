@@ -298,6 +298,9 @@ class _FakeContext:
         return "set_tensor_address" not in self.engine.trt.refuse
 
     def infer_shapes(self) -> list[str]:
+        if "infer_shapes raises" in self.engine.trt.refuse:
+            self.engine.logger.log(1, "a reshape does not fit")
+            raise RuntimeError("shape inference failed")
         return ["image"] if "infer_shapes" in self.engine.trt.refuse else []
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
