@@ -142,12 +142,13 @@ class Requires(Struct, frozen=True, kw_only=True):
 class Parity(Struct, frozen=True, kw_only=True):
     """Measured agreement of a tower with its eager float32 form; numbers are absent where nothing was run.
 
-    ``n`` counts the compared samples, ``bank`` names the label bank behind the top-k agreements, ``proxy``
-    says what was run in place of an engine that is not available where the bundle was made. ``missed`` holds
-    the limit of each number that did not reach it and was accepted all the same by whoever made the bundle:
-    ``passed`` without it means that every limit was met. ``basis`` is ``centred`` where all embeddings of the
-    reference set are nearly one, as random weights make them: cosines and ranks then mean nothing, and
-    ``max_abs`` and ``centred_cosine_mean`` (the mean embedding taken off both) were judged instead.
+    ``status`` is ``unverified`` where the engine, the device or the instruction sets it is for were not at
+    hand where the bundle was made; ``proxy`` then says what was run in their place. ``n`` counts the compared
+    samples, ``bank`` names the label bank behind the top-k agreements. ``missed`` holds the limit of each
+    number that did not reach it and was accepted all the same by whoever made the bundle: ``passed`` without
+    it means that every limit was met. ``basis`` is ``centred`` where all embeddings of the reference set are
+    nearly one, as random weights make them: cosines and ranks then mean nothing, and ``max_abs`` and
+    ``centred_cosine_mean`` (the mean embedding taken off both) were judged instead.
     """
 
     status: Literal["passed", "unverified"]

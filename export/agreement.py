@@ -37,6 +37,9 @@ __all__ = ["Yardstick", "verify_tower"]
 
 _INTEL: Final = {"intel-gpu": "gpu", "intel-npu": "npu"}
 """Devices of OpenVINO by target."""
+_ANY_ISA: Final = frozenset({"unsafe-isa"})
+_EXACT_KERNELS: Final = {"session.x64quantprecision": "1"}
+"""Kernels that do not saturate on AVX2 without VNNI, where a file for other processors is tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,52 +98,54 @@ def _open(
     """Open a tower where it is for, else in its place; say why not the former, and what the latter is."""
     format_name = variant.entry.format
     device = "cuda" if format_name == "tensorrt" else _INTEL.get(variant.entry.target or "", "cpu")
-    allow = frozenset({"unsafe-isa", "unverified"})
-    options = RuntimeOptions(
-        threads=yardstick.threads, device=device, allow=allow, cache_dir=work / "engines"
-    )
-    if format_name == "onnx":
-        options = replace(options, cache_dir=None)
-    files = variant.tower(tower)
-    host = Host.here()
+    options = RuntimeOptions(threads=yardstick.threads, device=device)
+    if device != "cpu":
+        (work / "engines").mkdir(exist_ok=True)
+        options = replace(options, cache_dir=work / "engines")
+    files, host = variant.tower(tower), Host.here()
     reason = unmet(variant, options=options, host=host)
     if reason is None:
         try:
-            if format_name == "tensorrt":
+            if device != "cpu":  # what is not the CPU opens only what was compiled before
                 from edgeclip.runtime.compile import compile_variant
 
                 compile_variant(variant, towers=[tower], options=options)
-            session = open_session(files, options=options)
+            return open_session(files, options=options), "", None
         except BackendUnavailableError as error:
             reason = str(error).rstrip(".")
-        else:
-            return session, "", _other_isa(variant, host)
-    installed = versions()
     try:
-        if device in _INTEL.values():
-            proxy = open_session(files, options=replace(options, device="cpu"))
-            return proxy, reason, f"OpenVINO {installed.get('openvino', '')} on this CPU"
-        if files.model.suffix != ".onnx":
-            return None, reason, None
-        proxy = _open_proxy(files, yardstick)
+        session, proxy = _stand_in(variant, files, options, host)
     except BackendError as error:
         return None, f"{reason}; nor can this CPU stand in: {str(error).rstrip('.')}", None
-    return proxy, reason, f"ONNX Runtime {installed.get('onnxruntime', '')} on this CPU"
+    return session, reason, proxy
 
 
-def _other_isa(variant: Variant, host: Host) -> str | None:
-    """Return what to note where the numbers are from another kind of processor than the variant is for."""
-    needed = variant.entry.requires.isa_any
-    if not needed or (host.isa is not None and host.isa.intersection(needed)):
-        return None
-    return f"the same engine on {host.machine}, which has none of {', '.join(needed)}"
+def _stand_in(
+    variant: Variant, files: TowerFiles, options: RuntimeOptions, host: Host
+) -> tuple[OpenSession | None, str | None]:
+    """Open a tower in place of where it is for, and say in what; ``None`` where nothing here can.
 
-
-def _open_proxy(files: TowerFiles, yardstick: Yardstick) -> OpenSession:
+    Raises:
+        BackendError: it does not open.
+    """
+    installed, needed = versions(), variant.entry.requires.isa_any
+    lacks_isa = bool(needed) and not (host.isa or frozenset()).intersection(needed)
+    if lacks_isa and unmet(variant, options=replace(options, allow=_ANY_ISA), host=host) is None:
+        if (files.format, files.precision) == ("onnx", "int8"):
+            files = replace(files, session_config={**files.session_config, **_EXACT_KERNELS})
+        session = open_session(files, options=options)
+        return session, f"the same engine on {host.machine}, which has none of {', '.join(needed)}"
+    on_cpu = RuntimeOptions(threads=options.threads)
+    if options.device in _INTEL.values():
+        session = open_session(files, options=on_cpu)
+        return session, f"OpenVINO {installed.get('openvino', '')} on this CPU"
+    if files.model.suffix != ".onnx":
+        return None, None
     # Rounded values, added up in float: a CPU's integer kernels would saturate where the engine does not.
     config = {"session.disable_quant_qdq": "1"} if files.precision == "int8" else {}
     graph = replace(files, format="onnx", session_config=config)
-    return open_session(graph, options=RuntimeOptions(backend="ort", threads=yardstick.threads))
+    session = open_session(graph, options=replace(on_cpu, backend="ort"))
+    return session, f"ONNX Runtime {installed.get('onnxruntime', '')} on this CPU"
 
 
 def _rows(tower: str, yardstick: Yardstick) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from edgeclip.errors import BundleError, ConfigError
 from edgeclip.labels import LabelBank
 from edgeclip.runtime.host import versions
 from edgeclip.runtime.parity import DEGENERATE_SIMILARITY, Basis, compare_embeddings
-from edgeclip.tensors import write_tensors
+from edgeclip.tensors import map_tensors, write_tensors
 
 from .agreement import Yardstick
 from .notices import notice_of
@@ -25,7 +25,7 @@ from .reference import (
     Reference,
     default_templates,
     everyday,
-    golden_file,
+    golden_tensors,
     reference_pictures,
     reference_texts,
 )
@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 __all__ = ["write_contents", "write_provenance"]
 
 
-def write_contents(writer: BundleWriter, source: Source, settings: ExportSettings, steps: Steps) -> Yardstick:
+def write_contents(
+    writer: BundleWriter,
+    source: Source,
+    variants: Sequence[VariantSpec],
+    settings: ExportSettings,
+    steps: Steps,
+) -> Yardstick:
     """Write what belongs to the model, and have the float32 model speak on the reference set."""
     manifest = writer.manifest
     spec = msgspec.structs.replace(
@@ -46,21 +52,24 @@ def write_contents(writer: BundleWriter, source: Source, settings: ExportSetting
     )
     space = embedding_space(source.digest, spec)
     existing = _existing(writer, source, spec, space)
+    made = {each.name for each in variants}
+    known = {} if existing is None else existing.manifest.variants
+    staying = {name: entry for name, entry in known.items() if name not in made}
     languages = source.tokenizer.config.languages
     given = settings.references.offered
-    bank_name = existing.manifest.default_bank if existing is not None and given is None else None
-    if existing is not None and bank_name is not None:
-        file = existing.manifest.label_banks[bank_name].file
-        bank = LabelBank.from_bytes(existing.read(file), source=f"{existing.where}: label bank {bank_name!r}")
-    else:
+    kept = _kept_bank(existing, given, others=bool(staying))
+    if kept is None:
         offered = given or everyday(languages)
         with steps(f"{len(offered.labels)} labels: eager float32"):
             bank, bank_name = _eager_bank(source, offered, space, steps), offered.name
-        _refuse_other_labels(existing, bank_name, bank)
         _add_bank(writer, bank, bank_name, languages, scale=source.scale)
+    else:
+        bank, bank_name = kept
+    manifest["default_bank"] = bank_name
     with steps("reference pictures"):
         pictures = reference_pictures(source.preprocess, settings.references.pictures)
-    texts = reference_texts(bank.labels, bank.templates, languages) if settings.graph.text else ()
+    has_text = settings.graph.text or any("text" in entry.towers for entry in staying.values())
+    texts = reference_texts(bank.labels, bank.templates, languages) if has_text else ()
     reference = Reference(pictures, texts)
     what = f"{len(pictures.names)} pictures" + (f" and {len(texts)} texts" if texts else "")
     with steps(f"{what}: eager float32"):
@@ -89,24 +98,45 @@ def write_contents(writer: BundleWriter, source: Source, settings: ExportSetting
             "mean nothing: judged are differences and cosines after taking the mean off"
         )
     if existing is None:
-        _describe(writer, source, spec, space, text=settings.graph.text)
-    elif settings.graph.text and manifest.get("tokenizer") is None:
-        manifest["tokenizer"] = _add_tokenizer(writer, source)
-    if existing is None or existing.manifest.golden is None or given or settings.references.pictures:
-        golden = golden_file(reference, expected, source.tokenizer, bank, bank_name)
-        manifest["golden"] = writer.add("golden.safetensors", golden)
-        if settings.references.pictures is not None:
-            yardstick.remarks.append(
-                f"the bundle's golden file holds pictures of {pictures.source!r}, at the size of the tower"
-            )
+        _describe(writer, source, spec, space, text=has_text)
+    elif has_text and manifest.get("tokenizer") is None:
+        _add_text(writer, source)
+    _add_golden(writer, existing if staying else None, source, yardstick, settings)
     return yardstick
+
+
+def _add_golden(
+    writer: BundleWriter,
+    existing: Bundle | None,
+    source: Source,
+    yardstick: Yardstick,
+    settings: ExportSettings,
+) -> None:
+    """Write the golden file; pictures that variants which stay were judged by stay too."""
+    tensors, bank_name = (
+        golden_tensors(yardstick.reference, yardstick.expected, source.tokenizer, yardstick.bank),
+        yardstick.bank_name,
+    )
+    known = None if existing is None else existing.manifest.golden
+    if existing is not None and known is not None:
+        old, metadata = map_tensors(existing.file(known), where=f"golden file {known!r}")
+        tensors = {**tensors, **old}
+        bank_name = metadata.get("bank", bank_name)
+    writer.manifest["golden"] = writer.add("golden.safetensors", write_tensors(tensors, {"bank": bank_name}))
+    if settings.references.pictures is not None:
+        source_name = yardstick.reference.pictures.source
+        yardstick.remarks.append(
+            f"the bundle's golden file holds pictures of {source_name!r}, at the size of the tower"
+            if known is None
+            else "the bundle's golden file stays: it is what its other variants were judged by"
+        )
 
 
 def _existing(writer: BundleWriter, source: Source, spec: PreprocessSpec, space: str) -> Bundle | None:
     """Return the bundle that is there.
 
     Raises:
-        BundleError: it holds another model, or the same one for other inputs.
+        BundleError: it holds another model, or the same one for other inputs or with another tokenizer.
     """
     if "model" not in writer.manifest:
         return None
@@ -123,21 +153,46 @@ def _existing(writer: BundleWriter, source: Source, spec: PreprocessSpec, space:
             f"{bundle.where}: its pictures are normalized by the {bundle.manifest.preprocess.applied}, got "
             f"{spec.applied}: one bundle has one kind of input, name another directory."
         )
+    tokenizer = None if bundle.manifest.tokenizer is None else bundle.manifest.tokenizer.digest
+    if tokenizer not in (None, source.tokenizer.digest):
+        raise BundleError(
+            f"{bundle.where}: its tokenizer is {str(tokenizer)[:12]}…, got {source.tokenizer.digest[:12]}… "
+            "with the same weights: name another directory."
+        )
     return bundle
 
 
-def _refuse_other_labels(existing: Bundle | None, name: str, bank: LabelBank) -> None:
-    """Refuse to put other labels under the name of a bank that a variant has inside."""
-    for variant in {} if existing is None else existing.manifest.variants.values():
-        parity = variant.parity.get("classifier")
-        if existing is None or parity is None or parity.bank != name:
-            continue
-        known = LabelBank.from_bytes(existing.read(existing.manifest.label_banks[name].file))
-        if known.names != bank.names or known.templates.digest != bank.templates.digest:
-            raise ConfigError(
-                f"{existing.where}: its bank {name!r} has {len(known)} other labels, and a variant has them "
-                "inside: give the label file another name, or name another directory."
-            )
+def _kept_bank(
+    existing: Bundle | None, given: Offered | None, *, others: bool
+) -> tuple[LabelBank, str] | None:
+    """Return the bank that is there and serves: the default one, or the one with the given labels.
+
+    Args:
+        existing: the bundle that is there.
+        given: labels that were asked for.
+        others: whether variants stay that were judged by the banks that are there.
+
+    Raises:
+        ConfigError: the bank of the given name has other labels, and others stay.
+    """
+    if existing is None:
+        return None
+    name = existing.manifest.default_bank if given is None else given.name
+    entry = existing.manifest.label_banks.get(name or "")
+    if name is None or entry is None:
+        return None
+    bank = LabelBank.from_bytes(existing.read(entry.file), source=f"{existing.where}: label bank {name!r}")
+    if given is None:
+        return bank, name
+    templates = given.templates or default_templates(given.labels)
+    if bank.labels == given.labels and bank.templates.digest == templates.digest:
+        return bank, name
+    if others:
+        raise ConfigError(
+            f"{existing.where}: its bank {name!r} has {len(bank)} other labels, and its other variants "
+            "were judged by them: put the labels into a file of another name, or name another directory."
+        )
+    return None
 
 
 def _eager_bank(source: Source, offered: Offered, space: str, steps: Steps) -> LabelBank:
@@ -163,7 +218,6 @@ def _add_bank(
         "language": language,
         "aliases": sorted({code for label in bank.labels.labels for code, _ in label.aliases}),
     }
-    manifest["default_bank"] = name
     head = writer.add(
         "heads/temperature.safetensors", write_tensors({"scale": np.array([scale], np.float32)})
     )
@@ -197,6 +251,16 @@ def _describe(writer: BundleWriter, source: Source, spec: PreprocessSpec, space:
         tokenizer=_add_tokenizer(writer, source) if text else None,
         variants={},
     )
+
+
+def _add_text(writer: BundleWriter, source: Source) -> None:
+    """Say of a bundle that had no text tower what one with it says."""
+    manifest = writer.manifest
+    model = manifest["model"]
+    manifest["tokenizer"] = _add_tokenizer(writer, source)
+    model["parameters"] = {**model.get("parameters", {}), "text": source.parameters["text"]}
+    others = [name for name in model.get("notices", []) if not name.startswith("NOTICE.")]
+    model["notices"] = [writer.add("NOTICE.txt", notice_of(source, text=True)), *others]
 
 
 def _add_tokenizer(writer: BundleWriter, source: Source) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ import msgspec
 from edgeclip.bundle import Bundle, BundleWriter, TensorEntry
 from edgeclip.errors import ConfigError, MissingExtraError, ParityError
 from edgeclip.runtime.host import peak_rss_bytes
+from edgeclip.storage import TEMPORARY_PREFIX
 
 from .agreement import Yardstick, verify_tower
 from .build import BuildRequest, BuiltTower, BuiltVariant, builder_of
@@ -52,7 +54,7 @@ _ORDER: Final = (
     "openvino-fp32",
     "onnx-fp16",
 )
-_MODULES: Final = ("torch", "onnx", "onnxscript")
+_NEEDED: Final = {"torch": "export", "onnx": "export", "onnxscript": "export"}
 
 
 def export_bundle(
@@ -87,18 +89,21 @@ def export_bundle(
     settings = settings or ExportSettings()
     settings.graph.check(variants)
     settings.gates.check(variants)
-    for module in _MODULES:
+    for module, extra in _needed(variants):
         if importlib.util.find_spec(module) is None:
-            raise MissingExtraError("exporting a model", extra="export", module=module)
+            raise MissingExtraError("edgeclip export", extra=extra, module=module)
     if (out / "config.json").is_file():
         raise ConfigError(f"{str(out)!r} is a checkpoint: name another directory for the bundle.")
+    kept = settings.keep_intermediate
+    if kept is not None and kept.absolute() == out.absolute():
+        raise ConfigError(f"{str(out)!r} is the bundle: name another directory for the intermediate files.")
     steps = Steps(on_step or (lambda step: None))
-    with BundleWriter(out) as writer, _work(settings.keep_intermediate) as work:
+    with BundleWriter(out) as writer, _work(writer.path, settings.keep_intermediate) as work:
         from .source import open_source
 
         with steps("open the checkpoint"):
             source = open_source(checkpoint, threads=settings.threads)
-        yardstick = write_contents(writer, source, settings, steps)
+        yardstick = write_contents(writer, source, variants, settings, steps)
         graphs = _trace(source, settings, steps, work)
         calibration = _calibration(source, variants, settings, steps)
         source.release()
@@ -118,15 +123,17 @@ def export_bundle(
 def default_order(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return variants in the order in which a device should try them.
 
-    Those that were not verified are left out, unless none was: a device must not choose them by itself.
+    One that was not verified is left out where it asks nothing of a host, so that a host could not tell
+    whether it is meant; unless no other is left. A device proves what was not verified before it answers.
 
     Args:
         entries: ``variants`` of a manifest.
     """
 
-    def verified(name: str) -> bool:
-        parity = entries[name].get("parity", {})
-        return all(parity.get(tower, {}).get("status") == "passed" for tower in entries[name]["towers"])
+    def eligible(name: str) -> bool:
+        parity, requires = entries[name].get("parity", {}), entries[name].get("requires", {})
+        verified = all(parity.get(tower, {}).get("status") == "passed" for tower in entries[name]["towers"])
+        return verified or bool(requires.get("isa_any") or requires.get("compute_capability"))
 
     def place(name: str) -> tuple[int, bool, str]:
         form, at, _ = name.partition("@")
@@ -134,19 +141,37 @@ def default_order(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
     ordered = sorted(entries, key=place)
     with_image = [name for name in ordered if "image" in entries[name]["towers"]]
-    return [name for name in with_image if verified(name)] or with_image
+    return [name for name in with_image if eligible(name)] or with_image
 
 
 # --- steps and places --------------------------------------------------------------------------------------
 
 
+def _needed(variants: Sequence[VariantSpec]) -> Iterator[tuple[str, str]]:
+    """Yield packages with their extras: asked before a minute is spent on tracing."""
+    yield from _NEEDED.items()
+    precisions = {spec.form.precision for spec in variants if spec.form.format == "openvino"}
+    if precisions:
+        yield "openvino", "openvino"
+    if "int8" in precisions:
+        yield "nncf", "export"
+
+
 @contextlib.contextmanager
-def _work(kept: Path | None) -> Iterator[Path]:
+def _work(bundle: Path, kept: Path | None) -> Iterator[Path]:
+    """Yield a folder for files on the way.
+
+    It is in the bundle's directory, whose lock is held: what is there already is of an export that was
+    killed, and every later write to the bundle removes it too.
+    """
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
         yield kept
         return
-    with tempfile.TemporaryDirectory(prefix="edgeclip-export-") as folder:
+    prefix = f"{TEMPORARY_PREFIX}export-"
+    for left in bundle.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=bundle, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 

@@ -24,7 +24,6 @@ from edgeclip.errors import InputError
 from edgeclip.label_sets import TEMPLATES, Label, LabelSet, Templates
 from edgeclip.labels import LabelBank
 from edgeclip.preprocess import Preprocess
-from edgeclip.tensors import write_tensors
 from edgeclip.words import scripts_of
 
 from .options import Offered
@@ -45,7 +44,7 @@ __all__ = [
     "calibration_texts",
     "default_templates",
     "everyday",
-    "golden_file",
+    "golden_tensors",
     "reference_pictures",
     "reference_texts",
     "shipped_bank",
@@ -188,7 +187,8 @@ def _photographs() -> list[tuple[str, Any]]:
 def _listed(given: Path, most: int = _MOST) -> list[tuple[str, Any]]:
     found = [(sample.key, sample.source) for sample in read_samples([given])]
     if len(found) < 2:
-        raise InputError(f"{str(given)!r}: holds {len(found)} pictures, expected at least 2 to compare on.")
+        count = f"{len(found)} picture" if len(found) == 1 else f"{len(found)} pictures"
+        raise InputError(f"{str(given)!r}: holds {count}, expected at least 2 to compare on.")
     return [found[row] for row in _evenly(len(found), most)]
 
 
@@ -288,10 +288,10 @@ def calibration_texts(languages: Sequence[str]) -> tuple[str, ...]:
 # --- golden ------------------------------------------------------------------------------------------------
 
 
-def golden_file(
-    reference: Reference, expected: Expected, tokenizer: Tokenizer, bank: LabelBank, bank_name: str
-) -> bytes:
-    """Return the golden file: a few inputs of a reference and what eager float32 makes of them.
+def golden_tensors(
+    reference: Reference, expected: Expected, tokenizer: Tokenizer, bank: LabelBank
+) -> dict[str, NDArray[Any]]:
+    """Return what a golden file holds: a few inputs of a reference and what eager float32 makes of them.
 
     Sixteen pictures, fewer of large ones: at most 4 MB in all.
     """
@@ -311,7 +311,7 @@ def golden_file(
         said = _evenly(len(reference.texts), _GOLDEN)
         tensors["tokens"] = tokenizer([reference.texts[row] for row in said], truncate=True)
         tensors["text_embedding"] = expected.text[said]
-    return write_tensors(tensors, {"bank": bank_name})
+    return tensors
 
 
 def _evenly(total: int, most: int) -> list[int]:

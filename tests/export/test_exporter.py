@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,15 @@ from exported import (  # noqa: E402
 
 from edgeclip.bundle import Bundle, BundleWriter, Requires  # noqa: E402
 from edgeclip.classify import ZeroShotClassifier  # noqa: E402
-from edgeclip.errors import BundleError, ConfigError, ExportError, InputError, ParityError  # noqa: E402
+from edgeclip.errors import (  # noqa: E402
+    BackendUnavailableError,
+    BundleError,
+    ConfigError,
+    ExportError,
+    InputError,
+    MissingExtraError,
+    ParityError,
+)
 from edgeclip.export import agreement, exporter, to_onnx  # noqa: E402
 from edgeclip.export.build import BuildRequest, BuiltVariant  # noqa: E402
 from edgeclip.export.exporter import default_order, export_bundle  # noqa: E402
@@ -55,6 +65,7 @@ from edgeclip.models.checkpoints import CheckpointInfo, read_checkpoint_info, sa
 from edgeclip.models.clip import build_clip  # noqa: E402
 from edgeclip.models.zoo import MODELS, clip_config  # noqa: E402
 from edgeclip.runtime import parity  # noqa: E402
+from edgeclip.runtime.host import Host  # noqa: E402
 from edgeclip.runtime.parity import ParityLimits, compare_embeddings  # noqa: E402
 from edgeclip.tensors import map_tensors  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
@@ -416,16 +427,52 @@ def test_what_must_be_verified_and_cannot_be_is_a_failed_gate(pictures: Path, tm
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_target_of_another_kind_of_processor_runs_here_and_says_where(
+MACHINE = os.uname().machine
+ELSEWHERE, NEEDED = (
+    ("arm64-dotprod", "dotprod") if MACHINE == "x86_64" else ("x86-vnni", "avx512_vnni, avx_vnni")
+)
+
+
+@pytest.mark.parametrize("form", ["onnx-fp32", "onnx-int8", "openvino-fp16"])
+def test_another_kind_of_processor_is_stood_in_for_and_proves_itself_on_the_device(
+    form: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    name, out = f"{form}@{ELSEWHERE}", tmp_path / "bundle"
+    done = export_probe("tinyclip", out, pictures, name)
+    tower = done.report.variants[name].towers["image"]
+    assert tower.status == "unverified"
+    assert tower.reason.startswith(f"it needs one of {NEEDED}, this host has ")
+    assert tower.proxy == f"the same engine on {MACHINE}, which has none of {NEEDED}"
+    assert tower.numbers is not None
+    assert tower.numbers.cosine_mean > 0.99
+    found = manifest_of(out)["variants"][name]["parity"]["image"]
+    assert (found["status"], found["proxy"]) == ("unverified", tower.proxy)
+    assert done.report.default_variants == (name,)
+    with pytest.raises(BackendUnavailableError, match=f"none of its variants can be run .*{NEEDED}"):
+        ZeroShotClassifier.open(out)
+    # A device of that kind takes it by itself, and runs golden pictures before it answers.
+    here = Host.here()
+    device = replace(here, isa=frozenset(NEEDED.split(", ")))
+    monkeypatch.setattr(Host, "here", classmethod(lambda cls: device))
+    seen: list[str] = []
+    check_tower = parity.check_tower
+    monkeypatch.setattr(
+        parity, "check_tower", lambda *said, **more: (seen.append(said[3]), check_tower(*said, **more))[1]
+    )
+    with ZeroShotClassifier.open(out) as classifier:
+        assert classifier.choice.variant.name == name
+        classifier.set_labels(["red circle", "blue square"])
+    assert seen == ["image", "text"]
+
+
+def test_another_kind_of_processor_is_a_failed_gate_where_all_must_be_verified(
     pictures: Path, tmp_path: Path
 ) -> None:
-    machine = os.uname().machine
-    target = "arm64-dotprod" if machine == "x86_64" else "x86-avx2"
-    done = export_probe("tinyclip", tmp_path / "bundle", pictures, f"onnx-fp32@{target}")
-    tower = done.report.variants[f"onnx-fp32@{target}"].towers["image"]
-    assert tower.status == "passed"
-    assert tower.proxy is not None
-    assert tower.proxy.startswith(f"the same engine on {machine}, which has none of ")
+    strict = replace(settings(pictures), gates=Gates(require_verified=True))
+    with pytest.raises(ParityError, match=rf"onnx-fp32@{ELSEWHERE}, image tower: it needs one of {NEEDED}"):
+        export_probe("tinyclip", tmp_path / "bundle", None, f"onnx-fp32@{ELSEWHERE}", settings=strict)
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(("target", "device"), [("intel-gpu", "gpu"), ("intel-npu", "npu")])
@@ -486,10 +533,74 @@ def test_other_labels_under_the_name_of_baked_ones_are_refused(pictures: Path, t
         return replace(chosen, references=References(pictures=pictures, offered=offered))
 
     export_probe("tinyclip", out, None, settings=offer("cat", "dog", bake=True))
+    before = contents(out)
     with pytest.raises(ConfigError, match="its bank 'things' has 2 other labels"):
         export_probe(
             "tinyclip", out, None, "onnx-fp32@x86-avx2", settings=offer("cat", "dog", "cow", bake=False)
         )
+    assert contents(out) == before
+    # The same labels are the bank that is there; where no other variant is left, there may be others.
+    export_probe("tinyclip", out, None, "onnx-fp32@x86-avx2", settings=offer("cat", "dog", bake=True))
+    assert manifest_of(out)["label_banks"]["things"]["file"] in before
+    export_probe(
+        "tinyclip", out, None, "onnx-fp32", "onnx-fp32@x86-avx2", settings=offer("cat", "cow", bake=True)
+    )
+    assert all(verdict.status == "passed" for verdict in verify_bundle(Bundle.open(out)).variants)
+
+
+def golden_of(bundle: Path) -> dict[str, Any]:
+    opened = Bundle.open(bundle)
+    tensors, _ = map_tensors(opened.file(opened.manifest.golden or ""))
+    return {name: np.array(array) for name, array in tensors.items()}
+
+
+def test_what_the_other_variants_were_judged_by_stays(bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    before = golden_of(bundle)
+    other = write_pictures(tmp_path / "other", 20)
+    chosen = replace(settings(other, text=False), references=References(pictures=other))
+    done = export_probe("tinyclip", bundle, None, "onnx-fp32@x86-avx2", settings=chosen)
+    assert (
+        "the bundle's golden file stays: it is what its other variants were judged by" in done.report.remarks
+    )
+    after = golden_of(bundle)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+    towers = [
+        set(verdict.golden.towers)
+        for verdict in verify_bundle(Bundle.open(bundle)).variants
+        if verdict.golden
+    ]
+    assert towers == [{"image", "text"}, {"image"}]
+    # Nothing was judged by it any more: the next one may take its place.
+    export_probe("tinyclip", bundle, None, "onnx-fp32", "onnx-fp32@x86-avx2", settings=settings(other))
+    assert not np.array_equal(golden_of(bundle)["images"], before["images"])
+
+
+def test_a_text_tower_can_be_added_later(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    export_probe("tinyclip", out, None, settings=settings(pictures, text=False))
+    before = golden_of(out)
+    export_probe("tinyclip", out, None, "onnx-fp32@x86-avx2")
+    said = manifest_of(out)
+    assert set(said["variants"]["onnx-fp32@x86-avx2"]["towers"]) == {"image", "text"}
+    assert set(said["model"]["parameters"]) == {"image", "text"}
+    (notice,) = said["model"]["notices"]
+    assert said["tokenizer"]["digest"] == Tokenizer.open(PROBES / "tinyclip").digest
+    assert "tokens" in golden_of(out)
+    np.testing.assert_array_equal(golden_of(out)["images"], before["images"])
+    assert (out / notice).is_file()
+    assert all(verdict.status == "passed" for verdict in verify_bundle(Bundle.open(out)).variants)
+    with ZeroShotClassifier.open(out, variant="onnx-fp32") as classifier:  # with the other one's text tower
+        classifier.set_labels(["red circle", "blue square"])
+
+
+def test_another_tokenizer_is_refused(bundle: Path, pictures: Path) -> None:
+    with BundleWriter(bundle) as writer:
+        writer.manifest["tokenizer"]["digest"] = "0" * 64
+        writer.commit()
+    with pytest.raises(BundleError, match=r"its tokenizer is 000000000000…, got [0-9a-f]{12}…"):
+        export_probe("tinyclip", bundle, pictures)
 
 
 @pytest.mark.parametrize("at", ["reference pictures", "trace the text tower", "onnx-fp32: make", "commit"])
@@ -503,6 +614,35 @@ def test_an_interrupt_leaves_the_old_bundle(at: str, bundle: Path, pictures: Pat
     with pytest.raises(KeyboardInterrupt):
         export_probe("tinyclip", bundle, pictures, "onnx-fp32", "onnx-fp32@x86-avx2", on_step=interrupt)
     assert contents(bundle) == before
+
+
+def test_what_a_killed_export_left_goes_with_the_next(
+    bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))  # nothing of ours needs it
+    left = bundle / ".edgeclip-tmp-export-1234" / "onnx-fp32" / "engines"
+    left.mkdir(parents=True)
+    (left / "image.blob").write_bytes(b"half")
+    work: list[Path] = []
+    for step in ("open the checkpoint", "onnx-fp32: store"):
+
+        def look(said: Step, step: str = step) -> None:
+            if said.name == step:
+                work.extend(bundle.glob(".edgeclip-tmp-export-*"))
+
+        export_probe("tinyclip", bundle, pictures, on_step=look)
+    assert len(set(work)) == 2  # each export has one, and removes it
+    assert bundle / ".edgeclip-tmp-export-1234" not in work
+    assert not list(bundle.glob(".edgeclip-*"))
+
+
+def test_every_write_to_a_bundle_removes_what_a_killed_export_left(bundle: Path) -> None:
+    left = bundle / ".edgeclip-tmp-export-1234" / "onnx-fp32" / "engines"
+    left.mkdir(parents=True)
+    (left / "image.blob").write_bytes(b"half")
+    with BundleWriter(bundle) as writer:
+        writer.commit()
+    assert not list(bundle.glob(".edgeclip-*"))
 
 
 @pytest.mark.slow
@@ -556,7 +696,7 @@ def test_a_model_of_the_zoo_is_found_where_it_was_pulled_to() -> None:
 
 def test_a_folder_with_one_picture_is_too_little_to_compare_on(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "one", 1)
-    with pytest.raises(InputError, match="holds 1 pictures, expected at least 2"):
+    with pytest.raises(InputError, match="holds 1 picture, expected at least 2"):
         export_probe("tinyclip", tmp_path / "bundle", folder)
 
 
@@ -575,6 +715,40 @@ def test_the_directory_of_a_checkpoint_is_not_written_into(tmp_path: Path) -> No
     assert contents(copy) == before
 
 
+def test_a_bundle_keeps_no_intermediate_files(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(ConfigError, match=r"bundle' is the bundle: name another directory"):
+        export_probe("tinyclip", out, None, settings=ExportSettings(keep_intermediate=out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_directory_is_not_written_over(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"out': cannot be written: a file is there, expected a directory"):
+        export_probe("tinyclip", out, None)
+    assert out.is_symlink() if kind == "link" else out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("variant", "module", "extra"),
+    [("openvino-fp16", "openvino", "openvino"), ("openvino-int8", "nncf", "export")],
+)
+def test_a_package_of_one_format_is_asked_for_before_anything_is_done(
+    variant: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    told: list[Step] = []
+    with pytest.raises(MissingExtraError, match=rf"'{module}', .* \"edgeclip\[{extra}\]\""):
+        export_probe("tinyclip", tmp_path / "bundle", None, variant, on_step=told.append)
+    assert told == []
+
+
 def test_an_engine_that_fails_is_an_error_and_not_unverified(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,9 +765,10 @@ def test_an_engine_that_fails_is_an_error_and_not_unverified(
 
 
 def test_default_variants_put_verified_int8_first() -> None:
-    def entry(status: str, *towers: str) -> dict[str, Any]:
+    def entry(status: str, *towers: str, **requires: Any) -> dict[str, Any]:
         names = towers or ("image", "text")
         return {
+            "requires": requires,
             "towers": {name: {} for name in names},
             "parity": {name: {"status": status} for name in names},
         }
@@ -604,17 +779,22 @@ def test_default_variants_put_verified_int8_first() -> None:
         "openvino-fp16": entry("passed"),
         "onnx-fp16": entry("passed"),
         "onnx-int8@x86-vnni": entry("passed"),
-        "tensorrt-fp16@cuda-sm87": entry("unverified"),
+        # What asks nothing of a host might be taken by a host it is not for.
+        "openvino-fp16@intel-gpu": entry("unverified"),
+        "onnx-int8@arm64-dotprod": entry("unverified", isa_any=["dotprod"]),
+        "tensorrt-fp16@cuda-sm87": entry("unverified", compute_capability="8.7"),
         "texts": entry("passed", "text"),
     }
     assert default_order(entries) == [
+        "tensorrt-fp16@cuda-sm87",
+        "onnx-int8@arm64-dotprod",
         "onnx-int8@x86-vnni",
         "onnx-int8",
         "onnx-fp32",
         "openvino-fp16",
         "onnx-fp16",
     ]
-    assert default_order({"tensorrt-fp16": entry("unverified")}) == ["tensorrt-fp16"]
+    assert default_order({"openvino-fp16@intel-gpu": entry("unverified")}) == ["openvino-fp16@intel-gpu"]
 
 
 # --- full size ---------------------------------------------------------------------------------------------
