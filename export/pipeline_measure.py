@@ -65,7 +65,12 @@ class Measuring:
 
     def verify_key(self, bundle: Bundle) -> str:
         """Return what the result of :meth:`verify` depends on."""
-        return digest_of(bundle=bundle.digest, host=self.host.fingerprint(), threads=self.runtime.threads)
+        return digest_of(
+            bundle=bundle.digest,
+            host=self.host.fingerprint(),
+            threads=self.runtime.threads,
+            tools=self.tools,
+        )
 
     def verify(self, bundle: Bundle) -> dict[str, Any]:
         """Return what ``edgeclip verify --json`` says here.
@@ -97,6 +102,7 @@ class Measuring:
             asked=asked,
             images=self.inputs.digests.get(spec.images or ""),
             host=self.host.fingerprint(),
+            tools=self.tools,
         )
 
     def bench(self, bundle: Bundle) -> tuple[dict[str, LatencyReport], dict[str, str]]:

@@ -317,6 +317,19 @@ def test_what_cannot_be_vouched_for_is_done_again(
         assert "state.json of an earlier run cannot be used, so everything was done again" in report.remarks
 
 
+def test_an_update_does_everything_again_that_it_may_change(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse(JUDGED.replace('"bundle"', '"tiny-bundle"') + "[bench]\nsamples = 20\nduration_s = 0\n")
+    run_pipeline(recipe, options(tiny_bundle.parent))
+    taken = outcomes(run_pipeline(recipe, options(tiny_bundle.parent)))
+    assert taken == {"verify": "reused", "bench": "reused"}
+    real = pipeline_measure.tools()
+    monkeypatch.setattr(pipeline_measure, "tools", lambda: {**real, "edgeclip": "99"})
+    again = outcomes(run_pipeline(recipe, options(tiny_bundle.parent)))
+    assert again == {"verify": "done", "bench": "done"}
+
+
 def test_what_noise_left_open_is_measured_again(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = JUDGED.replace('"bundle"', f'"{tiny_bundle}"') + (
         '[[gate]]\nkind = "latency"\nvariant = "onnx-int8"\nbaseline = "onnx-fp32"\nmax_ratio = 1.0\n'

@@ -75,12 +75,6 @@ def test_a_network_becomes_an_engine_without_a_gpu(trt: Any, model: Path) -> Non
     assert len(built.data) > 8 * 3 * 3 * 3 * 4  # the weights at least
     assert built.layers >= 5
     assert built.timing_cache is None
-    validity, _ = trt.Runtime(EngineLog.of(trt).logger).get_engine_validity(built.data)
-    assert validity.name in (
-        "VALID",
-        "SUBOPTIMAL",
-        "INVALID",
-    )  # INVALID here: it asks the GPU that is not there
 
 
 def test_a_fixed_batch_needs_no_profile(trt: Any, tmp_path: Path) -> None:
@@ -307,7 +301,7 @@ def test_nothing_made_is_an_error_with_the_last_line_of_the_log(
 def test_the_log_goes_to_logging(trt: Any, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "edgeclip.runtime.trt_build"):
         build(trt, model)
-    assert any("Engine generation completed" in line for line in caplog.messages) or len(caplog.messages) > 3
+    assert any("image with dtype: uint8, dimensions: (-1, 16, 16, 3)" in line for line in caplog.messages)
 
 
 # --- finding the module
