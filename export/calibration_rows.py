@@ -1,139 +1,143 @@
-"""Rows that int8 ranges are chosen on, for both towers; the same rows for every variant of an export.
+"""The calibration set of an export: which pictures and texts, before :mod:`..calibration` chooses among them.
 
-Pictures are the user's, or the photographs that come with edgeclip in other crops than those that judge an
-export. Texts are the captions of the user's pictures where they have any, else everyday names in templates,
-in every language of the model that there are names in. Nothing is drawn at random: where there are more rows
-than wanted, they are taken evenly, so that the same pictures give the same rows and the same digest.
+Pictures are the user's, or other crops of those that judge the export, or the photographs that come with
+edgeclip in other crops. Texts are the captions of the user's pictures and the user's labels in templates,
+else everyday names in templates, in every language of the model that there are names in; none of them judges.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+import edgeclip
 from edgeclip.bundle import PreprocessSpec
-from edgeclip.data import captions_of, read_samples
-from edgeclip.errors import ConfigError
-from edgeclip.label_sets import Templates
-from edgeclip.preprocess import Preprocess
+from edgeclip.calibration.dataset import (
+    CROPS,
+    LEAST_SAMPLES,
+    CalibrationSet,
+    Embed,
+    SamplePool,
+    choose_texts,
+    read_pool,
+)
+from edgeclip.data import read_samples
+from edgeclip.label_sets import TEMPLATES, Templates
+from edgeclip.runtime.host import usable_cores
 
-from .options import SAMPLES
-from .reference import calibration_pictures, calibration_texts, everyday, reference_texts
+from .options import References
+from .reference import (
+    PHOTOGRAPHS,
+    calibration_texts,
+    default_templates,
+    everyday,
+    reference_texts,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["EVERYDAY_TEXTS", "LEAST_SAMPLES", "CalibrationRows", "calibration_rows"]
+__all__ = ["EVERYDAY_TEXTS", "LABEL_TEXTS", "calibration_set"]
 
-LEAST_SAMPLES: Final = 16
 EVERYDAY_TEXTS: Final = "everyday names in templates"
+LABEL_TEXTS: Final = "labels in templates"
 
 
-@dataclass(frozen=True, eq=False)
-class CalibrationRows:
-    """Rows by tower.
-
-    Attributes:
-        rows: ``image`` ``(n, H, W, 3)`` uint8 and, for models with a text tower, ``text`` ``(m, L)`` int32.
-        sources: where those of each tower are from, without a path.
-    """
-
-    rows: Mapping[str, NDArray[Any]]
-    sources: Mapping[str, str]
-
-    @cached_property
-    def digest(self) -> str:
-        """Sha256 of the rows."""
-        digest = hashlib.sha256()
-        for name in sorted(self.rows):
-            digest.update(np.ascontiguousarray(self.rows[name]).data)
-        return digest.hexdigest()
-
-    def feeds(self, spec: PreprocessSpec, *, float_input: bool) -> dict[str, NDArray[Any]]:
-        """Return the rows as graphs take them.
-
-        Args:
-            spec: how the model wants pictures.
-            float_input: pictures as float32 ``(n, 3, H, W)``, normalized.
-        """
-        feeds = dict(self.rows)
-        if float_input:
-            feeds["image"] = Preprocess(spec).normalize(feeds["image"])
-        return feeds
-
-
-def calibration_rows(
+def calibration_set(
     spec: PreprocessSpec,
+    asked: References,
     *,
     languages: Sequence[str] = (),
     tokenize: Callable[[Sequence[str]], NDArray[np.int32]] | None = None,
-    given: Path | None = None,
-    reference: Path | None = None,
-    samples: int = SAMPLES,
-) -> CalibrationRows:
-    """Return rows to choose ranges on.
+    tokenizer: str = "",
+    embed: Embed | None = None,
+    on_note: Callable[[str], None] = lambda said: None,
+) -> CalibrationSet:
+    """Return the rows to choose ranges on.
 
     Args:
         spec: how the model wants pictures.
+        asked: pictures, labels, and how to choose. A file that ``CalibrationSet.write`` wrote is taken as it
+            is.
         languages: of the model.
         tokenize: texts to token rows; ``None`` where there is no text tower.
-        given: a folder, table or shards of the user's. Fewer than 64 pictures are cropped and flipped.
-        reference: what judges the export, of the user's too: where nothing is given, other crops of it.
-            Without both the photographs that come with edgeclip, in other crops than those that judge.
-        samples: pictures, and texts, at most.
+        tokenizer: its digest.
+        embed: pictures to embeddings of the float model, for coverage.
+        on_note: told how far it is.
 
     Raises:
-        ConfigError: fewer than 16 samples are asked for.
-        InputError: ``given`` or ``reference`` is not there, holds fewer than two pictures, or one cannot be
-            read.
+        ConfigError: a choice cannot be used.
+        InputError: pictures are not there, are fewer than two, cannot be read, or lack labels.
+        CalibrationError: a finished set is of another model, or embeddings are not finite.
     """
-    if samples < LEAST_SAMPLES:
-        raise ConfigError(f"calibration samples: got {samples}, expected at least {LEAST_SAMPLES}.")
-    pictures = calibration_pictures(spec, given, reference=reference, most=samples)
-    rows: dict[str, NDArray[Any]] = {"image": pictures.pixels[_evenly(len(pictures.pixels), samples)]}
-    sources = {"image": pictures.source}
+    selection = asked.selection
+    given = asked.calibration
+    if given is not None and CalibrationSet.is_file(given):
+        ready = CalibrationSet.read(given)
+        ready.check_fits(spec, text=tokenize is not None, tokenizer=tokenizer)
+        return ready
+
+    def prepared(done: int, total: int) -> None:
+        on_note(f"calibration: {done} of {total} pictures")
+
+    def embedded(done: int, total: int) -> None:
+        on_note(f"calibration: {done} of {total} rows embedded")
+
+    pool = read_pool(_pool(asked), spec, selection, workers=usable_cores(), on_progress=prepared)
+    rows: dict[str, NDArray[Any]] = {"image": pool.choose(selection, embed, on_progress=embedded)}
+    sources = {"image": pool.source}
     if tokenize is not None:
-        captions = _captions(given or reference)
-        if len(captions) >= LEAST_SAMPLES:
-            texts = [captions[place] for place in _evenly(len(captions), samples)]
-            sources["text"] = f"captions of {pictures.source}"
-        else:
-            texts, sources["text"] = _everyday(languages, samples), EVERYDAY_TEXTS
+        texts, sources["text"] = _texts(asked, languages)
         rows["text"] = tokenize(texts)
-    return CalibrationRows(rows, sources)
+    return CalibrationSet(rows, sources, pool.described(selection), tokenizer if tokenize is not None else "")
 
 
-def _captions(given: Path | None) -> list[str]:
-    """Return every caption of the user's pictures once."""
-    found: dict[str, None] = {}
-    if given is None:
-        return []
-    for sample in read_samples([given]):
-        for texts in captions_of(sample.columns).values():
-            found.update(dict.fromkeys(texts))
-        if sample.caption:
-            found[sample.caption] = None
-    return list(found)
+def _pool(asked: References) -> SamplePool:
+    if asked.calibration is not None:
+        return SamplePool.of(asked.calibration)
+    if asked.pictures is not None:
+        return replace(SamplePool.of(asked.pictures), few=CROPS, many=CROPS)
+    folder = Path(edgeclip.__file__).parent / "assets" / "photos"
+    return SamplePool(lambda: read_samples([folder]), PHOTOGRAPHS, few=CROPS)
 
 
-def _everyday(languages: Sequence[str], most: int) -> list[str]:
-    """Return everyday names in templates, as many of each language, without those that judge an export."""
+def _texts(asked: References, languages: Sequence[str]) -> tuple[list[str], str]:
+    """Return texts, and where they are from."""
+    selection, most = asked.selection, asked.texts
+    groups: list[Sequence[str]] = []
+    sources = []
+    pictures = asked.calibration or asked.pictures
+    if pictures is not None:
+        pool = SamplePool.of(pictures)
+        if captions := pool.captions(selection, most):
+            groups.append(captions)
+            sources.append(f"captions of {pool.source}")
+    if asked.offered is not None and (phrases := _label_texts(asked, languages)):
+        groups.append(phrases)
+        sources.append(LABEL_TEXTS)
+    if sum(map(len, groups)) < LEAST_SAMPLES:
+        groups, sources = _everyday(languages), [EVERYDAY_TEXTS]
+    return choose_texts(groups, selection, most), " and ".join(sources)
+
+
+def _label_texts(asked: References, languages: Sequence[str]) -> list[str]:
+    """Return the user's labels in templates, and bare, without the texts that judge."""
+    assert asked.offered is not None
+    labels = asked.offered.labels
+    judging = asked.offered.templates or default_templates(labels)
+    templates = (*judging.texts, *TEMPLATES["zh" if judging.name == "zh" else "openai-7"], "{}")
+    judges = set(reference_texts(labels, judging, languages))
+    texts = [text for label in labels.labels for phrase in label.texts(templates) for text in phrase]
+    return [text for text in dict.fromkeys(texts) if text not in judges]
+
+
+def _everyday(languages: Sequence[str]) -> list[Sequence[str]]:
+    """Return everyday names in templates for each language, without those that judge an export."""
     offered = everyday(languages)
     judging = set(reference_texts(offered.labels, offered.templates or Templates.of("one"), languages))
     of_each = [languages, ("zh",)] if {"en", "zh"} <= set(languages) else [languages]
-    chosen: list[str] = []
-    for number, each in enumerate(of_each):
-        texts = [text for text in calibration_texts(each) if text not in judging]
-        share = most // len(of_each) + (number < most % len(of_each))
-        chosen += [texts[place] for place in _evenly(len(texts), share)]
-    return chosen
-
-
-def _evenly(total: int, most: int) -> list[int]:
-    return list(range(total)) if total <= most else [place * total // most for place in range(most)]
+    return [[text for text in calibration_texts(each) if text not in judging] for each in of_each]

@@ -27,7 +27,7 @@ from edgeclip.storage import TEMPORARY_PREFIX
 
 from .agreement import Yardstick, verify_tower
 from .build import BuildRequest, BuiltTower, BuiltVariant, builder_of
-from .calibration_rows import calibration_rows
+from .calibration_rows import calibration_set
 from .contents import write_contents, write_provenance
 from .options import Checkpoint, Exported, ExportReport, ExportSettings, VariantReport
 from .steps import OnStep, Steps
@@ -36,6 +36,8 @@ from .variants import VariantSpec
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
+
+    from edgeclip.calibration.dataset import CalibrationSet
 
     from .source import Source
 
@@ -104,8 +106,8 @@ def export_bundle(
         with steps("open the checkpoint"):
             source = open_source(checkpoint, threads=settings.threads)
         yardstick = write_contents(writer, source, variants, settings, steps)
+        calibration = _calibration(source, variants, settings, steps, work)
         graphs = _trace(source, settings, steps, work)
-        calibration = _calibration(source, variants, settings, steps)
         source.release()
         made = {
             spec.name: _make(spec, yardstick, graphs, calibration, settings, steps, work) for spec in variants
@@ -192,23 +194,24 @@ def _trace(
 
 
 def _calibration(
-    source: Source, variants: Sequence[VariantSpec], settings: ExportSettings, steps: Steps
-) -> tuple[dict[str, NDArray[Any]], str | None, Mapping[str, str]]:
-    """Return rows to choose ranges on, their digest and sources, where anything is to be quantized."""
+    source: Source, variants: Sequence[VariantSpec], settings: ExportSettings, steps: Steps, work: Path
+) -> tuple[dict[str, NDArray[Any]], CalibrationSet | None]:
+    """Return rows to choose ranges on, and the set they are, where anything is to be quantized."""
     if all(spec.form.precision != "int8" for spec in variants):
-        return {}, None, {}
-    with steps("calibration inputs"):
-        asked = settings.references
-        chosen = calibration_rows(
+        return {}, None
+    with steps("calibration set"):
+        chosen = calibration_set(
             source.preprocess,
+            settings.references,
             languages=source.tokenizer.config.languages,
             tokenize=partial(source.tokenizer, truncate=True) if settings.graph.text else None,
-            given=asked.calibration,
-            reference=asked.pictures,
-            samples=asked.calibration_samples,
+            tokenizer=source.tokenizer.digest,
+            embed=source.images,
+            on_note=steps.note,
         )
-        feeds = chosen.feeds(source.preprocess, float_input=settings.graph.float_input)
-    return feeds, chosen.digest, chosen.sources
+        if settings.keep_intermediate is not None:
+            chosen.write(work / "calibration.safetensors")
+        return chosen.feeds(source.preprocess, float_input=settings.graph.float_input), chosen
 
 
 # --- variants ----------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def _make(
     spec: VariantSpec,
     yardstick: Yardstick,
     graphs: Mapping[str, onnx.ModelProto],
-    calibration: tuple[dict[str, NDArray[Any]], str | None, Mapping[str, str]],
+    calibration: tuple[dict[str, NDArray[Any]], CalibrationSet | None],
     settings: ExportSettings,
     steps: Steps,
     work: Path,
@@ -226,20 +229,20 @@ def _make(
     """Make, store and compare one variant."""
     folder = work / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    rows, digest, sources = calibration if spec.form.precision == "int8" else ({}, None, {})
+    rows, chosen = calibration if spec.form.precision == "int8" else ({}, None)
     with steps(f"{spec.name}: make"):
         request = BuildRequest(
             spec,
             graphs,
             folder,
             rows,
-            digest,
+            None if chosen is None else chosen.digest,
             settings.build,
             on_step=lambda said: steps.note(f"{spec.name}: {said}"),
         )
         built = builder_of(spec.form.format)(request)
-        if built.calibration is not None:
-            built = replace(built, calibration={**built.calibration, "source": dict(sources)})
+        if built.calibration is not None and chosen is not None:
+            built = replace(built, calibration={**built.calibration, **chosen.to_dict()})
         if settings.graph.bake_labels and spec.form.format == "onnx":
             built = replace(built, towers={**built.towers, "classifier": _classifier(built, yardstick, spec)})
     replaced = spec.name in yardstick.writer.manifest["variants"]

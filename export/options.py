@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgeclip.bundle import Bundle
+from edgeclip.calibration.dataset import Method, Selection
 from edgeclip.errors import ConfigError
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.runtime.host import Host, versions
@@ -17,6 +18,7 @@ from .build import BuildOptions
 from .variants import VariantSpec
 
 __all__ = [
+    "METHOD",
     "OPSET",
     "OPSETS",
     "SAMPLES",
@@ -37,8 +39,11 @@ __all__ = [
 OPSET: Final = 20
 """One node for GELU; from 23 on an Attention node that older runtimes lack."""
 OPSETS: Final = range(17, 25)
-SAMPLES: Final = 256
-"""Pictures and texts to choose int8 ranges on at most, where nothing else is said."""
+METHOD: Final[Method] = "coverage"
+"""How calibration pictures are chosen, where nothing else is said."""
+SAMPLES: Final = 64
+"""Pictures to choose int8 ranges on at most, where nothing else is said."""
+_TEXTS: Final = 256
 _NUMBERS = ("max_abs", "cosine_min", "cosine_mean", "centred_cosine_mean", "top1_agreement")
 _PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -126,15 +131,38 @@ class References:
     Attributes:
         pictures: folder, table or shards with pictures to compare on; ``None`` takes the photographs that
             come with edgeclip, cropped and flipped.
-        calibration: the same for int8; ``None`` takes other crops of ``pictures``.
-        calibration_samples: pictures, and texts, to choose int8 ranges on at most; 16 or more.
+        calibration: the same for int8, or a finished calibration set; ``None`` takes other crops of
+            ``pictures``.
+        calibration_samples: pictures, and texts, to choose int8 ranges on at most; ``None`` takes 64 pictures
+            and 256 texts.
+        calibration_selection: how they are chosen.
+        calibration_seed: of that choice.
         offered: labels; ``None`` takes a hundred everyday names.
+
+    Raises:
+        ConfigError: samples or seed are out of range.
     """
 
     pictures: Path | None = None
     calibration: Path | None = None
-    calibration_samples: int = SAMPLES
+    calibration_samples: int | None = None
+    calibration_selection: Method = METHOD
+    calibration_seed: int = 0
     offered: Offered | None = None
+
+    def __post_init__(self) -> None:
+        self.selection  # noqa: B018  # refuses what cannot be
+
+    @property
+    def selection(self) -> Selection:
+        """How pictures are chosen."""
+        samples = SAMPLES if self.calibration_samples is None else self.calibration_samples
+        return Selection(self.calibration_selection, samples, self.calibration_seed)
+
+    @property
+    def texts(self) -> int:
+        """Texts at most."""
+        return self.calibration_samples or _TEXTS
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 import edgeclip
 from edgeclip.bundle import Bundle, PreprocessSpec
+from edgeclip.calibration.dataset import WHOLE, View
 from edgeclip.data import read_samples
 from edgeclip.errors import InputError
 from edgeclip.label_sets import TEMPLATES, Label, LabelSet, Templates
@@ -30,7 +31,6 @@ from .options import Offered
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from PIL import Image
 
     from edgeclip.tokenizer import Tokenizer
 
@@ -40,7 +40,6 @@ __all__ = [
     "Expected",
     "Pictures",
     "Reference",
-    "calibration_pictures",
     "calibration_texts",
     "default_templates",
     "everyday",
@@ -56,31 +55,17 @@ _BANK, _CHINESE_BANK = "imagenet-1k", "imagenet-1k-zh"
 _NAMES = 100
 _TEXTS, _CHINESE_TEXTS, _BARE = 128, 32, 8
 _MOST, _ENOUGH = 256, 64  # pictures of the user's: more add time, fewer are cropped and flipped
-_CALIBRATION = 128
 _GOLDEN, _GOLDEN_BYTES = 16, 3_700_000
 
-# (left, top, side) as shares of the width and height, and whether it is mirrored.
-_View = tuple[float, float, float, bool]
-_WHOLE: Final[_View] = (0.0, 0.0, 1.0, False)
-_VIEWS: Final[tuple[_View, ...]] = (
-    _WHOLE,
-    (0.0, 0.0, 1.0, True),
-    (0.0, 0.0, 0.6, False),
-    (0.4, 0.0, 0.6, True),
-    (0.0, 0.4, 0.6, True),
-    (0.4, 0.4, 0.6, False),
-    (0.2, 0.2, 0.6, False),
-)
-# Others than above, so that ranges are not chosen on what they are judged on.
-_CALIBRATION_VIEWS: Final[tuple[_View, ...]] = (
-    (0.05, 0.05, 0.9, True),
-    (0.1, 0.0, 0.8, False),
-    (0.1, 0.2, 0.8, True),
-    (0.0, 0.15, 0.7, False),
-    (0.3, 0.15, 0.7, True),
-    (0.0, 0.3, 0.45, False),
-    (0.55, 0.3, 0.45, True),
-    (0.3, 0.55, 0.45, False),
+# Others than those that ranges are chosen on, `edgeclip.calibration.dataset.CROPS`.
+_VIEWS: Final = (
+    WHOLE,
+    View(mirrored=True),
+    View(0.0, 0.0, 0.6),
+    View(0.4, 0.0, 0.6, mirrored=True),
+    View(0.0, 0.4, 0.6, mirrored=True),
+    View(0.4, 0.4, 0.6),
+    View(0.2, 0.2, 0.6),
 )
 
 
@@ -149,34 +134,7 @@ def reference_pictures(spec: PreprocessSpec, given: Path | None = None) -> Pictu
     if given is None:
         return _prepared(spec, _photographs(), _VIEWS, PHOTOGRAPHS)
     found = _listed(given)
-    return _prepared(spec, found, _VIEWS if len(found) < _ENOUGH else (_WHOLE,), given.name)
-
-
-def calibration_pictures(
-    spec: PreprocessSpec, given: Path | None = None, *, reference: Path | None = None, most: int = _MOST
-) -> Pictures:
-    """Return pictures to choose ranges on.
-
-    Args:
-        spec: how the model wants them.
-        given: a folder, table or shards.
-        reference: taken where none are given, in other crops than those that judge; without it the
-            photographs.
-        most: pictures of the user's to read at most, spread evenly.
-
-    Raises:
-        InputError: as :func:`reference_pictures`.
-    """
-    if given is not None:
-        found = _listed(given, most)
-        few = len(found) < _ENOUGH
-        return _prepared(spec, found, (_WHOLE, *_CALIBRATION_VIEWS) if few else (_WHOLE,), given.name)
-    if reference is None:
-        return _prepared(spec, _photographs(), _CALIBRATION_VIEWS, PHOTOGRAPHS)
-    found = _listed(reference)
-    found = [found[row] for row in _evenly(len(found), _CALIBRATION)]
-    views = _CALIBRATION_VIEWS[: max(1, _CALIBRATION // len(found))]
-    return _prepared(spec, found, views, reference.name)
+    return _prepared(spec, found, _VIEWS if len(found) < _ENOUGH else (WHOLE,), given.name)
 
 
 def _photographs() -> list[tuple[str, Any]]:
@@ -184,16 +142,16 @@ def _photographs() -> list[tuple[str, Any]]:
     return [(path.name, path) for path in sorted(folder.glob("*.jpg"))]
 
 
-def _listed(given: Path, most: int = _MOST) -> list[tuple[str, Any]]:
+def _listed(given: Path) -> list[tuple[str, Any]]:
     found = [(sample.key, sample.source) for sample in read_samples([given])]
     if len(found) < 2:
         count = f"{len(found)} picture" if len(found) == 1 else f"{len(found)} pictures"
         raise InputError(f"{str(given)!r}: holds {count}, expected at least 2 to compare on.")
-    return [found[row] for row in _evenly(len(found), most)]
+    return [found[row] for row in _evenly(len(found), _MOST)]
 
 
 def _prepared(
-    spec: PreprocessSpec, found: Sequence[tuple[str, Any]], views: Sequence[_View], source: str
+    spec: PreprocessSpec, found: Sequence[tuple[str, Any]], views: Sequence[View], source: str
 ) -> Pictures:
     prepare = Preprocess(spec)
     names: list[str] = []
@@ -202,21 +160,11 @@ def _prepared(
     for name, file in found:
         image = prepare.decode(file)
         for number, view in enumerate(views):
-            if view == _WHOLE:
+            if view == WHOLE:
                 whole.append(len(rows))
-            rows.append(prepare.resize(image if view == _WHOLE else _seen(image, view)))
-            names.append(name if view == _WHOLE else f"{name} (view {number})")
+            rows.append(prepare.resize(view.of(image)))
+            names.append(name if view == WHOLE else f"{name} (view {number})")
     return Pictures(tuple(names), np.stack(rows), tuple(whole), source)
-
-
-def _seen(image: Image.Image, view: _View) -> Image.Image:
-    from PIL import Image as Pillow
-
-    left, top, share, mirrored = view
-    width, height = image.size
-    x, y = round(left * width), round(top * height)
-    cut = image.crop((x, y, x + max(1, round(share * width)), y + max(1, round(share * height))))
-    return cut.transpose(Pillow.Transpose.FLIP_LEFT_RIGHT) if mirrored else cut
 
 
 # --- labels and texts --------------------------------------------------------------------------------------
@@ -273,15 +221,15 @@ def _chinese_texts() -> Iterator[str]:
 
 
 def calibration_texts(languages: Sequence[str]) -> tuple[str, ...]:
-    """Return texts to choose ranges on: everyday names in templates, none of them among those that judge."""
+    """Return texts to choose ranges on: everyday names in a template each, no name among those that judge."""
     chinese = "zh" in languages and "en" not in languages
     names = _names(chinese=chinese).labels
     templates = TEMPLATES["zh" if chinese else "openai-7"]
-    rows = sorted(set(range(len(names))) - set(_evenly(len(names), _NAMES)))
-    chosen = [rows[place] for place in _evenly(len(rows), _CALIBRATION)]
+    judging = set(_evenly(len(names), _NAMES))
     return tuple(
-        templates[number % len(templates)].replace("{}", names.names[row])
-        for number, row in enumerate(chosen)
+        templates[row % len(templates)].replace("{}", name)
+        for row, name in enumerate(names.names)
+        if row not in judging
     )
 
 

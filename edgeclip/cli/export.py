@@ -13,6 +13,7 @@ import click
 from edgeclip.cli._options import Notes, is_there, prepare_stdout, shown, templates_of
 
 if TYPE_CHECKING:
+    from edgeclip.calibration.dataset import Method
     from edgeclip.export.options import ExportReport, Offered, Step
 
 __all__ = ["export"]
@@ -65,13 +66,26 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     "--calibration-data",
     type=click.Path(path_type=Path),
     metavar="DIR|FILE",
-    help="Pictures that int8 ranges are chosen on.  [default: other crops of the reference pictures]",
+    help="Pictures that int8 ranges are chosen on, or a calibration set that --keep-intermediate left.  "
+    "[default: other crops of the reference pictures]",
 )
 @click.option(
     "--calibration-samples",
     type=click.IntRange(min=16),
     metavar="N",
-    help="Pictures, and texts, that int8 ranges are chosen on at most.  [default: 256]",
+    help="Pictures, and texts, that int8 ranges are chosen on at most.  [default: 64 and 256]",
+)
+@click.option(
+    "--calibration-selection",
+    type=click.Choice(("coverage", "stratified", "random")),
+    help="How they are chosen: so that they cover what the float model tells apart, in equal shares of their "
+    "labels, or at random.  [default: coverage]",
+)
+@click.option(
+    "--calibration-seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Another one chooses others.  [default: 0]",
 )
 @click.option(
     "--keep-intermediate",
@@ -110,6 +124,8 @@ def export(
     opset: int | None,
     calibration_data: Path | None,
     calibration_samples: int | None,
+    calibration_selection: Method | None,
+    calibration_seed: int | None,
     keep_intermediate: Path | None,
     require_verified: bool,
     limits: tuple[str, ...],
@@ -128,8 +144,8 @@ def export(
     limits   max_abs cosine_min cosine_mean centred_cosine_mean top1_agreement
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
     from edgeclip.export.options import (
+        METHOD,
         OPSET,
-        SAMPLES,
         Checkpoint,
         ExportSettings,
         Gates,
@@ -155,7 +171,9 @@ def export(
         references=References(
             pictures=reference,
             calibration=calibration_data,
-            calibration_samples=SAMPLES if calibration_samples is None else calibration_samples,
+            calibration_samples=calibration_samples,
+            calibration_selection=calibration_selection or METHOD,
+            calibration_seed=calibration_seed or 0,
             offered=None if labels is None else _offered(labels, templates),
         ),
         gates=Gates(tuple(map(LimitChange.parse, limits)), require_verified=require_verified),

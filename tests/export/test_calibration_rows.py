@@ -1,4 +1,4 @@
-"""Rows that int8 ranges are chosen on: apart from those that judge, the same every time, of the user's."""
+"""Calibration sets of exports: apart from what judges, the user's if there are any, named in the manifest."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip.bundle import PreprocessSpec
-from edgeclip.errors import ConfigError, InputError
-from edgeclip.export.calibration_rows import EVERYDAY_TEXTS, CalibrationRows, calibration_rows
-from edgeclip.export.options import References
+from edgeclip.calibration.dataset import CalibrationSet
+from edgeclip.errors import CalibrationError, ConfigError, InputError
+from edgeclip.export.calibration_rows import EVERYDAY_TEXTS, LABEL_TEXTS, calibration_set
+from edgeclip.export.options import Offered, References
 from edgeclip.export.reference import PHOTOGRAPHS, everyday, reference_pictures, reference_texts
-from edgeclip.label_sets import Templates
-from edgeclip.preprocess import Preprocess
+from edgeclip.label_sets import LabelSet, Templates
 
 SPEC = PreprocessSpec(image_size_px=(32, 32))
+RANDOM = References(calibration_selection="random", calibration_samples=256)
 
 
 class Texts:
@@ -35,22 +36,27 @@ class Texts:
         )
 
 
+def colours(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Embed pictures as their mean colours."""
+    return (rows.mean(axis=(1, 2)) - 128).astype(np.float32)
+
+
 def folder_of(folder: Path, count: int) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
-        pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (8, 10, 3), dtype=np.uint8).repeat(5, axis=0).repeat(5, axis=1)
         Image.fromarray(pixels).save(folder / f"{number:03}.png")
     return folder
 
 
 def test_without_the_users_pictures_they_are_apart_from_those_that_judge() -> None:
     texts = Texts()
-    chosen = calibration_rows(SPEC, languages=("en", "zh"), tokenize=texts)
+    chosen = calibration_set(SPEC, RANDOM, languages=("en", "zh"), tokenize=texts)
     assert chosen.rows["image"].shape == (128, 32, 32, 3)
-    assert chosen.rows["image"].dtype == np.uint8
-    assert len(chosen.rows["text"]) > 200
+    assert len(chosen.rows["text"]) == 256
     assert chosen.sources == {"image": PHOTOGRAPHS, "text": EVERYDAY_TEXTS}
+    assert chosen.selection["pictures"] == 16
     judged = {row.tobytes() for row in reference_pictures(SPEC).pixels}
     assert not judged & {row.tobytes() for row in chosen.rows["image"]}
     offered = everyday(("en", "zh"))
@@ -58,51 +64,58 @@ def test_without_the_users_pictures_they_are_apart_from_those_that_judge() -> No
     assert not set(texts.asked) & set(judging)
 
 
+def test_by_default_64_rows_cover_them_and_256_texts_are_drawn() -> None:
+    asked = References()
+    chosen = calibration_set(SPEC, asked, languages=("en",), tokenize=Texts(), embed=colours)
+    assert chosen.rows["image"].shape == (64, 32, 32, 3)
+    assert len(chosen.rows["text"]) == 256
+    assert (chosen.selection["method"], chosen.selection["pool"]) == ("coverage", 128)
+    again = calibration_set(SPEC, asked, languages=("en",), tokenize=Texts(), embed=colours)
+    assert again.digest == chosen.digest
+
+
 @pytest.mark.parametrize(("languages", "chinese"), [(("en",), 0), (("zh",), 64), (("en", "zh"), 32)])
 def test_texts_are_in_every_language_of_the_model(languages: tuple[str, ...], chinese: int) -> None:
     texts = Texts()
-    calibration_rows(SPEC, languages=languages, tokenize=texts, samples=64)
+    asked = References(calibration_selection="random", calibration_samples=64)
+    calibration_set(SPEC, asked, languages=languages, tokenize=texts)
     assert len(texts.asked) == 64
     assert (
         sum(not text.isascii() and any(letter >= "一" for letter in text) for text in texts.asked) == chinese
     )
 
 
-def test_the_same_pictures_give_the_same_rows_and_digest() -> None:
-    first, again = (calibration_rows(SPEC, languages=("en",), tokenize=Texts()) for _ in range(2))
-    assert first.digest == again.digest
-    assert len(first.digest) == 64
-    others = [
-        calibration_rows(SPEC, languages=("en",), tokenize=Texts(), samples=20),
-        calibration_rows(SPEC, languages=("en",)),
-        calibration_rows(PreprocessSpec(image_size_px=(32, 32), interpolation="bicubic")),
+def test_other_choices_have_other_digests() -> None:
+    digests = [
+        calibration_set(SPEC, RANDOM, languages=("en",), tokenize=Texts()).digest,
+        calibration_set(SPEC, RANDOM, languages=("en",)).digest,
+        calibration_set(SPEC, References(calibration_selection="random")).digest,
+        calibration_set(SPEC, References(calibration_selection="random", calibration_seed=1)).digest,
+        calibration_set(PreprocessSpec(image_size_px=(32, 32), interpolation="bicubic"), RANDOM).digest,
     ]
-    assert len({first.digest, *(other.digest for other in others)}) == 4
+    assert len(set(digests)) == len(digests)
 
 
-def test_few_pictures_are_cropped_and_many_are_taken_evenly(tmp_path: Path) -> None:
-    few = calibration_rows(SPEC, given=folder_of(tmp_path / "few", 3))
+def test_few_pictures_of_the_users_are_cropped(tmp_path: Path) -> None:
+    asked = References(
+        calibration=folder_of(tmp_path / "few", 3), calibration_selection="random", calibration_samples=64
+    )
+    few = calibration_set(SPEC, asked)
     assert few.rows["image"].shape == (27, 32, 32, 3)
     assert few.sources == {"image": "few"}
     assert "text" not in few.rows
-    many = folder_of(tmp_path / "many", 70)
-    assert len(calibration_rows(SPEC, given=many).rows["image"]) == 70
-    some = calibration_rows(SPEC, given=many, samples=16).rows["image"]
-    assert len(some) == 16
-    assert (some[0] == Preprocess(SPEC)(many / "000.png")).all()
-    assert (some[8] == Preprocess(SPEC)(many / "035.png")).all()
 
 
 def test_pictures_to_compare_on_lend_other_crops(tmp_path: Path) -> None:
     pictures = folder_of(tmp_path / "judges", 4)
-    chosen = calibration_rows(SPEC, reference=pictures)
+    chosen = calibration_set(SPEC, References(pictures=pictures), embed=colours)
     judged = {row.tobytes() for row in reference_pictures(SPEC, pictures).pixels}
-    assert len(chosen.rows["image"]) >= 16
+    assert len(chosen.rows["image"]) == 32
     assert not judged & {row.tobytes() for row in chosen.rows["image"]}
 
 
 def test_captions_of_the_users_pictures_are_the_texts(tmp_path: Path) -> None:
-    pictures = folder_of(tmp_path / "pictures", 18)
+    folder_of(tmp_path / "pictures", 18)
     table = tmp_path / "table.jsonl"
     lines = [
         {
@@ -114,31 +127,48 @@ def test_captions_of_the_users_pictures_are_the_texts(tmp_path: Path) -> None:
     ]
     table.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     texts = Texts()
-    chosen = calibration_rows(SPEC, languages=("en",), tokenize=texts, given=table)
-    assert len(chosen.rows["text"]) == 36
-    assert {"picture 0", "图 0", "picture 17"} <= set(texts.asked)
+    asked = References(calibration=table)
+    chosen = calibration_set(SPEC, asked, languages=("en",), tokenize=texts, embed=colours)
+    assert set(texts.asked) == {f"{word} {number}" for word in ("picture", "图") for number in range(18)}
     assert chosen.sources["text"] == "captions of table.jsonl"
     table.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]), "utf-8")
-    few = calibration_rows(SPEC, languages=("en",), tokenize=texts, given=table)
+    few = calibration_set(SPEC, asked, languages=("en",), tokenize=texts, embed=colours)
     assert few.sources["text"] == EVERYDAY_TEXTS
-    assert pictures.is_dir()
 
 
-def test_float_input_is_what_the_host_normalizes() -> None:
-    spec = PreprocessSpec(image_size_px=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
-    rows = CalibrationRows({"image": np.full((1, 32, 32, 3), 255, np.uint8)}, {"image": "white"})
-    floats = rows.feeds(spec, float_input=True)["image"]
-    assert floats.dtype == np.float32
-    np.testing.assert_allclose(floats[0, :, 0, 0], [2.5, 2.4, 1.4], rtol=1e-6)
-    assert rows.feeds(spec, float_input=False)["image"] is rows.rows["image"]
+def test_the_users_labels_are_texts_but_for_those_that_judge() -> None:
+    texts = Texts()
+    labels = LabelSet.of(["otter", "kettle", "tram", "quarry"])
+    asked = References(offered=Offered("own", labels), calibration_selection="random")
+    chosen = calibration_set(SPEC, asked, languages=("en",), tokenize=texts)
+    assert chosen.sources["text"] == LABEL_TEXTS
+    assert all(any(name in text for name in labels.names) for text in texts.asked)
+    assert not set(texts.asked) & set(reference_texts(labels, Templates.of("one"), ("en",)))
+    assert "itap of a kettle." in texts.asked
 
 
-def test_too_few_samples_and_missing_folders_are_refused(tmp_path: Path) -> None:
+def test_a_finished_set_is_taken_as_it_is(tmp_path: Path) -> None:
+    made = calibration_set(SPEC, RANDOM, languages=("en",), tokenize=Texts(), tokenizer="abc")
+    path = tmp_path / "set.safetensors"
+    made.write(path)
+    asked = References(calibration=path)
+    taken = calibration_set(SPEC, asked, tokenize=Texts(), tokenizer="abc")
+    assert (taken.digest, taken.to_dict()) == (made.digest, made.to_dict())
+    with pytest.raises(CalibrationError, match=r"pictures of \(32, 32, 3\), expected \(64, 64, 3\)"):
+        calibration_set(PreprocessSpec(image_size_px=(64, 64)), asked)
+    with pytest.raises(CalibrationError, match="texts are of the tokenizer 'abc', expected 'def'"):
+        calibration_set(SPEC, asked, tokenize=Texts(), tokenizer="def")
+    pictures = CalibrationSet({"image": made.rows["image"]}, {"image": "x"})
+    pictures.write(path)
+    with pytest.raises(CalibrationError, match="texts are of the tokenizer 'no texts'"):
+        calibration_set(SPEC, asked, tokenize=Texts(), tokenizer="def")
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="calibration samples: got 15, expected at least 16"):
-        calibration_rows(SPEC, samples=15)
+        References(calibration_samples=15)
     with pytest.raises(InputError, match="nowhere"):
-        calibration_rows(SPEC, given=tmp_path / "nowhere")
-    assert References().calibration_samples == 256
+        calibration_set(SPEC, References(calibration=tmp_path / "nowhere"))
 
 
 @pytest.mark.slow
@@ -149,16 +179,26 @@ def test_the_manifest_says_what_ranges_were_chosen_on(tmp_path: Path) -> None:
 
     from edgeclip.export.options import ExportSettings, Gates, GraphOptions, LimitChange
 
-    pictures = write_pictures(tmp_path / "shapes", 64)
+    pictures, kept = write_pictures(tmp_path / "shapes", 64), tmp_path / "kept"
     settings = ExportSettings(
         graph=GraphOptions(text=False),
         references=References(pictures=pictures, calibration=pictures, calibration_samples=20),
         gates=Gates((LimitChange("int8", "top1_agreement", 0.8),)),
         threads=1,
+        keep_intermediate=kept,
     )
     made = export_probe("tinyclip", tmp_path / "bundle", pictures, "onnx-int8", settings=settings)
     said = made.bundle.manifest.variants["onnx-int8"].calibration
     assert said is not None
-    assert (said["method"], said["rows"], said["source"]) == ("minmax", {"image": 20}, {"image": "shapes"})
-    spec = made.bundle.manifest.preprocess
-    assert said["digest"] == calibration_rows(spec, given=pictures, samples=20).digest
+    assert (said["rows"], said["source"]) == ({"image": 20}, {"image": "shapes"})
+    assert said["selection"]["method"] == "coverage"
+    taken = CalibrationSet.read(kept / "calibration.safetensors")
+    assert said["digest"] == taken.digest
+    settings = ExportSettings(
+        graph=settings.graph,
+        references=References(pictures=pictures, calibration=kept / "calibration.safetensors"),
+        gates=settings.gates,
+        threads=1,
+    )
+    again = export_probe("tinyclip", tmp_path / "again", pictures, "onnx-int8", settings=settings)
+    assert again.bundle.manifest.variants["onnx-int8"] == made.bundle.manifest.variants["onnx-int8"]

@@ -7,6 +7,7 @@ the same file on ONNX Runtime.
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,15 @@ def embed(path: Path, tower: str, rows: NDArray[Any]) -> NDArray[Any]:
 @pytest.fixture(scope="module", params=PROBES)
 def probe(request: pytest.FixtureRequest, repo: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return the traced towers of a trained probe and calibration rows."""
-    from edgeclip.export.options import Checkpoint, GraphOptions
-    from edgeclip.export.reference import calibration_pictures, calibration_texts
+    from edgeclip.export.calibration_rows import calibration_set
+    from edgeclip.export.options import Checkpoint, GraphOptions, References
     from edgeclip.export.source import open_source
 
     source = open_source(Checkpoint(str(repo / "tests/data/probes" / request.param)), threads=2)
-    texts = calibration_texts(source.tokenizer.config.languages)
-    rows: dict[str, NDArray[Any]] = {
-        "image": calibration_pictures(source.preprocess).pixels[:64],
-        "text": source.tokenizer(texts, truncate=True)[:64],
-    }
+    asked = References(calibration_samples=64, calibration_selection="random")
+    languages, tokenize = source.tokenizer.config.languages, partial(source.tokenizer, truncate=True)
+    chosen = calibration_set(source.preprocess, asked, languages=languages, tokenize=tokenize)
+    rows = dict(chosen.rows)
     return {tower: source.trace(tower, GraphOptions()) for tower in rows}, rows
 
 
