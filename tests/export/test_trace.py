@@ -222,8 +222,12 @@ def test_foreign_operator_set_is_refused(traced: TracedTowers) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(traced.text)
     other.opset_import.append(helper.make_opsetid("somebody.else", 1))
-    with pytest.raises(ExportError, match="opset imports"):
+    with pytest.raises(
+        ExportError, match=r"text: it imports .*'somebody\.else': 1.*, expected .* 17 or 18 or"
+    ):
         check_model(other, what="text")
+    with pytest.raises(ExportError, match=r"text: it imports .*'': 20.*, expected ONNX's own alone, 21\."):
+        check_model(traced.text, what="text", opset=21)
 
 
 def test_tower_that_cannot_be_traced_is_an_export_error() -> None:

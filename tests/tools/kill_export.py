@@ -91,6 +91,8 @@ def main(directory: Path, count: int, seed: int) -> dict[str, Any]:
     _, status = os.waitpid(in_child(lambda: export(directory, pictures, 0)), 0)
     assert status == 0, "a rerun does not succeed"
     check(directory, 1)
+    left = [path.name for path in directory.glob(".edgeclip-*")]
+    assert not left, f"a rerun leaves {left}"
     verdicts = {verdict.status for verdict in verify_bundle(Bundle.open(directory)).variants}
     return {"kills": count, "mid_export": mid_export, "rerun": ", ".join(sorted(verdicts))}
 

@@ -18,7 +18,6 @@ from edgeclip.export.passes.clean import Clean  # noqa: E402
 from edgeclip.export.passes.fold_padding import FoldPadding  # noqa: E402
 from edgeclip.export.passes.pool_mean import PoolMean  # noqa: E402
 from edgeclip.export.passes.split_grouped import SplitGrouped  # noqa: E402
-from edgeclip.export.passes.static_batch import StaticBatch  # noqa: E402
 from edgeclip.export.passes.strip_provenance import StripProvenance  # noqa: E402
 
 # The same products, summed in another order, in float32.
@@ -289,42 +288,6 @@ def test_an_order_that_would_show_is_not_taken(tail: str) -> None:
     np.testing.assert_array_equal(run(result, x), run(model, x))
 
 
-# --- batch -------------------------------------------------------------------------------------------------
-
-
-def flattened() -> onnx.ModelProto:
-    nodes = [
-        node("Shape", ["x"], ["s"], start=0, end=1),
-        node("Concat", ["s", "rest"], ["to"], axis=0),
-        node("Reshape", ["x", "to"], ["f"]),
-        node("MatMul", ["f", "w"], ["y"]),
-    ]
-    constants = {"rest": np.array([-1], np.int64), "w": normal(12, 2)}
-    return graph(nodes, ["batch", 3, 4], ["batch", 2], constants)
-
-
-def test_a_fixed_batch_leaves_no_free_axis_and_no_computed_shape() -> None:
-    model = flattened()
-    result = after(model, StaticBatch(3), Clean())
-    for value in (*result.graph.input, *result.graph.output):
-        assert value.type.tensor_type.shape.dim[0].dim_value == 3
-    x = normal(3, 3, 4)
-    np.testing.assert_array_equal(run(result, x), run(model, x))
-    with pytest.raises(Exception, match="Expected: 3"):
-        run(result, normal(2, 3, 4))
-
-
-def test_another_batch_than_the_fixed_one_is_an_error() -> None:
-    fixed = after(flattened(), StaticBatch(3))
-    assert after(fixed, StaticBatch(3)) == fixed
-    with pytest.raises(
-        ExportError, match=r"StaticBatch.*the first axis of 'x' is 3, expected a free one or 5"
-    ):
-        apply(fixed, [StaticBatch(5)], what="graph")
-    with pytest.raises(ExportError, match="the batch is 0"):
-        apply(fixed, [StaticBatch(0)], what="graph")
-
-
 # --- contracts ---------------------------------------------------------------------------------------------
 
 
@@ -334,7 +297,7 @@ def test_a_graph_within_a_graph_is_refused() -> None:
     )
     nodes = [node("If", ["yes"], ["y"], then_branch=inner, else_branch=inner, name="choice")]
     model = graph(nodes, [2], [2], {"yes": np.array(True)})
-    for each in (FoldPadding(), Clean(), ChannelsFirst(), PoolMean(), SplitGrouped(), StaticBatch(1)):
+    for each in (FoldPadding(), Clean(), ChannelsFirst(), PoolMean(), SplitGrouped()):
         with pytest.raises(
             ExportError, match=rf"{type(each).__name__} fails: the node 'choice' \(If\) holds a graph"
         ):
