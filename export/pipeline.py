@@ -25,7 +25,7 @@ from .build import BuildOptions
 from .device_report import DeviceReport
 from .gates import Finding, Verdict
 from .options import Checkpoint, ExportSettings, Gates, References, Step
-from .pipeline_inputs import Inputs, digest_of, limits_of, offered_of
+from .pipeline_inputs import CHECKPOINT, Inputs, digest_of, limits_of, offered_of
 from .pipeline_judge import Stored, gates_of, judged, now, read_stored
 from .pipeline_measure import Measuring, count
 from .pipeline_recipe import (
@@ -200,9 +200,7 @@ class _Run:
             bundle = Bundle.open(self.inputs.bundle)
             lines.append(Planned("bundle", str(self.inputs.bundle), "is judged as it is"))
         else:
-            lines.append(
-                Planned("checkpoint", f"sha256 {self.inputs.digests['checkpoint'][:12]}…", "is read")
-            )
+            lines.append(Planned("checkpoint", f"sha256 {self.inputs.digests[CHECKPOINT][:12]}…", "is read"))
             wanted = self._wanted()
             bundle, kept = self._built(wanted)
             lines += [Planned("export", name, "reused" if name in kept else "to do") for name in wanted]
@@ -236,7 +234,7 @@ class _Run:
             shutil.rmtree(self.options.out / name, ignore_errors=True)
         began = time.perf_counter()
         assert self.recipe.export is not None
-        self._done("checkpoint", began, f"sha256 {self.inputs.digests['checkpoint'][:12]}…")
+        self._done("checkpoint", began, f"sha256 {self.inputs.digests[CHECKPOINT][:12]}…")
         wanted = self._wanted()
         began = time.perf_counter()
         bundle, kept = self._built(wanted)
@@ -288,7 +286,7 @@ class _Run:
         controlled = calibration.accuracy_control and spec.form.format == "openvino"
         ranges = [digests.get(calibration.data or ""), calibration.samples, controlled]
         return digest_of(
-            checkpoint=digests["checkpoint"],
+            checkpoint=digests[CHECKPOINT],
             model=self.inputs.model,
             variant=spec.name,
             graph=asdict(export.graph(section)),

@@ -26,7 +26,19 @@ from edgeclip.storage import hash_stream
 from .options import LimitChange, Offered
 from .pipeline_recipe import AccuracyGate, ExportSpec, LatencyGate, PipelineRecipe
 
-__all__ = ["Inputs", "content_digest", "digest_of", "limits_of", "offered_of", "templates_of", "tools"]
+__all__ = [
+    "CHECKPOINT",
+    "Inputs",
+    "content_digest",
+    "digest_of",
+    "limits_of",
+    "offered_of",
+    "templates_of",
+    "tools",
+]
+
+CHECKPOINT: Final = "[model] checkpoint"
+"""Under which the digest of the weights stands among those of paths: no path of a recipe is called so."""
 
 _TOOLS: Final = ("onnx", "onnx-ir", "onnxscript", "nncf")
 _NOT_IN_A_NAME: Final = re.compile(r"[^A-Za-z0-9._@+-]+")
@@ -41,7 +53,7 @@ class Inputs:
         checkpoint: path of the weights; ``None`` where a finished bundle is judged.
         model: name of the model, where the weights do not tell.
         bundle: the finished one.
-        digests: of contents, by the path as the recipe says it.
+        digests: of contents, by the path as the recipe says it, and by :data:`CHECKPOINT`.
         root: folder that paths are relative to.
     """
 
@@ -72,7 +84,7 @@ class Inputs:
             checkpoint, model = _checkpoint(recipe.model.checkpoint, model, root)
         digests = {said: content_digest(root / said) for said in found}
         if checkpoint is not None:
-            digests["checkpoint"] = content_digest(checkpoint)
+            digests[CHECKPOINT] = content_digest(checkpoint)
         bundle = None if recipe.model.bundle is None else root / recipe.model.bundle
         return cls(checkpoint, model, bundle, digests, root)
 

@@ -18,7 +18,7 @@ from edgeclip.runtime.latency_report import LatencyReport, RatioEntry
 from edgeclip.runtime.session import RuntimeOptions
 
 from .gates import Accuracy
-from .pipeline_inputs import Inputs, digest_of, tools
+from .pipeline_inputs import CHECKPOINT, Inputs, digest_of, tools
 from .pipeline_judge import Measured, asked_of, is_settled
 from .pipeline_recipe import AccuracyGate, LatencyGate, PipelineRecipe
 from .pipeline_state import State
@@ -149,7 +149,7 @@ class Measuring:
             asked=asked_of(gate),
             towers=[_tower_digests(bundle, name) for name in names if name in bundle.manifest.variants],
             contents={said: digests[said] for said in paths if said in digests},
-            checkpoint=digests.get("checkpoint"),
+            checkpoint=digests.get(CHECKPOINT),
             threads=self.runtime.threads,
             batch=None if bench is None else bench.batch,
             host=self.host.fingerprint(),

@@ -121,7 +121,7 @@ class BatchRange:
         """
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*,\s*(\d{1,6})|\s*/\s*(\d{1,6})\s*/\s*(\d{1,6}))?\s*", text)
         if match is None:
-            raise ConfigError(f"batch: got {text!r}, expected N, FIRST,LAST or MIN/OPT/MAX, such as 1,8.")
+            raise ConfigError(f"batch: got {text!r}, expected N, OPT,MAX or MIN/OPT/MAX, such as 1,8.")
         first, last, best, largest = (None if group is None else int(group) for group in match.groups())
         if best is not None:
             return cls(first or 0, best, largest or 0)

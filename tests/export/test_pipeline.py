@@ -206,6 +206,19 @@ def test_changed_contents_are_noticed_under_the_same_names(workshop: Path, expor
     assert exports == [["onnx-fp32", "onnx-int8"]]
 
 
+def test_a_folder_called_checkpoint_is_not_taken_for_the_checkpoint(
+    workshop: Path, exports: list[list[str]]
+) -> None:
+    (workshop / "checkpoint").rename(workshop / "weights")
+    shutil.copytree(workshop / "photos", workshop / "checkpoint")
+    recipe = parse(RECIPE, "model.checkpoint=weights", "calibration.data=checkpoint")
+    run_pipeline(recipe, options(workshop))
+    exports.clear()
+    Image.fromarray(colour_picture("red", seed=5)).save(workshop / "checkpoint" / "red" / "1.png")
+    run_pipeline(recipe, options(workshop))
+    assert exports == [["onnx-int8"]]
+
+
 def test_the_bundle_is_whole_while_another_takes_its_place(
     workshop: Path, exports: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
