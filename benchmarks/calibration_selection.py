@@ -37,7 +37,7 @@ from PIL import Image
 from written import ROOT, write
 
 from edgeclip.bundle import PreprocessSpec
-from edgeclip.calibration.dataset import CROPS, WHOLE, Pool, Selection, View, cover
+from edgeclip.calibration.dataset import CROPS, POOL_PER_SAMPLE, WHOLE, Pool, Selection, View, cover
 from edgeclip.export.int8 import policy_of, quantize
 from edgeclip.export.passes import apply
 from edgeclip.export.passes.qdq import InsertQdq, observed, place
@@ -210,17 +210,17 @@ class Tower:
     def choose(self, method: str, samples: int, seed: int) -> list[int]:
         """Return the rows of the pool that a choice takes."""
         selection = Selection(method, samples, seed)  # type: ignore[arg-type]
-        pool = Pool.of(self.pool, selection, "pool", self.kinds)
+        most = POOL_PER_SAMPLE * samples if method == "coverage" else None  # as an export reads them
+        pool = Pool.of(self.pool, selection, "pool", self.kinds, most=most)
         at = {row.tobytes(): number for number, row in enumerate(self.pool)}
         taken = pool.choose(selection, lambda rows: self.embeddings[[at[row.tobytes()] for row in rows]])
         return [at[row.tobytes()] for row in taken]
 
 
 def medoids(embeddings: Floats, count: int, seed: int) -> list[int]:
-    """Return the row nearest to each centre of k-means, which begins with a drawn cover."""
+    """Return the row nearest to each centre of k-means, which begins with drawn rows."""
     rows = embeddings.astype(np.float64)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    centres = rows[order[cover(rows[order], count)]]
+    centres = rows[np.random.default_rng(seed).choice(len(rows), count, replace=False)]
     for _ in range(25):
         nearest = (rows @ centres.T).argmax(axis=1)
         sums = np.stack([rows[nearest == each].sum(axis=0) for each in range(count)])
@@ -228,19 +228,15 @@ def medoids(embeddings: Floats, count: int, seed: int) -> list[int]:
     return sorted({int(at) for at in (rows @ centres.T).argmax(axis=0)})
 
 
-def medians(embeddings: Floats, count: int, seed: int) -> list[int]:
-    """Return rows so that each row of all is near one of them, greedily (k-medians, facility location)."""
+def farthest(embeddings: Floats, count: int, seed: int) -> list[int]:
+    """Return rows each of which is the farthest from those before it (k-centre, Gonzalez 1985)."""
     rows = embeddings.astype(np.float64)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    near = np.rint(rows[order] @ rows[order].T * (1 << 16)).astype(np.int64)
-    best = np.full(len(rows), -(1 << 16), np.int64)
-    chosen: list[int] = []
+    chosen = [int(np.random.default_rng(seed).integers(len(rows)))]
+    nearest = np.full(len(rows), 2.0)
     while len(chosen) < count:
-        gains = np.maximum(near - best, 0).sum(axis=1)
-        gains[chosen] = -1
-        chosen.append(int(gains.argmax()))
-        best = np.maximum(best, near[chosen[-1]])
-    return [int(order[at]) for at in chosen]
+        nearest = np.minimum(nearest, 1 - rows @ rows[chosen[-1]])
+        chosen.append(int(nearest.argmax()))
+    return chosen
 
 
 # --- subjects ----------------------------------------------------------------------------------------------
@@ -323,7 +319,8 @@ def choices(tower: Tower) -> Iterator[tuple[str, int, int, Callable[[], list[int
         for method, samples in CHOICES:
             yield method, samples, seed, lambda m=method, n=samples, s=seed: tower.choose(m, n, s)  # type: ignore[misc]
         yield "k-means", 64, seed, lambda s=seed: medoids(tower.embeddings, 64, s)  # type: ignore[misc]
-        yield "k-medians", 64, seed, lambda s=seed: medians(tower.embeddings, 64, s)  # type: ignore[misc]
+        yield "farthest", 64, seed, lambda s=seed: farthest(tower.embeddings, 64, s)  # type: ignore[misc]
+    yield "k-medians of all", 64, 0, lambda: cover(tower.embeddings, 64)
     yield "all", len(tower.pool), 0, lambda: list(range(len(tower.pool)))
 
 

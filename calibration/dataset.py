@@ -6,9 +6,9 @@ the float model tells apart. What is taken depends on what is in the pictures, n
 they are called or in which order they were found: rows stand in an order that a hash of their content and the
 seed gives. The same Pillow makes the same rows of a picture; another one may differ in single levels.
 
-Embeddings differ between processors in their last bits. Distances are therefore rounded, and rows at the same
-distance are taken in the order of their hashes: machines choose differently only where two rows are within
-that rounding of one another. Who wants the very same rows keeps them (:meth:`CalibrationSet.write`).
+Embeddings differ between processors in their last bits. What coverage compares are sums of rounded cosines,
+and of equal ones the row of the lower hash is taken: machines choose differently only where two rows are all
+but equally good. Who wants the very same rows keeps them (:meth:`CalibrationSet.write`).
 
     >>> pool = read_pool(SamplePool.of(Path("photos/")), PreprocessSpec())      # doctest: +SKIP
     >>> pool.choose(Selection("random", samples=64)).shape                     # doctest: +SKIP
@@ -45,6 +45,7 @@ __all__ = [
     "FEW_PICTURES",
     "LEAST_SAMPLES",
     "METHODS",
+    "POOL_PER_SAMPLE",
     "WHOLE",
     "CalibrationSet",
     "Embed",
@@ -65,13 +66,14 @@ Embed: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]]
 LEAST_SAMPLES: Final = 16
 FEW_PICTURES: Final = 64
 """Fewer pictures than this are cropped and flipped."""
-_POOL_PER_SAMPLE: Final = 4  # embedding the pool then costs about what ranges over all of it would
+POOL_PER_SAMPLE: Final = 4
+"""Rows to choose each row from by coverage: embedding them costs what ranges over all of them would."""
 _SPARE: Final = 1.25  # what random choices read beyond their samples, should some be near copies
 _POOL_BYTES: Final = 512 << 20
 _PEEK_BYTES: Final = 4096
 _THUMBNAIL: Final = 16
 _NEAR_LEVELS: Final = 2.0  # root of the mean square, over thumbnails
-_DISTANCE_STEPS: Final = 1 << 16
+_COSINE_STEPS: Final = 1 << 16
 _EMBED_ROWS: Final = 64
 _SCHEMA: Final = "1"
 _SUFFIX: Final = ".safetensors"
@@ -84,8 +86,8 @@ class Selection:
 
     Attributes:
         method: ``"random"``; ``"stratified"``, equal shares of what tells pictures apart (the column
-            ``superclass``, else the label, else the folder); ``"coverage"``, each row the one that is
-            farthest from those taken before, by the float model's embeddings.
+            ``superclass``, else the label, else the folder); ``"coverage"``, so that every row is near one of
+            those taken, by the float model's embeddings.
         samples: rows at most, 16 or more.
         seed: another one gives other rows of the same pool.
 
@@ -441,7 +443,7 @@ def read_pool(
     """
     height, width = spec.image_size_px
     if most is None:
-        share = _POOL_PER_SAMPLE if selection.method == "coverage" else _SPARE
+        share = POOL_PER_SAMPLE if selection.method == "coverage" else _SPARE
         most = round(selection.samples * share)
     most = max(LEAST_SAMPLES, min(most, _POOL_BYTES // (height * width * 3)))
     found, total = _found(source, selection, most)
@@ -541,9 +543,11 @@ def _thumbnail(row: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def cover(embeddings: NDArray[np.floating[Any]], count: int) -> list[int]:
-    """Return rows that cover all of them: each is the farthest from those before it (Gonzalez 1985).
+    """Return rows that all are near to, the one first that gains most (facility location, k-medians).
 
-    The first row begins. Distances are 1 − cosine, rounded to 2⁻¹⁶; of equal ones the first row is taken.
+    Each row taken raises the sum over all rows of the cosine to the nearest one taken as far as any single
+    row does (Nemhauser et al. 1978; gains are looked up as by Minoux 1978). The prefix of a choice is the
+    choice of fewer. Cosines are rounded to 2⁻¹⁶; of equal gains the first row is taken.
 
     Args:
         embeddings: ``(n, E)``.
@@ -551,13 +555,24 @@ def cover(embeddings: NDArray[np.floating[Any]], count: int) -> list[int]:
     """
     rows = embeddings.astype(np.float64)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    chosen = [0]
-    nearest = np.full(len(rows), 2 * _DISTANCE_STEPS, np.int64)
+    near = np.rint(rows @ rows.T * _COSINE_STEPS).astype(np.int32)
+    best = np.full(len(rows), -_COSINE_STEPS, np.int32)
+
+    def gain(row: int) -> int:
+        return int(np.maximum(near[row] - best, 0).sum(dtype=np.int64))
+
+    chosen: list[int] = []
+    # What a row gains only falls as others are taken: the top that was looked up anew is the best.
+    heap = [(-gain(row), row, 0) for row in range(len(rows))]
+    heapq.heapify(heap)
     while len(chosen) < count:
-        distances = np.rint((1 - rows @ rows[chosen[-1]]) * _DISTANCE_STEPS).astype(np.int64)
-        nearest = np.minimum(nearest, distances)
-        nearest[chosen] = -1
-        chosen.append(int(nearest.argmax()))
+        _, row, known = heap[0]
+        if known < len(chosen):
+            heapq.heapreplace(heap, (-gain(row), row, len(chosen)))
+            continue
+        heapq.heappop(heap)
+        chosen.append(row)
+        best = np.maximum(best, near[row])
     return chosen
 
 

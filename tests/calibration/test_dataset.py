@@ -177,12 +177,13 @@ def test_progress_is_told(tmp_path: Path) -> None:
 # --- choices
 
 
-def test_coverage_is_that_of_farthest_points() -> None:
+def test_coverage_takes_what_brings_all_rows_nearest() -> None:
     rows = np.random.default_rng(0).normal(size=(200, 6))
     distances = cdist(rows, rows, "cosine")
-    expected = [0]
-    while len(expected) < 30:
-        expected.append(int(distances[expected].min(axis=0).argmax()))
+    expected: list[int] = []
+    for _ in range(30):
+        left = [distances[[*expected, row]].min(axis=0).sum() for row in range(200)]
+        expected.append(int(np.argmin(left)))
     assert cover(rows, 30) == expected
     # Scaling and noise in the last bits of float32 change nothing.
     noise = 1 + 1e-7 * np.random.default_rng(1).normal(size=rows.shape)
@@ -191,7 +192,7 @@ def test_coverage_is_that_of_farthest_points() -> None:
 
 def test_coverage_takes_the_first_of_equal_rows_and_never_one_twice() -> None:
     rows = np.eye(4)[[0, 1, 1, 2, 3, 3]]
-    assert cover(rows, 4) == [0, 1, 3, 4]
+    assert cover(rows, 4) == [1, 4, 0, 3]
     assert sorted(cover(rows, 6)) == [0, 1, 2, 3, 4, 5]
 
 
