@@ -10,7 +10,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -101,7 +101,24 @@ def main(args: Sequence[str] | None = None) -> None:
     # Pillow warns about damaged metadata of pictures it reads well. Silencing it is up to the process: it is
     # done here and not in the library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.showwarning = _show_warning
     sys.exit(_run(arguments, debug=debug))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show warnings that are ours as a line for people, others as Python does."""
+    if category.__module__.startswith("edgeclip."):
+        click.echo(f"warning: {message}", err=True)
+        return
+    said = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(said)
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:

@@ -85,6 +85,13 @@ def model_options(command: _Command) -> _Command:
                 help="Threads of the towers.  [default: usable cores]",
             ),
             cache_dir_option,
+            click.option(
+                "--allow",
+                multiple=True,
+                type=click.Choice(("unsafe-isa", "unverified")),
+                help="Lift a guard: run int8 made for other instruction sets, or unverified variants as they "
+                "are. Repeatable.",
+            ),
         )
     ):
         command = option(command)
@@ -128,13 +135,18 @@ class ModelChoice:
     device: str
     threads: int | None
     cache_dir: Path | None
+    allow: tuple[str, ...] = ()
 
     def options(self) -> RuntimeOptions:
         """Return them as runtime options."""
         from edgeclip.runtime.session import RuntimeOptions
 
         return RuntimeOptions(
-            backend=self.backend, device=self.device, threads=self.threads, cache_dir=self.cache_dir
+            backend=self.backend,
+            device=self.device,
+            threads=self.threads,
+            cache_dir=self.cache_dir,
+            allow=frozenset(self.allow),
         )
 
 

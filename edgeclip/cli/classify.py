@@ -72,6 +72,7 @@ def classify(
     device: str,
     threads: int | None,
     cache_dir: Path | None,
+    allow: tuple[str, ...],
     labels: str | None,
     label_file: Path | None,
     templates: str | None,
@@ -96,7 +97,7 @@ def classify(
         raise click.UsageError("name a picture or a folder, or give --paths-from.")
     offered = LabelChoice(labels, label_file, templates, language)
     offered.check()
-    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir)
+    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     began_ns = time.perf_counter_ns()
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.runtime.latency import NO_CLOCK, StageClock

@@ -58,6 +58,7 @@ def embed(
     device: str,
     threads: int | None,
     cache_dir: Path | None,
+    allow: tuple[str, ...],
     batch_size: int,
     strict: bool,
     paths_from: str | None,
@@ -76,7 +77,7 @@ def embed(
         raise click.BadParameter(
             f"{str(output)!r} ends in {form!r}, expected {', '.join(_FORMATS)}.", param_hint="--output"
         )
-    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir)
+    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.labels import write_atomic
 

@@ -57,6 +57,7 @@ def build(
     device: str,
     threads: int | None,
     cache_dir: Path | None,
+    allow: tuple[str, ...],
     labels: str | None,
     label_file: Path | None,
     templates: str | None,
@@ -75,7 +76,7 @@ def build(
     offered.check(required=True)
     if output is not None and output.suffix.lower() != ".safetensors":
         raise click.BadParameter(f"{str(output)!r} does not end in .safetensors.", param_hint="--output")
-    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir)
+    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.classify import ZeroShotClassifier
 
     prepare_stdout()

@@ -22,13 +22,24 @@ from edgeclip.runtime.session import BACKENDS, ModelFiles, RuntimeOptions, parse
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeclip.bundle import Variant
     from edgeclip.runtime.byte_products import Overflow
 
-__all__ = ["UnsafeIsaWarning", "adds_in_16_bits", "refuse_overflow", "run_graph"]
+__all__ = [
+    "UnsafeIsaWarning",
+    "adds_in_16_bits",
+    "expected_overflow",
+    "is_exact_by_setting",
+    "lacks_vnni",
+    "refuse_overflow",
+    "run_graph",
+]
 
 _ENGINES: Final = ("ort", "openvino")
 _EXACT_KERNELS: Final = "session.x64quantprecision"
+_FLOAT_KERNELS: Final = "session.disable_quant_qdq"
 _CPU_PROVIDER: Final = "CPUExecutionProvider"
+_VNNI: Final = frozenset({"avx512_vnni", "avx_vnni"})
 _TERMS: Final = 8
 
 
@@ -98,6 +109,52 @@ def adds_in_16_bits(backend: str = "ort") -> bool:
     )
 
 
+def is_exact_by_setting(backend: str, session_config: Mapping[str, str]) -> bool:
+    """Return whether settings of an engine keep it from adding in 16 bits anywhere."""
+    return backend == "ort" and "1" in (
+        session_config.get(_EXACT_KERNELS),
+        session_config.get(_FLOAT_KERNELS),
+    )
+
+
+def expected_overflow(variant: Variant, backend: str, options: RuntimeOptions, host: Host) -> str | None:
+    """Return why int8 answers of a variant would be wrong on a host, by what that host says of itself.
+
+    Asks no engine, and reads the variant's files only where the host has AVX2 without VNNI.
+
+    Args:
+        variant: of a bundle.
+        backend: what would run it.
+        options: device, and guards that are lifted.
+        host: where.
+
+    Raises:
+        BundleError: files are missing or damaged.
+    """
+    entry = variant.entry
+    isa = host.isa or frozenset()
+    if entry.precision != "int8" or backend not in _ENGINES or "unsafe-isa" in options.allow:
+        return None
+    if not lacks_vnni(host) or not _is_on_cpu(options):
+        return None
+    if is_exact_by_setting(backend, entry.session_config):
+        return None
+    for tower in sorted(entry.towers):
+        found = _stored_overflow(variant.tower(tower).model)
+        if found is not None:
+            return (
+                f"sums of its {tower} tower would overflow: this host has {', '.join(sorted(isa))} and no "
+                "VNNI, so pairs of products are added in 16 bits"
+            )
+    return None
+
+
+def lacks_vnni(host: Host) -> bool:
+    """Return whether a host says that it has AVX2 and no instruction that adds four products in 32 bits."""
+    isa = host.isa or frozenset()
+    return "avx2" in isa and not isa & _VNNI
+
+
 def refuse_overflow(model: ModelFiles, backend: str, options: RuntimeOptions) -> None:
     """Raise where a file's sums of bytes would overflow on this host; warn where that is allowed.
 
@@ -133,20 +190,24 @@ def _overflow(model: ModelFiles, backend: str, options: RuntimeOptions) -> Overf
     """Return what overflows, ``None`` where nothing does."""
     if backend not in _ENGINES or model.precision not in ("int8", "as stored"):
         return None
-    if parse_device(options.device)[0] != "cpu" or options.providers not in (None, (_CPU_PROVIDER,)):
+    if not _is_on_cpu(options):
         return None
     if backend == "ort":
-        if model.session_config.get(_EXACT_KERNELS) == "1" or not adds_in_16_bits(backend):
+        if is_exact_by_setting(backend, model.session_config) or not adds_in_16_bits(backend):
             return None
-        return _stored_overflow(model)
-    found = _stored_overflow(model)  # cheaper than asking OpenVINO
+        return _stored_overflow(model.model)
+    found = _stored_overflow(model.model)  # cheaper than asking OpenVINO
     return found if found is not None and adds_in_16_bits(backend) else None
 
 
-def _stored_overflow(model: ModelFiles) -> Overflow | None:
+def _is_on_cpu(options: RuntimeOptions) -> bool:
+    return parse_device(options.device)[0] == "cpu" and options.providers in (None, (_CPU_PROVIDER,))
+
+
+def _stored_overflow(path: Path) -> Overflow | None:
     from edgeclip.runtime.byte_products import overflow
 
     try:
-        return overflow(model.model)
+        return overflow(path)
     except (OSError, ValueError):
         return None  # the engine says next, and better, what is wrong with the file

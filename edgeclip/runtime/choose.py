@@ -18,11 +18,18 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from edgeclip.cache import COMPILED, HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError
+from edgeclip.runtime.byte_sums import (
+    UnsafeIsaWarning,
+    adds_in_16_bits,
+    expected_overflow,
+    is_exact_by_setting,
+)
 from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.session import (
     DEFAULT_OPTIONS,
@@ -107,9 +114,11 @@ def choose_variant(
             raise BackendUnavailableError(
                 f"variant {variant!r} cannot be run here: {problem}. Choose another one or variant='auto'."
             )
+        _warn_unsafe(named, options, host)
         return VariantChoice(named, f"variant {variant} was asked for")
     tuned = _tuned(bundle, options, host)
     if tuned is not None:
+        _warn_unsafe(tuned, options, host)
         return VariantChoice(tuned, "the tuned profile of this device names it")
     skipped: list[tuple[str, str]] = []
     names = bundle.manifest.default_variants or tuple(bundle.manifest.variants)
@@ -120,6 +129,7 @@ def choose_variant(
             reason = "first of the bundle's default variants" + (" that runs here" if skipped else "")
             if _to_prove(candidate, "image", options) and not _is_verified(candidate, "image"):
                 reason += "; not verified where it was made, so golden pictures are run here first"
+            _warn_unsafe(candidate, options, host)
             return VariantChoice(candidate, reason, tuple(skipped))
         skipped.append((name, problem))
     reasons = "; ".join(f"{name}: {problem}" for name, problem in skipped)
@@ -132,7 +142,7 @@ def open_tower(
     tower: str,
     options: RuntimeOptions = DEFAULT_OPTIONS,
 ) -> OpenSession:
-    """Open a tower of the chosen variant; int8 image towers and unverified ones prove themselves first.
+    """Open a tower of the chosen variant; int8 towers and unverified ones prove themselves first.
 
     The first time such a tower is opened on a kind of host, eight golden inputs are run, and the host cache
     is stamped. From then on this costs one small read. ``"unverified"`` in ``options.allow`` takes what is
@@ -180,6 +190,10 @@ def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | Non
             return (
                 f"it needs one of {_list(requires.isa_any)}, this host has {_list(sorted(offered)) or 'none'}"
             )
+    if entry.precision == "int8":
+        problem = expected_overflow(variant, backend, options, host)
+        if problem is not None:
+            return problem
     if requires.engine is not None and backend in _ENGINE_OF_FORMAT[entry.format]:
         installed = versions()
         have = next((installed[name] for name in _DISTRIBUTIONS[backend] if name in installed), None)
@@ -194,6 +208,20 @@ def unmet(variant: Variant, *, options: RuntimeOptions, host: Host) -> str | Non
     if (kind == "cuda" and backend == "openvino") or (kind in OPENVINO_DEVICES and backend != "openvino"):
         return f"{backend} does not run on {options.device}"
     return None
+
+
+def _warn_unsafe(variant: Variant, options: RuntimeOptions, host: Host) -> None:
+    """Warn of a variant that would not have been taken without ``"unsafe-isa"``."""
+    if "unsafe-isa" not in options.allow:
+        return
+    problem = unmet(variant, options=replace(options, allow=options.allow - {"unsafe-isa"}), host=host)
+    if problem is not None:
+        warnings.warn(
+            f"variant {variant.name!r} is run although {problem}: its answers may be wrong here, and nothing "
+            "but the golden check looks at them.",
+            UnsafeIsaWarning,
+            stacklevel=3,
+        )
 
 
 def _gpu_problem(capability: str | None, options: RuntimeOptions, host: Host) -> str | None:
@@ -264,10 +292,11 @@ def _unprovable(variant: Variant, options: RuntimeOptions) -> str | None:
 
 def _to_prove(variant: Variant, tower: str, options: RuntimeOptions) -> bool:
     """Return whether a tower must give the right answers here before it is handed out."""
-    if tower == "image" and variant.entry.precision == "int8":
+    if tower not in ("image", "text"):
+        return False
+    if variant.entry.precision == "int8":
         return True
-    needed = "unverified" not in options.allow and not _is_verified(variant, tower)
-    return needed and tower in ("image", "text")
+    return "unverified" not in options.allow and not _is_verified(variant, tower)
 
 
 def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> Variant | None:
@@ -299,6 +328,11 @@ def _prove(bundle: Bundle, variant: Variant, tower: str, session: OpenSession) -
     cache = _cache(bundle)
     device = re.sub(r"\W+", "", placement.device, flags=re.ASCII)
     which = "" if tower == "image" else f"-{tower}"
+    backend = placement.backend
+    is_int8 = variant.entry.precision == "int8" and placement.device == "cpu" and backend == "ort"
+    # Known since it was opened. An emulated processor says of itself what the one below it is.
+    if is_int8 and not is_exact_by_setting(backend, variant.entry.session_config):
+        which += "-16bit" if adds_in_16_bits(backend) else ""
     stamp = f"golden-{variant.name}-{placement.backend}-{device}{which}.json"
     if cache.get(stamp) is not None:
         return
@@ -314,9 +348,24 @@ def _prove(bundle: Bundle, variant: Variant, tower: str, session: OpenSession) -
         inputs = "pictures" if tower == "image" else "texts"
         raise BackendError(
             f"variant {variant.name!r}: its answers on this host are wrong over {result.numbers.n} golden "
-            f"{inputs}: {'; '.join(map(str, result.failures))}. {instead}, and see `edgeclip verify`."
+            f"{inputs}: {'; '.join(map(str, result.failures))}{_overflowing(variant, session)}. {instead}, "
+            "and see `edgeclip verify`."
         )
     cache.put(stamp, json.dumps(result.numbers.to_dict()).encode())
+
+
+def _overflowing(variant: Variant, session: OpenSession) -> str:
+    """Return what adds to wrong answers of int8 where sums overflow, as a part of a sentence."""
+    backend, entry = session.chosen.backend, variant.entry
+    if entry.precision != "int8" or session.chosen.device != "cpu" or backend not in ("ort", "openvino"):
+        return ""
+    if is_exact_by_setting(backend, entry.session_config) or not adds_in_16_bits(backend):
+        return ""
+    isa = _list(sorted(Host.here().isa or ())) or "unknown instruction sets"
+    return (
+        f" (sums of bytes overflow: {backend} adds pairs of products in 16 bits on this host, {isa}; "
+        "variants for x86-avx2 fit, and float ones)"
+    )
 
 
 def _list(words: tuple[str, ...] | list[str]) -> str:

@@ -19,6 +19,7 @@ from edgeclip.cache import HostCache
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import BackendError, BackendUnavailableError, BundleError
 from edgeclip.runtime import RuntimeOptions, choose_variant, open_tower, parity
+from edgeclip.runtime.byte_sums import UnsafeIsaWarning
 from edgeclip.runtime.choose import PROFILE_NAME, version_fits
 from edgeclip.runtime.host import Host
 from edgeclip.text_encoder import text_variant
@@ -83,7 +84,11 @@ def test_a_named_variant_that_cannot_run_is_an_error_unless_allowed(tiny_bundle:
     ):
         choose_variant(bundle, variant="onnx-int8", host=AVX2)
     options = RuntimeOptions(allow=frozenset({"unsafe-isa"}))
-    assert choose_variant(bundle, variant="onnx-int8", host=AVX2, options=options).variant.name == "onnx-int8"
+    with pytest.warns(
+        UnsafeIsaWarning, match="'onnx-int8' is run although it needs one of avx_vnni, this host"
+    ):
+        choice = choose_variant(bundle, variant="onnx-int8", host=AVX2, options=options)
+    assert choice.variant.name == "onnx-int8"
 
 
 @pytest.mark.parametrize(
@@ -215,13 +220,41 @@ def test_int8_is_checked_once_and_stamped(tiny_bundle_session: Path, monkeypatch
     open_tower(bundle, choose_variant(bundle), "image").close()
 
 
-@pytest.mark.parametrize(("variant", "tower"), [("onnx-fp32", "image"), ("onnx-int8", "text")])
-def test_what_is_not_an_int8_image_tower_needs_no_proof(
-    tiny_bundle_session: Path, variant: str, tower: str
-) -> None:
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_verified_float_needs_no_proof(tiny_bundle_session: Path, tower: str) -> None:
     bundle = Bundle.open(tiny_bundle_session)
-    open_tower(bundle, bundle.variant(variant), tower).close()
+    open_tower(bundle, bundle.variant("onnx-fp32"), tower).close()
     assert stamps(bundle) == []
+
+
+def test_an_int8_text_tower_proves_itself_too(tiny_bundle_session: Path) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    open_tower(bundle, bundle.variant("onnx-int8"), "text").close()
+    assert stamps(bundle) == ["golden-onnx-int8-ort-cpu-text.json"]
+
+
+def test_int8_proves_itself_again_where_sums_are_of_16_bits(
+    tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An emulated processor says of itself what the one below it is: the fingerprint stays the same."""
+    bundle = Bundle.open(tiny_bundle_session)
+    open_tower(bundle, bundle.variant("onnx-int8"), "image").close()
+    monkeypatch.setattr("edgeclip.runtime.choose.adds_in_16_bits", lambda backend: True)
+    open_tower(bundle, bundle.variant("onnx-int8"), "image").close()
+    assert stamps(bundle) == ["golden-onnx-int8-ort-cpu-16bit.json", "golden-onnx-int8-ort-cpu.json"]
+
+
+def test_wrong_answers_are_explained_where_sums_overflow(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeclip.runtime.choose.adds_in_16_bits", lambda backend: True)
+    bundle = put_wrong_model(tiny_bundle, tmp_path)
+    expected = (
+        r"wrong over 8 golden pictures: .* \(sums of bytes overflow: ort adds pairs of products in 16 bits "
+        r"on this host, .+; variants for x86-avx2 fit, and float ones\)\. Open it with variant='onnx-fp32'"
+    )
+    with pytest.raises(BackendError, match=expected):
+        open_tower(bundle, bundle.variant("onnx-int8"), "image")
 
 
 def test_int8_that_answers_wrongly_here_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
