@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -219,8 +220,11 @@ def _locate(checkpoint: Checkpoint) -> tuple[str, str | None]:
         raise InputError(f"checkpoint {said!r}: {hint}; expected a checkpoint's directory.")
     entry = MODELS.get(said)
     if entry is None:
+        known = {name.lower(): name for name in MODELS}
+        close = get_close_matches(said.lower(), known, n=1)
+        hint = f"did you mean {known[close[0]]!r}? See" if close else "see"
         raise InputError(
-            f"checkpoint {said!r}: there is no such file or directory, and no model of that name; see "
+            f"checkpoint {said!r}: there is no such file or directory, and no model of that name; {hint} "
             "`edgeclip models list`."
         )
     if entry.weights is None:

@@ -47,7 +47,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
 @click.option(
     "--reference",
     type=click.Path(path_type=Path),
-    metavar="DIR",
+    metavar="DIR|FILE",
     help="Pictures to compare on; 16 of them go into the bundle, scaled to the tower's size.  [default: "
     "edgeclip's photographs]",
 )
@@ -94,7 +94,10 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     help="Keep the float32 graphs and what was written on the way.",
 )
 @click.option(
-    "--require-verified", is_flag=True, help="Fail where the engine of a variant cannot run on this host."
+    "--require-verified",
+    is_flag=True,
+    help="Fail where a variant cannot be run here as it will be: its engine, device or instruction sets are "
+    "missing.",
 )
 @click.option(
     "--limit",
@@ -250,8 +253,8 @@ def _table(report: ExportReport) -> str:
     for name, variant in report.variants.items():
         reasons = {said.reason for said in variant.towers.values() if said.reason}
         proxies = {said.proxy for said in variant.towers.values() if said.proxy}
-        lines += [f"{name}: not run here: {reason}" for reason in sorted(reasons)]
-        lines += [f"{name}: its numbers are from {proxy}" for proxy in sorted(proxies)]
+        lines += [f"{name}: unverified: {reason}" for reason in sorted(reasons)]
+        lines += [f"{name}: its numbers are of a stand-in: {proxy}" for proxy in sorted(proxies)]
     return "\n".join(lines)
 
 

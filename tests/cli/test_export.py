@@ -97,6 +97,34 @@ def test_the_default_reference_is_edgeclips_photographs_and_alike_ones_are_said_
     assert "centred cosine" in done.out
 
 
+def test_what_another_processor_must_prove_is_said(export: Run, pictures: Path, tmp_path: Path) -> None:
+    machine = os.uname().machine
+    target = "arm64-dotprod" if machine == "x86_64" else "x86-vnni"
+    name = f"onnx-fp32@{target}"
+    arguments = [
+        PROBE,
+        "-o",
+        tmp_path / "bundle",
+        "--reference",
+        pictures,
+        "--threads",
+        1,
+        "--target",
+        target,
+    ]
+    done = export(*arguments)
+    assert done.code == 0, done.err
+    *_, image, text, reason, proxy = done.out.splitlines()
+    assert (image.split()[-1], text.split()[-1]) == ("unverified", "unverified")
+    assert reason.startswith(f"{name}: unverified: it needs one of ")
+    assert proxy.startswith(
+        f"{name}: its numbers are of a stand-in: the same engine on {machine}, which has none"
+    )
+    done = export(*arguments, "--require-verified")
+    assert (done.code, done.out) == (4, "")
+    assert f"not verified: {name}, image tower: it needs one of " in done.err
+
+
 def test_labels_are_taken_from_a_file_and_baked(export: Run, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "my things.txt").write_text("red circle\nblue square | azure box\n", encoding="utf-8")
     done = export(

@@ -670,6 +670,7 @@ def test_killed_at_twenty_random_moments_a_complete_bundle_opens(tmp_path: Path)
     ("checkpoint", "error", "message"),
     [
         ("nothing-of-this-name", InputError, "no such file or directory, and no model of that name"),
+        ("mobileclip2-s0", InputError, "did you mean 'MobileCLIP2-S0'"),
         ("MobileCLIP2-S0", InputError, "run `edgeclip models pull MobileCLIP2-S0`"),
         ("{bundle}", InputError, "it is a bundle, whose float32 weights are gone"),
         ("{probes}", InputError, "it has no config.json"),
