@@ -67,6 +67,7 @@ from edgeclip.models.zoo import MODELS, clip_config  # noqa: E402
 from edgeclip.runtime import parity  # noqa: E402
 from edgeclip.runtime.host import Host  # noqa: E402
 from edgeclip.runtime.parity import ParityLimits, compare_embeddings  # noqa: E402
+from edgeclip.runtime.session import RuntimeOptions, open_session  # noqa: E402
 from edgeclip.tensors import map_tensors  # noqa: E402
 from edgeclip.tokenizer import Tokenizer  # noqa: E402
 
@@ -492,6 +493,31 @@ def test_openvinos_other_devices_are_not_verified_by_a_cpu(
     assert image.proxy.startswith("OpenVINO ")
     assert image.numbers is not None
     assert image.numbers.cosine_min >= 0.999
+
+
+def test_intels_devices_run_what_was_compiled_for_them(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    compiled: list[tuple[str, str, bool]] = []
+
+    def compile_variant(variant: Any, *, towers: list[str], options: RuntimeOptions) -> None:
+        assert options.cache_dir is not None
+        compiled.append((variant.name, towers[0], options.cache_dir.is_dir()))
+
+    def open_here(files: Any, *, options: RuntimeOptions) -> Any:
+        assert (options.device, len(compiled)) == ("gpu", len(opened) + 1)
+        opened.append(options.cache_dir)
+        return open_session(files, options=RuntimeOptions(threads=1))
+
+    opened: list[Path | None] = []
+    monkeypatch.setattr(agreement, "open_session", open_here)
+    monkeypatch.setattr("edgeclip.runtime.compile.compile_variant", compile_variant)
+    name = "openvino-fp16@intel-gpu"
+    done = export_probe("tinyclip", tmp_path / "bundle", pictures, name)
+    assert done.report.variants[name].status == "passed"
+    assert compiled == [(name, "image", True), (name, "text", True)]
+    assert None not in opened
 
 
 # --- an existing bundle ------------------------------------------------------------------------------------
