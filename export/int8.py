@@ -30,6 +30,7 @@ from edgeclip.quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8
 from .build import BuildRequest, BuiltVariant
 from .passes import apply
 from .passes._graph import constant
+from .passes.keep_float import KeepFloat
 from .passes.qdq import InsertQdq, is_product, observed, place
 from .passes.sequences import for_onnx_runtime
 from .ranges import GraphWatch, check_rows
@@ -113,7 +114,7 @@ def quantize(
         )
     watch = GraphWatch(graph, what=what)
     ranges = observe(watch, check_rows(graph, rows, what=what), observed(model, nodes, scheme), what=what)
-    return apply(shaped, [InsertQdq(nodes, ranges, scheme)], what=what)
+    return apply(shaped, [InsertQdq(nodes, ranges, scheme), KeepFloat()], what=what)
 
 
 def symmetric_qdq(

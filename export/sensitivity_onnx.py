@@ -35,6 +35,7 @@ from edgeclip.runtime.session import DEFAULT_OPTIONS, OpenSession, RuntimeOption
 
 from .passes import apply
 from .passes._graph import readers
+from .passes.keep_float import KeepFloat
 from .passes.qdq import InsertQdq, observed, place
 from .passes.switches import SWITCHES, InsertSwitches
 from .ranges import GraphWatch, check_rows
@@ -156,7 +157,7 @@ class Quantizable:
         nodes = [name for name in self.nodes if name in set(on)]
         if not nodes:
             return self.graph
-        graph = apply(self.graph, [InsertQdq(nodes, self.ranges, self.scheme)], what=self.what)
+        graph = apply(self.graph, [InsertQdq(nodes, self.ranges, self.scheme), KeepFloat()], what=self.what)
         store_small(graph, tables=CHOSEN.tables, others=CHOSEN.others)
         return graph
 
@@ -171,6 +172,12 @@ class Quantizable:
         config = _EXACT if self.scheme.integer_outputs else _SIMULATED
         with _opened(self.quantized(on), self.what, config, options) as session:
             return np.asarray(run_rows(session, rows), np.float32)
+
+    def opened(
+        self, on: Collection[str], *, options: RuntimeOptions = DEFAULT_OPTIONS
+    ) -> contextlib.AbstractContextManager[OpenSession]:
+        """Open the graph with these products in int8, with the kernels that this processor has."""
+        return _opened(self.quantized(on), self.what, {}, options)
 
     def times(
         self,
