@@ -32,6 +32,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("edgeclip.cli.embed:embed", "Write image embeddings to a file."),
     "eval": ("edgeclip.cli.eval:eval_", "Measure how good models are, all on the same pictures."),
     "export": ("edgeclip.cli.export:export", "Export a model to a verified bundle."),
+    "heads": ("edgeclip.cli.heads:heads", "Fit what turns similarities into scores."),
     "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
     "models": ("edgeclip.cli.models:models", "List the models edgeclip knows, and download their weights."),
     "pipeline": (
