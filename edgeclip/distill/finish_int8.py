@@ -275,7 +275,7 @@ def finish_int8(
             got = student(inputs[chosen])
         loss = _loss(got, wanted[chosen], labels, settings)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         on_step(step, float(loss.detach()))
         if step % settings.every == 0 or step == settings.steps:
@@ -305,7 +305,7 @@ def _loss(got: Tensor, wanted: Tensor, labels: Tensor | None, settings: FinishSe
 
 @torch.no_grad()
 def _embeddings(tower: nn.Module, rows: Tensor) -> Tensor:
-    return torch.cat([tower(part) for part in rows.split(_BATCH_MEASURED)])
+    return torch.cat([tower(part) for part in torch.split(rows, _BATCH_MEASURED)])
 
 
 def _distance(got: Tensor, wanted: Tensor) -> float:

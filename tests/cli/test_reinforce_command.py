@@ -19,18 +19,13 @@ from train_runs import recipe_text  # noqa: E402
 
 from edgeclip.distill.reinforcement import read_reinforcement  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 VIT, TINY = PROBES / "vit", PROBES / "tinyclip"
 QUICK = ("--augmentations", 2, "--rand-augment", 0, "--crop-scale", 0.8, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
