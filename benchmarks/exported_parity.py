@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -314,20 +314,23 @@ def _document(results: Mapping[str, Any]) -> dict[str, Any]:
         }
         | {"of_rounding_alone": OF_ROUNDING},
         "rows": _ROWS,
+        "missing": [name for name in MODELS if name not in ordered],
         "worst": {form: _worst(ordered, form) for form in FORMS},
         "passed": not any(failures(result) for result in ordered.values()),
         "results": ordered,
     }
 
 
-def _worst(results: Mapping[str, Any], form: str) -> dict[str, float]:
-    numbers: Sequence[Mapping[str, float]] = [
-        batch
-        for result in results.values()
-        for tower in result["towers"].values()
-        for batch in tower[form].values()
-    ]
-    return {name: max(each[name] for each in numbers) for name in ("max_abs", "of_spread")}
+def _worst(results: Mapping[str, Any], form: str) -> dict[str, float | None]:
+    """Return the worst of every number over all models, towers and batches."""
+    found: dict[str, list[float]] = {"max_abs": [], "of_spread": [], "of_rounding_alone": []}
+    for result in results.values():
+        for tower in result["towers"].values():
+            for numbers in tower[form].values():
+                found["max_abs"].append(numbers["max_abs"])
+                found["of_spread"].append(numbers["of_spread"])
+                found["of_rounding_alone"].append(numbers["of_spread"] / tower["rounding_alone"])
+    return {name: _rounded(max(values)) for name, values in found.items()}
 
 
 if __name__ == "__main__":
