@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -10,7 +11,7 @@ import click
 from edgeclip.errors import BackendError
 
 if TYPE_CHECKING:
-    from edgeclip.runtime.diagnose import Diagnosis
+    from edgeclip.runtime.diagnose import Check, Diagnosis
 
 __all__ = ["doctor"]
 
@@ -31,10 +32,44 @@ def doctor(bundle: str | None, as_json: bool) -> None:
     from edgeclip.runtime.diagnose import diagnose
 
     found = diagnose(bundle_directory(bundle or "default", Notes()))
+    found = replace(found, checks=(*found.checks, *_int8_sums(found)))
     click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else _text(found))
     if found.broken:
         first = found.broken[0]
         raise BackendError(f"{first.name}: {first.detail.rstrip('.')}: {first.suggestion}.")
+
+
+def _int8_sums(found: Diagnosis) -> list[Check]:
+    """Run layers in int8 through every engine that works here, and compare with exact sums."""
+    from edgeclip.calibration.saturation import detect
+    from edgeclip.runtime.diagnose import Check
+
+    checks = []
+    for state in found.backends:
+        if state.name not in ("ort", "openvino") or not state.works:
+            continue
+        name = f"int8 sums of {state.name}"
+        try:
+            detection = detect(state.name)
+        except BackendError as error:
+            checks.append(Check(name, "problem", str(error), "use float variants"))
+            continue
+        if detection.exact:
+            layers = len(detection.findings)
+            checks.append(Check(name, "ok", f"exact on this host ({layers} layers, every number)"))
+            continue
+        worst = max(detection.findings, key=lambda finding: finding.error)
+        checks.append(
+            Check(
+                name,
+                "problem",
+                f"not exact on this host: products are added in 16 bits ({worst.layer}: {worst.wrong} of "
+                f"{worst.outputs} numbers wrong, relative error {worst.error:.3f} in place of "
+                f"{worst.exact_error:.3f})",
+                "use int8 variants made for x86-avx2, or float ones; edgeclip refuses those that overflow",
+            )
+        )
+    return checks
 
 
 def _text(found: Diagnosis) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from wrong_bundle import put_wrong_model
 
+from edgeclip.calibration import saturation
 from edgeclip.cli import _run
 from edgeclip.runtime import diagnose as diagnose_module
+from edgeclip.runtime.byte_sums import adds_in_16_bits
 from edgeclip.runtime.host import CpuTimes
 
 
@@ -145,3 +147,29 @@ def test_tensorrt_is_named_with_its_version_and_the_gpu_or_its_lack(
     assert trt.__version__ in state["detail"]
     if not state["works"]:
         assert "NVIDIA driver" in state["detail"]
+
+
+def test_sums_of_16_bits_are_a_problem_with_numbers(
+    tiny_bundle_session: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(layer: saturation.Layer, rows: object, **where: object) -> object:
+        return layer.simulated("16-bit pairs")
+
+    monkeypatch.setattr(saturation, "_run", cut_off)
+    assert doctor("--bundle", tiny_bundle_session, "--json") == 0
+    found = check(capsys, "int8 sums of ort")
+    assert found["state"] == "problem"
+    assert (
+        "(largest bytes: 64 of 64 numbers wrong, relative error 0.494 in place of 0.000)" in found["detail"]
+    )
+    assert "made for x86-avx2" in found["suggestion"]
+
+
+def test_int8_sums_of_this_host_are_told(
+    tiny_bundle_session: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor("--bundle", tiny_bundle_session, "--json") == 0
+    found = check(capsys, "int8 sums of ort")
+    assert found["detail"].startswith(
+        "not exact" if adds_in_16_bits("ort") else "exact on this host (3 layers"
+    )

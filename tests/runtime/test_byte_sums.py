@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -164,8 +168,8 @@ def test_a_bare_file_that_would_overflow_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "int8.onnx", product(100))
     expected = (
         r"int8\.onnx.*: its int8 answers would be wrong here: ort adds pairs of products in 16 bits on this "
-        r"host \(.+\), and 1 of its products can overflow them \(at most in 'y', whose weights add up to 200, "
-        r"128 fits"
+        r"host \(.+\), and 1 of its products can overflow them \(at most in 'y', whose weights add up to 200,"
+        r" 128 fits"
     )
     with pytest.raises(BackendUnavailableError, match=expected):
         open_session(path, options=RuntimeOptions(threads=1))
@@ -247,3 +251,62 @@ def test_seven_bits_and_exact_kernels_are_taken_on_avx2(tiny_bundle: Path) -> No
     config = {"session.x64quantprecision": "1"}
     bundle = with_int8(tiny_bundle, 127, session_config=config)
     assert choose_variant(bundle, host=AVX2).variant.name == "onnx-int8"
+
+
+# --- a bundle that really saturates
+
+
+@pytest.mark.full
+def test_a_saturating_bundle_of_others_is_refused_on_an_emulated_haswell(tmp_path: Path) -> None:
+    """8-bit weights, no word of instruction sets: the processor is found out by what its sums are."""
+    qemu = shutil.which("qemu-x86_64")
+    if qemu is None:
+        pytest.skip("qemu-x86_64 is not installed (Debian, Ubuntu: apt install qemu-user)")
+    pytest.importorskip("onnx")
+    from exported import export_probe, write_pictures
+
+    from edgeclip.export.options import ExportSettings, Gates, LimitChange, References
+
+    pictures = write_pictures(tmp_path / "pictures")
+    settings = ExportSettings(
+        references=References(pictures=pictures),
+        gates=Gates(limits=(LimitChange("int8", "top1_agreement", 0.9),)),
+        threads=1,
+    )
+    variants = ("onnx-fp32", "onnx-int8@x86-vnni", "onnx-int8@x86-avx2")
+    path = tmp_path / "bundle"
+    export_probe("mobileclip", path, pictures, *variants, settings=settings)
+    with BundleWriter(path) as writer:
+        writer.manifest["variants"]["onnx-int8@x86-vnni"].pop("requires")
+        writer.commit()
+
+    def classify(variant: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            qemu,
+            "-cpu",
+            "Haswell",
+            sys.executable,
+            "-m",
+            "edgeclip",
+            "classify",
+            "--bundle",
+            str(path),
+        ]
+        command += ["--variant", variant, "--threads", "1", "--labels", "red circle,blue square", *more]
+        return subprocess.run(
+            [*command, str(next(pictures.iterdir()))],
+            env={**os.environ, "EDGECLIP_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    refused = classify("onnx-int8@x86-vnni")
+    assert refused.returncode == 1
+    assert "its int8 answers would be wrong here: ort adds pairs of products in 16 bits" in refused.stderr
+    allowed = classify("onnx-int8@x86-vnni", "--allow", "unsafe-isa")
+    assert allowed.returncode == 0
+    assert "warning: onnx-int8@x86-vnni image tower: its int8 answers would be wrong here" in allowed.stderr
+    fits = classify("onnx-int8@x86-avx2")
+    assert fits.returncode == 0
+    assert "warning" not in fits.stderr.replace("qemu-x86_64: warning", "")

@@ -255,6 +255,10 @@ def test_wrong_answers_are_explained_where_sums_overflow(
     )
     with pytest.raises(BackendError, match=expected):
         open_tower(bundle, bundle.variant("onnx-int8"), "image")
+    options = RuntimeOptions(allow=frozenset({"unsafe-isa"}))
+    for _ in range(2):  # nothing is stamped
+        with pytest.warns(UnsafeIsaWarning, match="wrong over 8 golden pictures: .*'unsafe-isa' is allowed"):
+            open_tower(bundle, bundle.variant("onnx-int8"), "image", options).close()
 
 
 def test_int8_that_answers_wrongly_here_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
