@@ -388,6 +388,16 @@ class Choice:
     possible_ms: float
     curve: tuple[Point, ...] = field(default=(), repr=False)
 
+    def to_manifest(self) -> dict[str, Any]:
+        """Return what a bundle says about it."""
+        return {
+            "target": self.target.to_dict(),
+            "products": len(self.nodes),
+            "kept": dict(self.keep_float),
+            "cosine": float(f"{self.measured.cosine_mean:.6g}"),
+            "top1": self.measured.top1_agreement,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         return {

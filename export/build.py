@@ -8,14 +8,15 @@ does both, for every format alike.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from edgeclip.bundle import Requires, TensorEntry
-from edgeclip.errors import ExportError
+from edgeclip.calibration.sensitivity import Int8Target
+from edgeclip.errors import ConfigError, ExportError
 
 from .variants import VariantSpec
 
@@ -24,7 +25,40 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-__all__ = ["BUILDERS", "BuildOptions", "BuildRequest", "Builder", "BuiltTower", "BuiltVariant", "builder_of"]
+__all__ = [
+    "BUILDERS",
+    "BuildOptions",
+    "BuildRequest",
+    "Builder",
+    "BuiltTower",
+    "BuiltVariant",
+    "Int8Search",
+    "builder_of",
+]
+
+
+@dataclass(frozen=True)
+class Int8Search:
+    """What is asked of the choice of products that stay float.
+
+    Attributes:
+        target: what int8 has to keep; ``None`` measures, and chooses nothing.
+        latency_table: a file with times from the device; ``None`` measures on this host.
+        folder: where reports go; ``None`` writes none.
+        threads: of every engine; usable cores without.
+    """
+
+    target: Int8Target | None = None
+    latency_table: Path | None = None
+    folder: Path | None = None
+    threads: int | None = None
+
+    def of(self, tower: str) -> Int8Target | None:
+        """Return the target of a tower: texts have no best label."""
+        if self.target is None or tower == "image":
+            return self.target
+        target = replace(self.target, top1=None)
+        return target if target.to_dict() else None
 
 
 @dataclass(frozen=True)
@@ -38,11 +72,25 @@ class BuildOptions:
             one file cannot hold them.
         accuracy_control: for OpenVINO's int8: let NNCF put layers back into float until its accuracy metric
             (mean cosine to float32) is met.
+        int8: choose the products of int8 towers that stay float; ``None`` takes the fixed policy.
     """
 
     gelu_tanh: bool = True
     external_data: bool | None = None
     accuracy_control: bool = False
+    int8: Int8Search | None = None
+
+    def check(self, specs: Sequence[VariantSpec]) -> None:
+        """Refuse what cannot be had together.
+
+        Raises:
+            ConfigError: a choice for int8 is asked for, and no variant that it could be made for.
+        """
+        if self.int8 is not None and all(spec.form.precision != "int8" for spec in specs):
+            raise ConfigError(
+                f"int8 target {self.int8.target}: no int8 variant is asked for among "
+                f"{', '.join(spec.name for spec in specs)}; add onnx-int8."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +106,7 @@ class BuildRequest:
         calibration_digest: names those rows in the manifest.
         work: an empty directory for files on the way; the exporter removes it, or keeps it on request.
         options: choices.
+        bank: ``(N, E)`` label embeddings, for the agreement of ranks; ``None`` where ranks mean nothing.
         on_step: told what is being done, in a few words.
     """
 
@@ -67,6 +116,7 @@ class BuildRequest:
     calibration: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     calibration_digest: str | None = None
     options: BuildOptions = BuildOptions()
+    bank: NDArray[np.float32] | None = None
     on_step: Callable[[str], None] = lambda said: None
 
 

@@ -91,6 +91,7 @@ def export_bundle(
     settings = settings or ExportSettings()
     settings.graph.check(variants)
     settings.gates.check(variants)
+    settings.build.check(variants)
     for module, extra in _needed(variants):
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError("edgeclip export", extra=extra, module=module)
@@ -238,6 +239,7 @@ def _make(
             rows,
             None if chosen is None else chosen.digest,
             settings.build,
+            yardstick.bank.embeddings if yardstick.basis == "trained" else None,
             on_step=lambda said: steps.note(f"{spec.name}: {said}"),
         )
         built = builder_of(spec.form.format)(request)
@@ -249,6 +251,7 @@ def _make(
     with steps(f"{spec.name}: store"):
         sizes = _store(spec, built, yardstick.writer)
         towers = sorted(built.towers)
+        choices = (built.calibration or {}).get("choice", {})
         del built
     reports = {}
     for tower in towers:
@@ -256,7 +259,7 @@ def _make(
             reports[tower] = replace(
                 verify_tower(spec, tower, yardstick, settings.gates, folder), size_bytes=sizes[tower]
             )
-    return VariantReport(reports, replaced)
+    return VariantReport(reports, replaced, choices)
 
 
 def _classifier(built: BuiltVariant, yardstick: Yardstick, spec: VariantSpec) -> BuiltTower:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edgeclip.bundle import Requires
 from edgeclip.calibration.ranges import observe
+from edgeclip.calibration.sensitivity import Choice
 from edgeclip.errors import ExportError
 from edgeclip.quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8Policy, Scheme
 
@@ -37,7 +38,16 @@ from .ranges import GraphWatch, check_rows
 from .storage import store_small
 from .to_onnx import built_tower
 
-__all__ = ["METHOD", "policy_of", "quantize", "quantized", "said", "scheme_of", "symmetric_qdq"]
+__all__ = [
+    "METHOD",
+    "chosen_policy",
+    "policy_of",
+    "quantize",
+    "quantized",
+    "said",
+    "scheme_of",
+    "symmetric_qdq",
+]
 
 METHOD: Final = "minmax"
 _EXACT_KERNELS: Final[Mapping[str, str]] = MappingProxyType({"session.x64quantprecision": "1"})
@@ -55,11 +65,12 @@ def quantized(request: BuildRequest) -> BuiltVariant:
         check_rows(graph, request.calibration.get(tower), what=f"variant {name!r}, {tower} tower")
     scheme = scheme_of(8 if target is None else target.weight_bits)
     towers, policies = {}, {}
+    choices: dict[str, Choice] = {}
     for tower, graph in request.graphs.items():
         request.on_step(f"quantize the {tower} tower")
         what = f"variant {name!r}, {tower} tower"
-        policies[tower] = policy = policy_of(graph)
         model = apply(graph, for_onnx_runtime(request.spec, gelu_tanh=request.options.gelu_tanh), what=what)
+        policies[tower] = policy = chosen_policy(request, tower, model, scheme, choices)
         model = quantize(model, request.calibration[tower], policy, scheme, what=what)
         store_small(model, tables=policy.tables, others=policy.others)
         del model.graph.value_info[:]  # engines infer it again
@@ -68,7 +79,7 @@ def quantized(request: BuildRequest) -> BuiltVariant:
         towers,
         requires=Requires() if target is None else target.requires,
         session_config=_EXACT_KERNELS if target is None else {},
-        calibration=said(request, scheme, policies),
+        calibration=said(request, scheme, policies, choices),
     )
 
 
@@ -85,6 +96,43 @@ def policy_of(graph: onnx.ModelProto) -> Int8Policy:
             array = constant(node.inputs[1])
             weights[node.op_type] += 0 if array is None else array.size
     return CONVOLUTIONS if weights["Conv"] > weights["Gemm"] + weights["MatMul"] else TRANSFORMER
+
+
+def chosen_policy(
+    request: BuildRequest, tower: str, graph: onnx.ModelProto, scheme: Scheme, choices: dict[str, Choice]
+) -> Int8Policy:
+    """Return what stays float in a tower: what was chosen for it, if that was asked for.
+
+    Args:
+        request: the variant.
+        tower: its name.
+        graph: of the tower, as it will be quantized.
+        scheme: what int8 means.
+        choices: a choice is added here.
+
+    Raises:
+        CalibrationError: no choice reaches the target.
+        InputError: the latency table cannot be used.
+    """
+    asked = request.options.int8
+    if asked is None or asked.of(tower) is None:
+        return policy_of(graph)
+    from .sensitivity_onnx import CHOSEN
+    from .sensitivity_search import search
+
+    report = search(
+        graph,
+        request.calibration[tower],
+        scheme,
+        asked,
+        tower=tower,
+        variant=request.spec.name,
+        bank=request.bank,
+        on_step=request.on_step,
+    )
+    assert report.choice is not None
+    choices[tower] = report.choice
+    return replace(CHOSEN, keep_float=frozenset(report.choice.keep_float))
 
 
 def quantize(
@@ -142,12 +190,20 @@ def symmetric_qdq(
     return quantize(graph, rows, policy or policy_of(graph), TENSORRT, what=what)
 
 
-def said(request: BuildRequest, scheme: Scheme, policies: Mapping[str, Int8Policy]) -> dict[str, Any]:
+def said(
+    request: BuildRequest,
+    scheme: Scheme,
+    policies: Mapping[str, Int8Policy],
+    choices: Mapping[str, Choice] | None = None,
+) -> dict[str, Any]:
     """Return what the manifest says about how a variant was quantized."""
-    return {
+    found: dict[str, Any] = {
         "method": METHOD,
         "rows": {tower: len(request.calibration[tower]) for tower in policies},
         "digest": request.calibration_digest,
         "scheme": scheme.to_dict(),
         "policy": {tower: policy.to_dict() for tower, policy in policies.items()},
     }
+    if choices:
+        found["choice"] = {tower: choice.to_manifest() for tower, choice in choices.items()}
+    return found

@@ -309,10 +309,17 @@ class TowerReport:
 
 @dataclass(frozen=True)
 class VariantReport:
-    """One variant: its towers by name, and whether one of that name was replaced."""
+    """One variant.
+
+    Attributes:
+        towers: by name.
+        replaced: whether one of that name was replaced.
+        choices: what stays float in int8 towers, where that was chosen: target, products, reasons, numbers.
+    """
 
     towers: Mapping[str, TowerReport]
     replaced: bool = False
+    choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -362,6 +369,7 @@ class ExportReport:
                 name: {
                     "status": variant.status,
                     "replaced": variant.replaced,
+                    "choices": {tower: dict(said) for tower, said in variant.choices.items()},
                     "towers": {tower: said.to_dict() for tower, said in variant.towers.items()},
                 }
                 for name, variant in self.variants.items()

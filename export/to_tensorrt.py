@@ -16,12 +16,13 @@ from typing import Final
 import onnx
 
 from edgeclip.bundle import Requires
+from edgeclip.calibration.sensitivity import Choice
 from edgeclip.errors import ExportError
 from edgeclip.quantization import TENSORRT, Int8Policy
 
 from . import passes
 from .build import BuildRequest, BuiltVariant
-from .int8 import policy_of, said, symmetric_qdq
+from .int8 import chosen_policy, said, symmetric_qdq
 from .passes.cast_first import CastFirst
 from .passes.float16 import Float16
 from .ranges import check_rows
@@ -44,12 +45,14 @@ def build(request: BuildRequest) -> BuiltVariant:
     precision = request.spec.form.precision
     make = {"fp32": _single, "fp16": _half, "int8": _int8}[precision]
     policies: dict[str, Int8Policy] = {}
+    choices: dict[str, Choice] = {}
     if precision == "int8":
         for tower, graph in request.graphs.items():  # before anything that takes long
             what = _what(request, tower)
             _check_opset(graph, what=what)
             check_rows(graph, request.calibration.get(tower), what=what)
-            policies[tower] = policy_of(graph)
+        for tower, graph in request.graphs.items():
+            policies[tower] = chosen_policy(request, tower, graph, TENSORRT, choices)
     towers = {}
     for tower, graph in request.graphs.items():
         typed = make(request, tower, graph, policies)
@@ -58,7 +61,7 @@ def build(request: BuildRequest) -> BuiltVariant:
     return BuiltVariant(
         towers,
         requires=Requires() if target is None else target.requires,
-        calibration=said(request, TENSORRT, policies) if policies else None,
+        calibration=said(request, TENSORRT, policies, choices) if policies else None,
     )
 
 

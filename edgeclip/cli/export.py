@@ -14,6 +14,7 @@ from edgeclip.cli._options import Notes, is_there, prepare_stdout, shown, templa
 
 if TYPE_CHECKING:
     from edgeclip.calibration.dataset import Method
+    from edgeclip.export.build import Int8Search
     from edgeclip.export.options import ExportReport, Offered, Step
 
 __all__ = ["export"]
@@ -88,6 +89,18 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     help="Another one chooses others.  [default: 0]",
 )
 @click.option(
+    "--int8-target",
+    metavar="NUMBER=LIMIT,…",
+    help="Leave products in float until int8 reaches cosine=…, centred=… and top1=… on the calibration rows.  "
+    "[default: a fixed policy]",
+)
+@click.option(
+    "--latency-table",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What products take on the device, from `edgeclip bench --per-op`.  [default: measured here]",
+)
+@click.option(
     "--keep-intermediate",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -129,6 +142,8 @@ def export(
     calibration_samples: int | None,
     calibration_selection: Method | None,
     calibration_seed: int | None,
+    int8_target: str | None,
+    latency_table: Path | None,
     keep_intermediate: Path | None,
     require_verified: bool,
     limits: tuple[str, ...],
@@ -146,6 +161,7 @@ def export(
     targets  x86-avx2 x86-vnni arm64-neon arm64-dotprod intel-gpu intel-npu cuda-sm75 … cuda-sm120
     limits   max_abs cosine_min cosine_mean centred_cosine_mean top1_agreement
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
+    from edgeclip.export.build import BuildOptions
     from edgeclip.export.options import (
         METHOD,
         OPSET,
@@ -162,6 +178,8 @@ def export(
     notes = Notes()
     if templates is not None and labels is None:
         raise click.UsageError("--templates needs --labels.")
+    if latency_table is not None and int8_target is None:
+        raise click.UsageError("--latency-table needs --int8-target.")
     specs = parse_variants(variants or (_DEFAULT_VARIANT,), target=target)
     settings = ExportSettings(
         graph=GraphOptions(
@@ -179,12 +197,14 @@ def export(
             calibration_seed=calibration_seed or 0,
             offered=None if labels is None else _offered(labels, templates),
         ),
+        build=BuildOptions(int8=_int8_search(int8_target, latency_table, output, threads)),
         gates=Gates(tuple(map(LimitChange.parse, limits)), require_verified=require_verified),
         threads=threads,
         keep_intermediate=keep_intermediate,
     )
     settings.graph.check(specs)
     settings.gates.check(specs)
+    settings.build.check(specs)
     from edgeclip.export.exporter import export_bundle
 
     def show(step: Step) -> None:
@@ -200,6 +220,19 @@ def export(
         click.echo(json.dumps(exported.report.to_dict(), indent=2, ensure_ascii=False))
     else:
         click.echo(_table(exported.report))
+
+
+def _int8_search(
+    target: str | None, table: Path | None, output: Path, threads: int | None
+) -> Int8Search | None:
+    """Return what is asked of the choice of products that stay float; its reports go beside the bundle."""
+    if target is None:
+        return None
+    from edgeclip.calibration.sensitivity import Int8Target
+    from edgeclip.export.build import Int8Search
+
+    folder = output.resolve().parent / f"{output.resolve().name}-sensitivity"
+    return Int8Search(Int8Target.parse(target), table, folder, threads)
 
 
 def _offered(said: str, templates: str | None) -> Offered:
@@ -255,6 +288,11 @@ def _table(report: ExportReport) -> str:
         proxies = {said.proxy for said in variant.towers.values() if said.proxy}
         lines += [f"{name}: unverified: {reason}" for reason in sorted(reasons)]
         lines += [f"{name}: its numbers are of a stand-in: {proxy}" for proxy in sorted(proxies)]
+    for name, variant in report.variants.items():
+        for tower, choice in variant.choices.items():
+            target = ",".join(f"{number}={limit:g}" for number, limit in choice["target"].items())
+            said = f"{len(choice['kept'])} of {choice['products']} products stay float for {target}"
+            lines.append(f"{name}, {tower} tower: {said}")
     return "\n".join(lines)
 
 
