@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,15 +17,22 @@ from numpy.typing import NDArray
 from edgeclip.cache import HostCache
 from edgeclip.calibration.latency_table import LatencyTable
 from edgeclip.calibration.sensitivity import choose, measure
-from edgeclip.quantization import Scheme
-from edgeclip.runtime.parity import ParityNumbers, compare_embeddings
+from edgeclip.errors import ExportError, MissingExtraError
+from edgeclip.quantization import CPU, TENSORRT, Scheme
+from edgeclip.runtime.parity import DEGENERATE_SIMILARITY, ParityNumbers, compare_embeddings
 from edgeclip.runtime.session import RuntimeOptions
 
 from .build import Int8Search
+from .calibration_rows import calibration_set
+from .options import Checkpoint, GraphOptions, References
+from .passes import apply
+from .passes.sequences import for_onnx_runtime
+from .reference import default_templates, everyday
 from .sensitivity_onnx import Quantizable, SwitchedTower
 from .sensitivity_report import SensitivityReport
+from .variants import VariantSpec
 
-__all__ = ["search"]
+__all__ = ["search", "search_checkpoint"]
 
 
 def search(
@@ -114,3 +124,83 @@ def search(
     if asked.folder is not None:
         report.write(asked.folder)
     return report
+
+
+def search_checkpoint(
+    checkpoint: Checkpoint,
+    spec: VariantSpec,
+    asked: Int8Search,
+    *,
+    tower: str = "image",
+    references: References | None = None,
+    on_step: Callable[[str], None] = lambda said: None,
+) -> SensitivityReport:
+    """Measure a tower of a checkpoint.
+
+    Args:
+        checkpoint: which model.
+        spec: an int8 variant for ONNX Runtime or TensorRT.
+        asked: target, times and places.
+        tower: ``"image"`` or ``"text"``.
+        references: calibration pictures and labels, as for an export.
+        on_step: told what is being done.
+
+    Raises:
+        MissingExtraError: torch or onnx is not installed.
+        ExportError: the variant is neither, or the tower cannot be traced or quantized.
+        InputError: checkpoint, pictures or latency table cannot be read.
+        CalibrationError: no choice reaches the target.
+    """
+    if spec.form.precision != "int8" or spec.form.format not in ("onnx", "tensorrt"):
+        raise ExportError(f"sensitivity of {spec.name!r}: expected onnx-int8 or tensorrt-int8.")
+    for module in ("torch", "onnx", "onnxscript"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError("tracing a model", extra="export", module=module)
+    from .source import open_source
+
+    on_step("open the checkpoint")
+    source = open_source(checkpoint, threads=asked.threads)
+    references = references or References()
+    languages = source.tokenizer.config.languages
+    chosen = calibration_set(
+        source.preprocess,
+        references,
+        languages=languages,
+        tokenize=partial(source.tokenizer, truncate=True) if tower == "text" else None,
+        tokenizer=source.tokenizer.digest,
+        embed=source.images,
+        on_note=on_step,
+    )
+    rows = chosen.rows[tower]
+    bank = None
+    if tower == "image":
+        on_step("labels: eager float32")
+        embeddings = source.images(rows)
+        similarity = compare_embeddings(embeddings, embeddings).reference_similarity or 0.0
+        if similarity < DEGENERATE_SIMILARITY:  # else ranks mean nothing
+            offered = references.offered or everyday(languages)
+            templates = offered.templates or default_templates(offered.labels)
+            bank = source.bank(offered.labels, templates).embeddings
+    on_step(f"trace the {tower} tower")
+    graph = source.trace(tower, GraphOptions())
+    source.release()
+    if spec.form.format == "onnx":
+        graph = apply(graph, for_onnx_runtime(spec, gelu_tanh=True), what=f"{tower} tower")
+    return search(
+        graph,
+        rows,
+        scheme_for(spec),
+        asked,
+        tower=tower,
+        variant=spec.name,
+        model=source.config.name,
+        bank=bank,
+        on_step=on_step,
+    )
+
+
+def scheme_for(spec: VariantSpec) -> Scheme:
+    """Return what int8 means for a variant."""
+    if spec.form.format == "tensorrt":
+        return TENSORRT
+    return replace(CPU, weight_bits=8 if spec.target is None else spec.target.weight_bits)

@@ -43,6 +43,10 @@ _COMMANDS: dict[str, tuple[str, str]] = {
         "edgeclip.cli.reinforce:reinforce",
         "Store what teachers say about every sample of shards.",
     ),
+    "sensitivity": (
+        "edgeclip.cli.sensitivity:sensitivity",
+        "Measure what int8 costs a tower, product by product.",
+    ),
     "train": ("edgeclip.cli.train:train", "Train or distil a model from a recipe."),
     "verify": ("edgeclip.cli.verify:verify", "Check that a bundle gives the right numbers on this host."),
 }

@@ -91,7 +91,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
 @click.option(
     "--int8-target",
     metavar="NUMBER=LIMIT,…",
-    help="Leave products in float until int8 reaches cosine=…, centred=… and top1=… on the calibration rows.  "
+    help="Leave products in float until int8 reaches cosine=…, centred=… and top1=… on calibration rows.  "
     "[default: a fixed policy]",
 )
 @click.option(
@@ -291,8 +291,8 @@ def _table(report: ExportReport) -> str:
     for name, variant in report.variants.items():
         for tower, choice in variant.choices.items():
             target = ",".join(f"{number}={limit:g}" for number, limit in choice["target"].items())
-            said = f"{len(choice['kept'])} of {choice['products']} products stay float for {target}"
-            lines.append(f"{name}, {tower} tower: {said}")
+            stays = f"{len(choice['kept'])} of {choice['products']} products stay float for {target}"
+            lines.append(f"{name}, {tower} tower: {stays}")
     return "\n".join(lines)
 
 

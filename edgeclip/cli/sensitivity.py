@@ -1,0 +1,119 @@
+"""``edgeclip sensitivity``: what int8 costs a tower, product by product."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ._options import Notes, prepare_stdout, shown
+
+__all__ = ["sensitivity"]
+
+
+@click.command(
+    epilog="Example: edgeclip sensitivity MobileCLIP2-S0 --int8-target cosine=0.99,top1=0.98 -o report"
+)
+@click.argument("checkpoint", metavar="CHECKPOINT|MODEL")
+@click.option(
+    "--tower", type=click.Choice(["image", "text"]), default="image", show_default=True, help="Which tower."
+)
+@click.option(
+    "--int8-target",
+    metavar="NUMBER=LIMIT,…",
+    help="Also choose what stays float, until cosine=…, centred=… and top1=… are reached.",
+)
+@click.option(
+    "--latency-table",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What products take on the device, from `edgeclip bench --per-op`.  [default: measured here]",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["onnx", "tensorrt"]),
+    default="onnx",
+    show_default=True,
+    help="Whose int8: ONNX Runtime's or TensorRT's.",
+)
+@click.option("--target", metavar="TARGET", help="Processor or GPU it is for, such as x86-avx2.")
+@click.option("--model", metavar="NAME", help="Model of a weights file that does not tell which it is.")
+@click.option(
+    "--calibration-data",
+    type=click.Path(path_type=Path),
+    metavar="DIR|FILE",
+    help="Pictures to measure on.  [default: crops of edgeclip's photographs]",
+)
+@click.option(
+    "--calibration-samples",
+    type=click.IntRange(min=16),
+    metavar="N",
+    help="Pictures, or texts, to measure on at most.  [default: 64, or 256]",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: usable cores]")
+@click.option("--most", type=click.IntRange(min=1), default=20, show_default=True, help="Rows to show.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write the report and a plot here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def sensitivity(
+    *,
+    checkpoint: str,
+    tower: str,
+    int8_target: str | None,
+    latency_table: Path | None,
+    form: str,
+    target: str | None,
+    model: str | None,
+    calibration_data: Path | None,
+    calibration_samples: int | None,
+    threads: int | None,
+    most: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what int8 costs a tower: each product and each block, on the embedding.
+
+    CHECKPOINT is a directory that training wrote, or a published weights file; MODEL is a name of `edgeclip
+    models list` whose weights were pulled. With a target, says what has to stay float for it. What was
+    measured is kept: a run that was stopped goes on where it was. Needs pip install "edgeclip[export]".
+    """
+    from edgeclip.calibration.sensitivity import Int8Target
+    from edgeclip.export.build import Int8Search
+    from edgeclip.export.options import Checkpoint, References
+    from edgeclip.export.variants import parse_variants
+
+    prepare_stdout()
+    notes = Notes()
+    (spec,) = parse_variants([f"{form}-int8"], target=target)
+    asked = Int8Search(
+        target=None if int8_target is None else Int8Target.parse(int8_target),
+        latency_table=latency_table,
+        folder=output,
+        threads=threads,
+    )
+    references = References(calibration=calibration_data, calibration_samples=calibration_samples)
+    from edgeclip.export.sensitivity_search import search_checkpoint
+
+    try:
+        report = search_checkpoint(
+            Checkpoint(checkpoint, model),
+            spec,
+            asked,
+            tower=tower,
+            references=references,
+            on_step=notes.progress,
+        )
+    except KeyboardInterrupt:
+        notes.say("what was measured is kept: the same command goes on from there")
+        raise
+    finally:
+        notes.done()
+    if output is not None:
+        notes.say(f"wrote {shown(output / f'{report.stem}.json')} and {shown(output / f'{report.stem}.svg')}")
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        click.echo(report.to_table(most=most))
