@@ -284,7 +284,8 @@ class _Run:
         calibration = self.recipe.calibration
         limits = [change for change in limits_of(export) if change.where in (spec.form.precision, spec.name)]
         controlled = calibration.accuracy_control and spec.form.format == "openvino"
-        ranges = [digests.get(calibration.data or ""), calibration.samples, controlled]
+        how = [calibration.samples, calibration.selection, calibration.seed]
+        ranges = [digests.get(calibration.data or ""), *how, controlled]
         return digest_of(
             checkpoint=digests[CHECKPOINT],
             model=self.inputs.model,
@@ -332,6 +333,8 @@ class _Run:
                 pictures=None if export.reference is None else root / export.reference,
                 calibration=None if calibration.data is None else root / calibration.data,
                 calibration_samples=calibration.samples,
+                calibration_selection=calibration.selection,
+                calibration_seed=calibration.seed,
                 offered=offered_of(export, root),
             ),
             gates=Gates(tuple(change for change in limits_of(export) if change.where in names)),

@@ -29,10 +29,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Struct
 
+from edgeclip.calibration.dataset import Method
 from edgeclip.distill.recipe_text import convert, mapping, parse_tables, tables
 from edgeclip.errors import ConfigError
 
-from .options import OPSET, SAMPLES, Gates, GraphOptions, LimitChange
+from .options import METHOD, OPSET, Gates, GraphOptions, LimitChange
 from .variants import VariantSpec, parse_variants
 
 __all__ = [
@@ -157,12 +158,16 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
     Attributes:
         data: pictures: a folder, table or shards; other crops of those that variants are compared on if not
             given.
-        samples: pictures, and texts, at most.
+        samples: pictures, and texts, at most; 64 and 256 if not given.
+        selection: how they are chosen.
+        seed: of that choice.
         accuracy_control: let OpenVINO put layers back into float until its metric is met.
     """
 
     data: Word | None = None
-    samples: Annotated[int, Meta(ge=16, le=100_000)] = SAMPLES
+    samples: Annotated[int, Meta(ge=16, le=100_000)] | None = None
+    selection: Method = METHOD
+    seed: Annotated[int, Meta(ge=0)] = 0
     accuracy_control: bool = False
 
 

@@ -21,6 +21,7 @@ from tiny_bundle import colour_picture, make_tiny_bundle
 from wrong_bundle import put_wrong_model
 
 from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.calibration.dataset import Selection
 from edgeclip.errors import BundleError, ConfigError, InputError, ParityError
 from edgeclip.export import pipeline_measure, pipeline_state
 from edgeclip.export.artifacts import PipelineReport
@@ -176,7 +177,7 @@ def test_a_run_leaves_one_folder_and_another_takes_everything_over(
         (["bench.samples=25"], [], ["bench"]),
         (["bench.threads=2"], [], ["verify", "bench", "gates"]),
         (["calibration.accuracy_control=true"], [], []),  # of OpenVINO's
-        (["calibration.samples=32"], [["onnx-int8"]], ["export", "verify"]),
+        (["calibration.samples=16"], [["onnx-int8"]], ["export", "verify"]),
         (["export.opset=19"], [["onnx-fp32", "onnx-int8"]], ["export", "verify"]),
         (["export.limits=['int8:cosine_mean=0.9']"], [["onnx-int8"]], ["export", "verify"]),
         (["export.reference='photos'"], [["onnx-fp32", "onnx-int8"]], ["export", "verify"]),
@@ -276,6 +277,8 @@ def test_each_section_is_an_export_of_its_own_with_the_limits_that_are_its_own(
         "export.labels=['red', 'green']",
         "export.templates='a {}'",
         "calibration.samples=20",
+        "calibration.selection=random",
+        "calibration.seed=3",
         "gate=[]",
     )
     for skip in (0, 1):
@@ -292,7 +295,7 @@ def test_each_section_is_an_export_of_its_own_with_the_limits_that_are_its_own(
     assert [change.number for change in first.gates.limits] == ["cosine_mean"]
     assert [change.number for change in second.gates.limits] == ["cosine_mean", "cosine_min"]
     assert first.references.calibration == workshop / "photos"
-    assert first.references.calibration_samples == 20
+    assert first.references.selection == Selection("random", samples=20, seed=3)
     assert first.references.offered.labels.names == ("red", "green")
     assert first.references.offered.templates.texts == ("a {}",)
     assert first.threads == 1
