@@ -1,10 +1,11 @@
 """Which pictures should int8 ranges be chosen on? Coverage of embeddings against random and stratified ones.
 
-Two image towers, quantized as `edgeclip export --variant onnx-int8` does it (smallest and largest values):
-the default model and the MobileCLIP-shaped probe. Each choice is made with five seeds from one pool of
-unlabelled pictures, and judged on photographs that no picture of the pool is a part of: mean cosine to
-float32, and how often the first of 998 names and of the 200 stamp names (default model) or of 200 shape names
-(probe) stays the same. The probe knows shapes: it is also calibrated and judged on those.
+Two image towers, quantized as `edgeclip export --variant onnx-int8` does it: the default model and the
+MobileCLIP-shaped probe. Each choice is made with five seeds from one pool of unlabelled pictures, and judged
+on photographs that no picture of the pool is a part of: mean cosine to float32, and how often the first of
+998 names and of the 200 stamp names (default model) or of 200 shape names (probe) stays the same. The probe
+knows shapes: it is also calibrated and judged on those. Ranges are from the smallest to the largest value,
+or as `--ranges` says.
 
     edgeclip data fetch photos default-model pictograms
     python benchmarks/calibration_selection.py
@@ -23,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ from written import ROOT, write
 
 from edgeclip.bundle import PreprocessSpec
 from edgeclip.calibration.dataset import CROPS, POOL_PER_SAMPLE, WHOLE, Pool, Selection, View, cover
+from edgeclip.calibration.ranges import MinMax, RangeMethod, observe
 from edgeclip.export.int8 import policy_of, quantize
 from edgeclip.export.passes import apply
 from edgeclip.export.passes.qdq import InsertQdq, observed, place
+from edgeclip.export.ranges import GraphWatch
 from edgeclip.fetch import materials, photos
 from edgeclip.preprocess import Preprocess
 from edgeclip.quantization import CPU
@@ -64,13 +67,13 @@ Pixels = NDArray[np.uint8]
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def seen(spec: PreprocessSpec, paths: Sequence[Path]) -> Pixels:
-    """Return photographs in all views, ``(n, H, W, 3)``."""
+def seen(spec: PreprocessSpec, paths: Sequence[Path], parts: Sequence[View] = VIEWS) -> Pixels:
+    """Return photographs in some views, ``(n, H, W, 3)``."""
     prepare = Preprocess(spec)
 
     def views(path: Path) -> list[Pixels]:
         image = prepare.decode(path)
-        return [prepare.resize(view.of(image)) for view in VIEWS]
+        return [prepare.resize(view.of(image)) for view in parts]
 
     with ThreadPoolExecutor(2) as threads:
         return np.stack([row for rows in threads.map(views, paths) for row in rows])
@@ -155,6 +158,7 @@ class Tower:
     kinds: tuple[str, ...]
     judges: Mapping[str, Pixels]
     banks: Mapping[str, Floats]
+    method: RangeMethod = field(default_factory=MinMax)
 
     def __post_init__(self) -> None:
         self.shaped = onnx.shape_inference.infer_shapes(self.graph, data_prop=True)
@@ -174,8 +178,12 @@ class Tower:
 
     def quantized(self, places: Sequence[int]) -> onnx.ModelProto:
         """Return the int8 graph that these rows of the pool calibrate."""
-        least, most = self.ranges[0, places].min(axis=0), self.ranges[1, places].max(axis=0)
-        ranges = {name: (float(a), float(b)) for name, a, b in zip(self.names, least, most, strict=True)}
+        if self.method == MinMax():
+            least, most = self.ranges[0, places].min(axis=0), self.ranges[1, places].max(axis=0)
+            ranges = {name: (float(a), float(b)) for name, a, b in zip(self.names, least, most, strict=True)}
+        else:
+            watch = GraphWatch(self.graph, what="benchmark")
+            ranges = observe(watch, self.pool[places], self.names, self.method, what="benchmark")
         return apply(self.shaped, [InsertQdq(self.nodes, ranges, CPU)], what="benchmark")
 
     def check(self) -> None:
@@ -242,13 +250,13 @@ def farthest(embeddings: Floats, count: int, seed: int) -> list[int]:
 # --- subjects ----------------------------------------------------------------------------------------------
 
 
-def default_tower(quick: bool) -> Tower:
-    """Return the default model with photographs and pictograms."""
+def default_tower(quick: bool, *, on: str = "photographs") -> Tower:
+    """Return the default model with photographs and pictograms, or with what an export takes by itself."""
     from edgeclip.bundle import Bundle
     from edgeclip.labels import LabelBank
 
     spec = preprocess_spec()
-    pool, kinds = photographs(spec, quick)
+    pool, kinds = photographs(spec, quick) if on == "photographs" else shipped(spec)
     bundle = Bundle.open("default")
     entry = bundle.manifest.label_banks["imagenet-1k"]
     bank = LabelBank.from_bytes(bundle.read(entry.file), source="imagenet-1k")
@@ -301,6 +309,13 @@ def photographs(spec: PreprocessSpec, quick: bool) -> tuple[Pixels, tuple[str, .
     return np.concatenate([rows, drawn]), tuple(strata)
 
 
+def shipped(spec: PreprocessSpec) -> tuple[Pixels, tuple[str, ...]]:
+    """Return the photographs that come with edgeclip as an export crops them, and which each row is of."""
+    paths = sorted((ROOT / "edgeclip/assets/photos").glob("*.jpg"))
+    rows = seen(spec, paths, CROPS)
+    return rows, tuple(path.stem for path in paths for _ in CROPS)
+
+
 def judging(spec: PreprocessSpec, quick: bool) -> Pixels:
     """Return photographs that nothing was calibrated on."""
     return seen(spec, [photo.path for photo in photos(use="test")][:: 8 if quick else 1])
@@ -309,6 +324,7 @@ def judging(spec: PreprocessSpec, quick: bool) -> Pixels:
 SUBJECTS: Mapping[str, Callable[[bool], Tower]] = {
     "default, photographs": default_tower,
     "mobileclip probe, photographs": lambda quick: probe_tower(quick, on="photographs"),
+    "default, shipped photographs": lambda quick: default_tower(quick, on="shipped"),
     "mobileclip probe, shapes": lambda quick: probe_tower(quick, on="shapes"),
 }
 
@@ -316,7 +332,7 @@ SUBJECTS: Mapping[str, Callable[[bool], Tower]] = {
 def choices(tower: Tower) -> Iterator[tuple[str, int, int, Callable[[], list[int]]]]:
     """Yield method, samples, seed and how to choose."""
     for seed in SEEDS:
-        for method, samples in CHOICES:
+        for method, samples in (each for each in CHOICES if each[1] < len(tower.pool)):
             yield method, samples, seed, lambda m=method, n=samples, s=seed: tower.choose(m, n, s)  # type: ignore[misc]
         yield "k-means", 64, seed, lambda s=seed: medoids(tower.embeddings, 64, s)  # type: ignore[misc]
         yield "farthest", 64, seed, lambda s=seed: farthest(tower.embeddings, 64, s)  # type: ignore[misc]
@@ -326,7 +342,8 @@ def choices(tower: Tower) -> Iterator[tuple[str, int, int, Callable[[], list[int
 
 def measured(tower: Tower) -> list[dict[str, Any]]:
     """Return what every choice comes to."""
-    tower.check()
+    if tower.method == MinMax():
+        tower.check()
     rows = []
     for method, samples, seed, choose in choices(tower):
         places = choose()
@@ -362,6 +379,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--subject", choices=SUBJECTS, action="append")
+    parser.add_argument(
+        "--ranges", type=RangeMethod.parse, default=MinMax(), help="minmax, mse, percentile:99.9"
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures: to see that it runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/calibration_selection.json")
     options = parser.parse_args()
@@ -370,8 +390,9 @@ def main() -> None:
         started = time.perf_counter()
         tower = SUBJECTS[name](options.quick)
         print(f"{name}: pool of {len(tower.pool)}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        tower.method = options.ranges
         rows = measured(tower)
-        subjects[name] = {
+        subjects[name if tower.method == MinMax() else f"{name}, {tower.method} ranges"] = {
             "pool": len(tower.pool),
             "tensors": len(tower.names),
             "judges": {judge: len(pictures) for judge, pictures in tower.judges.items()},
