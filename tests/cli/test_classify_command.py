@@ -17,6 +17,8 @@ from command import Command
 from PIL import Image
 from tiny_bundle import COLOURS, colour_picture
 
+from edgeclip.bundle import BundleWriter
+
 NAMES = sorted(COLOURS)
 
 
@@ -325,3 +327,18 @@ def test_output_survives_a_terminal_without_chinese(tiny_bundle_session: Path, p
     assert process.returncode == 0
     assert "\\u732b" in out
     assert "Traceback" not in err
+
+
+def test_a_lifted_guard_is_a_line_on_stderr(tiny_bundle: Path) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        writer.manifest["variants"]["onnx-int8"]["requires"] = {"isa_any": ["amx_fp16"]}
+        writer.commit()
+    photo = Path(__file__).parents[2] / "edgeclip/assets/photos"
+    command = [sys.executable, "-m", "edgeclip", "classify", str(min(photo.glob("*.jpg"))), "--labels", "a,b"]
+    command += ["--bundle", str(tiny_bundle), "--variant", "onnx-int8"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "'onnx-int8' cannot be run here: it needs one of amx_fp16" in refused.stderr
+    allowed = subprocess.run([*command, "--allow", "unsafe-isa"], capture_output=True, text=True, check=False)
+    assert allowed.returncode == 0
+    assert allowed.stderr.startswith("warning: variant 'onnx-int8' is run although it needs one of amx_fp16")
