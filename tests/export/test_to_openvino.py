@@ -515,3 +515,82 @@ def test_a_bundle_of_openvino_files_classifies_from_the_command_line(pictures: P
     )
     assert result.returncode == 0, result.stderr
     assert '"score"' in result.stdout
+
+
+# --- what stays float
+
+
+def gated_graph() -> Any:
+    """Return pixels -> nine convolutions and a gate -> mean -> classifier -> softmax -> table."""
+    rng = np.random.default_rng(5)
+    width, classes = 16, 320
+    weights = {
+        "stem": rng.normal(size=(width, 3, 3, 3)) / 5,
+        "depthwise": rng.normal(size=(width, 1, 3, 3)) / 3,
+    }
+    weights |= {f"point_{n}": rng.normal(size=(width, width, 1, 1)) / 4 for n in range(7)}
+    weights |= {
+        "gate": rng.normal(size=(width, width, 1, 1)) / 4,
+        "classifier": rng.normal(size=(width, classes)),
+        "table": rng.normal(size=(classes, EMBED)),
+        "scale": np.float32(1 / 255),
+    }
+    nodes = [
+        helper.make_node("Cast", ["image"], ["whole"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["whole", "scale"], ["pixels"]),
+        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "stem"], ["seen"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["seen"], ["lit"]),
+        helper.make_node("Conv", ["lit", "depthwise"], ["deep"], pads=[1, 1, 1, 1], group=width),
+        helper.make_node("Relu", ["deep"], ["map_0"]),
+    ]
+    for number in range(7):
+        nodes += [
+            helper.make_node("Conv", [f"map_{number}", f"point_{number}"], [f"mixed_{number}"]),
+            helper.make_node("Relu", [f"mixed_{number}"], [f"map_{number + 1}"]),
+        ]
+    nodes += [
+        helper.make_node("ReduceMean", ["map_7", "axes"], ["squeezed"], keepdims=1),
+        helper.make_node("Conv", ["squeezed", "gate"], ["logit"]),
+        helper.make_node("Sigmoid", ["logit"], ["share"]),
+        helper.make_node("Mul", ["map_7", "share"], ["excited"]),
+        helper.make_node("ReduceMean", ["excited", "axes"], ["pooled"], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "classifier"], ["classes"]),
+        helper.make_node("Softmax", ["classes"], ["posterior"]),
+        helper.make_node("MatMul", ["posterior", "table"], ["raw"]),
+        helper.make_node("ReduceL2", ["raw", "last"], ["length"]),
+        helper.make_node("Div", ["raw", "length"], ["image_embedding"]),
+    ]
+    constants = [numpy_helper.from_array(np.asarray(w, np.float32), name) for name, w in weights.items()]
+    constants += [
+        numpy_helper.from_array(np.array([2, 3]), "axes"),
+        numpy_helper.from_array(np.array([1]), "last"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info("image_embedding", TensorProto.FLOAT, ["batch", EMBED])],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_first_convolutions_and_products_of_one_vector_stay_float(tmp_path: Path) -> None:
+    graph = gated_graph()
+    built = to_openvino.build(request(tmp_path / "int8", "openvino-int8", {"image": graph}))
+    root = read_xml(tmp_path / "int8" / "image.xml")
+    shapes: dict[str, list[str]] = {}
+    for data in root.iterfind("layers/layer[@type='Const']/data"):
+        shapes.setdefault(data.get("shape", "").replace(" ", ""), []).append(data.get("element_type", ""))
+    assert shapes["16,3,3,3"] == ["f32"]
+    assert shapes["16,1,1,3,3"] == ["f32"]  # the depthwise one
+    assert sorted(shapes["16,16,1,1"]) == ["f32"] + ["i8"] * 7  # the gate among them
+    # Classifier and table compute in float from int8 with a scale a column.
+    stored = [kind for shape, kinds in shapes.items() for kind in kinds if shape in ("320,16", "16,320")]
+    assert sorted(stored) == ["i8", "i8"]
+    assert built.calibration is not None
+    assert built.calibration["policy"]["bias_correction"] == {"image": "fast"}
+    rows = pixels(10, seed=2)
+    numbers = compare_embeddings(by_onnx_runtime(tmp_path, rows, graph), run(built, rows))
+    assert numbers.cosine_mean > 0.99
