@@ -140,14 +140,14 @@ def _crop(image: Image.Image, draw: random.Random) -> Image.Image:
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else part
 
 
-def _drawings() -> dict[str, Path]:
-    """Return the pictograms of the style that nothing trains on, by code."""
-    folder = materials("pictograms")["emoji-datasource-twitter"]
+def _drawings(style: str = "twitter") -> dict[str, Path]:
+    """Return pictograms by code; nothing trains on the style ``twitter``."""
+    folder = materials("pictograms")[f"emoji-datasource-{style}"]
     entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     return {
-        entry["unified"]: folder / "img" / "twitter" / "64" / entry["image"]
+        entry["unified"]: folder / "img" / style / "64" / entry["image"]
         for entry in entries
-        if entry["category"] in _CATEGORIES and entry["has_img_twitter"]
+        if entry["category"] in _CATEGORIES and entry[f"has_img_{style}"]
     }
 
 
@@ -245,13 +245,21 @@ def _words(names: str) -> list[str]:
 # --- calibration -------------------------------------------------------------------------------------------
 
 
-def calibration_pixels(spec: PreprocessSpec, *, crops: int = 0) -> NDArray[np.uint8]:
-    """Return the photographs for calibration, each whole and in some crops: the split's other side."""
+def calibration_pixels(spec: PreprocessSpec) -> NDArray[np.uint8]:
+    """Return what ranges are chosen on: the photographs of the split's other side.
+
+    Each whole, then a pictogram on a crop of each, then a crop of each, so that whoever takes the first ones
+    takes some of all. Pictograms are of a style that the default model may learn from.
+    """
     prepare = Preprocess(spec)
-    rows = []
+    drawings = _drawings("google")
+    order = random.Random("calibration").sample(sorted(drawings), len(photos(use="calibration")))
+    rows: list[list[NDArray[np.uint8]]] = [[], [], []]
     for photo in photos(use="calibration"):
         draw = random.Random(photo.entry.sha256)
         image = Image.open(photo.path).convert("RGB")
-        rows.append(prepare.resize(image))
-        rows += [prepare.resize(_crop(image, draw)) for _ in range(crops)]
-    return np.stack(rows)
+        rows[0].append(prepare.resize(image))
+        rows[2].append(prepare.resize(_crop(image, draw)))
+        ground = _crop(image, draw).resize(spec.image_size_px[::-1], Image.Resampling.LANCZOS)
+        rows[1].append(prepare.resize(_pasted(ground, Image.open(drawings[order.pop()]), draw)))
+    return np.stack([row for part in rows for row in part])

@@ -266,22 +266,20 @@ def see(towers: Towers, pictures: Unlabelled, sets: Sequence[Labelled], texts: S
     )
 
 
-def default_rows(crops: int) -> dict[str, NDArray[Any]]:
-    """Return what ranges are chosen on: photographs for calibration, and everyday names in templates."""
+def default_rows() -> dict[str, NDArray[Any]]:
+    """Return what ranges are chosen on: pictures for calibration, and everyday names in templates."""
     texts = [*calibration_texts(["en"]), *calibration_texts(["zh"])]
     return {
-        "image": calibration_pixels(preprocess_spec(), crops=crops),
+        "image": calibration_pixels(preprocess_spec()),
         "text": tokenizer()(texts, truncate=True),
     }
 
 
-def compare_default(
-    forms: Sequence[str], foolbox: Path | None, options: RuntimeOptions, crops: int
-) -> dict[str, Any]:
+def compare_default(forms: Sequence[str], foolbox: Path | None, options: RuntimeOptions) -> dict[str, Any]:
     pictures, sets = unlabelled(preprocess_spec()), labelled_sets(preprocess_spec(), foolbox)
     texts = list(dict.fromkeys(name for each in sets for name in each.candidates))
     reference = _float_seen(pictures, sets, texts, options)
-    rows = default_rows(crops)
+    rows = default_rows()
     fp32_bytes = sum(path.stat().st_size for path in float_files().values())
     found: dict[str, Any] = {}
     for form in forms:
@@ -505,9 +503,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), help=f"of {', '.join(map(repr, FORMS))}")
     parser.add_argument("--foolbox", type=Path, help="wheel of foolbox 3.3.4")
-    parser.add_argument(
-        "--crops", type=int, default=1, help="of each calibration photograph, beside the whole"
-    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--probes", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--default", action=argparse.BooleanOptionalAction, default=True)
@@ -518,7 +513,7 @@ def main() -> None:
     options = RuntimeOptions(threads=asked.threads)
     result: dict[str, Any] = {"bars": BARS}
     if asked.default:
-        result["default"] = compare_default(asked.forms, asked.foolbox, options, asked.crops)
+        result["default"] = compare_default(asked.forms, asked.foolbox, options)
     if asked.probes:
         result["probes"] = compare_probes(asked.forms, options)
     write(asked.output, result)
