@@ -354,7 +354,7 @@ class Watch(Protocol):
         """Give the smallest and largest value and how many there are: ``0:least``, ``0:most``, ``0:size``."""
 
     def values(self, names: Sequence[str]) -> AbstractContextManager[Session]:
-        """Give the tensors themselves: ``0``, of any shape."""
+        """Give all values of the tensors: ``0``, ``(size,)``."""
 
     def means(self, names: Sequence[str]) -> AbstractContextManager[Session]:
         """Give the mean of each channel: ``0``, ``(channels,)``."""

@@ -23,11 +23,13 @@ __all__ = [
     "POLICIES",
     "TENSORRT",
     "TRANSFORMER",
+    "WEIGHTS",
     "Int8Policy",
     "Range",
     "Ranges",
     "Scheme",
     "activation_step",
+    "rounded_weight",
     "weight_steps",
 ]
 
@@ -36,6 +38,7 @@ Range: TypeAlias = tuple[float, float]
 Ranges: TypeAlias = Mapping[str, Range]
 """Range by name of tensor."""
 _BITS: Final = (7, 8)
+_PAIR: Final = 127  # 255 x 128 fits into 16 bits, and rounding two weights adds one at most
 _MANTISSA: Final = 11  # bits of a float16's mantissa, the hidden one among them
 _TINY: Final = float(np.finfo(np.float32).tiny)
 _LEAST_HALF: Final = 2.0**-24
@@ -52,6 +55,8 @@ class Scheme:
         integer_outputs: convolutions give int8 and have int32 biases, which ONNX Runtime's integer kernels
             need; without, only what goes into a product is quantized.
         half_scales: scales are numbers that float16 holds exactly, so that a later cast changes nothing.
+        fit_pairs: two neighbouring weights of one sign add up to 128 at most, so that sums of 16 bits hold
+            their products as they do with 7 bits; most weights keep nearly 8.
 
     Raises:
         CalibrationError: the weight bits are not 7 or 8, or symmetric activations are not signed.
@@ -62,6 +67,7 @@ class Scheme:
     symmetric: bool = False
     integer_outputs: bool = True
     half_scales: bool = False
+    fit_pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_bits not in _BITS:
@@ -95,21 +101,24 @@ class Int8Policy:
     Attributes:
         name: of the policy, for the manifest.
         ops: kinds of nodes that may be quantized.
-        stem: quantize the convolution that reads the pixels.
+        stem: quantize the convolution that reads the pixels, and what follows it.
+        entry: products behind the stem that stay float with it: few channels, and the finest maps.
         pooled: quantize products with one vector a picture or text: gates of squeeze and excitation, and the
             projection.
         keep_float: names of node outputs that stay float whatever the rest says.
         tables: how tables that are only looked up are stored; ``"int8"`` has a scale a row.
-        others: how large weights of nodes that stay float are stored.
+        others: how large weights of nodes that stay float are stored; ``"int8"`` has a scale an output
+            channel.
     """
 
     name: str
     ops: frozenset[str] = frozenset({"Conv", "Gemm", "MatMul"})
     stem: bool = False
+    entry: int = 0
     pooled: bool = False
     keep_float: frozenset[str] = frozenset()
     tables: Literal["float32", "int8"] = "int8"
-    others: Literal["float32", "float16"] = "float16"
+    others: Literal["float32", "float16", "int8"] = "float16"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -117,6 +126,7 @@ class Int8Policy:
             "name": self.name,
             "ops": sorted(self.ops),
             "stem": self.stem,
+            "entry": self.entry,
             "pooled": self.pooled,
             "keep_float": sorted(self.keep_float),
             "tables": self.tables,
@@ -124,11 +134,13 @@ class Int8Policy:
         }
 
 
-CONVOLUTIONS: Final = Int8Policy("convolutions")
+CONVOLUTIONS: Final = Int8Policy("convolutions", entry=2)
 """Towers whose weights are in convolutions for the most part."""
 TRANSFORMER: Final = Int8Policy("transformer")
 """Towers whose weights are in linear maps over tokens for the most part."""
-POLICIES: Final = (CONVOLUTIONS, TRANSFORMER)
+WEIGHTS: Final = Int8Policy("weights", frozenset(), others="int8")
+"""Nothing computes in int8: weights are only stored so."""
+POLICIES: Final = (CONVOLUTIONS, TRANSFORMER, WEIGHTS)
 
 
 def activation_step(given: Range, scheme: Scheme) -> tuple[np.float32, int]:
@@ -142,21 +154,69 @@ def activation_step(given: Range, scheme: Scheme) -> tuple[np.float32, int]:
 
 
 def weight_steps(
-    weight: NDArray[np.float32], axis: int, scheme: Scheme, *, least: NDArray[np.float64] | float = 0.0
+    weight: NDArray[np.float32],
+    axis: int,
+    scheme: Scheme,
+    *,
+    least: NDArray[np.float64] | float = 0.0,
+    groups: int = 1,
 ) -> NDArray[np.float32]:
     """Return the scale of each index of an axis of a weight, ``(channels,)``.
 
     Args:
-        weight: of a product.
+        weight: of a product; of a convolution where it has more than two axes.
         axis: its axis of output channels.
         scheme: what int8 means.
         least: scales are at least this, one number or ``(channels,)``.
+        groups: of a convolution. With one channel each no pairs are added, and none need to fit.
     """
     other = tuple(each for each in range(weight.ndim) if each != axis)
     largest = np.abs(weight).max(axis=other).astype(np.float64)
     scale = np.maximum(largest / scheme.weight_limit, least)
+    is_depthwise = weight.ndim > 2 and weight.shape[1] == 1 and groups == len(weight)
+    if scheme.fit_pairs and not is_depthwise:
+        scale = np.maximum(scale, _pair_steps(weight, axis))
     scale = np.where(scale > _TINY, scale, 1.0)
     return _half(scale) if scheme.half_scales else scale.astype(np.float32)
+
+
+def rounded_weight(
+    weight: NDArray[np.float32], axis: int, steps: NDArray[np.float32], scheme: Scheme
+) -> NDArray[np.float64]:
+    """Return what int8 makes of a weight, in floating point.
+
+    Args:
+        weight: of a product.
+        axis: its axis of output channels.
+        steps: scale of each output channel.
+        scheme: what int8 means.
+    """
+    wide = steps.astype(np.float64).reshape([-1 if each == axis else 1 for each in range(weight.ndim)])
+    return np.asarray(np.rint(weight / wide).clip(-scheme.weight_limit, scheme.weight_limit) * wide)
+
+
+def _pair_steps(weight: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
+    """Return the least scale of each output channel with which sums of 16 bits hold pairs of products.
+
+    Kernels of AVX2 add the products of two neighbours along the sum: channels, position after position of a
+    kernel. ONNX Runtime goes on from one position to the next, OpenVINO fills the channels of each up first;
+    where that makes other neighbours, both are heeded.
+    """
+    rows = np.moveaxis(weight.astype(np.float64), axis, -1)  # terms of the sum first
+    if weight.ndim == 2:
+        return _largest_pairs(rows) / _PAIR
+    rows = rows.reshape(len(rows), -1, rows.shape[-1]).transpose(1, 0, 2)  # position, channel, output
+    filled = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2), (0, 0)))
+    ways = [_largest_pairs(each.reshape(-1, rows.shape[-1])) for each in (rows, filled)]
+    return np.asarray(np.maximum(*ways) / _PAIR)
+
+
+def _largest_pairs(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the largest sum of two neighbours of one sign in each column."""
+    rows = np.pad(rows, ((0, len(rows) % 2), (0, 0)))
+    pairs = [np.maximum(each, 0) for each in (rows, -rows)]
+    largest: NDArray[np.float64] = np.maximum(*((each[0::2] + each[1::2]).max(axis=0) for each in pairs))
+    return largest
 
 
 def _coarse(scale: float, scheme: Scheme) -> np.float32:

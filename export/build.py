@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from edgeclip.bundle import Requires, TensorEntry
+from edgeclip.calibration.ranges import RangeMethod
 from edgeclip.calibration.sensitivity import Int8Target
 from edgeclip.errors import ConfigError, ExportError
 
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILDERS",
+    "DEFAULT_SETTINGS",
     "BuildOptions",
     "BuildRequest",
     "Builder",
     "BuiltTower",
     "BuiltVariant",
     "Int8Search",
+    "Int8Settings",
     "builder_of",
 ]
 
@@ -62,6 +65,25 @@ class Int8Search:
 
 
 @dataclass(frozen=True)
+class Int8Settings:
+    """How int8 is made, whatever stays float.
+
+    Attributes:
+        method: how ranges are chosen; ``None`` takes what suits the kind of tower.
+        correct_biases: add to biases what rounded weights take off on average.
+        text: for ONNX Runtime, compute text towers in int8 (``"full"``), or only store their weights so.
+    """
+
+    method: RangeMethod | None = None
+    correct_biases: bool = True
+    text: Literal["full", "weights"] = "weights"
+
+
+DEFAULT_SETTINGS: Final = Int8Settings()
+"""What is taken where nothing is asked for."""
+
+
+@dataclass(frozen=True)
 class BuildOptions:
     """Choices that hold for every variant of an export.
 
@@ -73,12 +95,14 @@ class BuildOptions:
         accuracy_control: for OpenVINO's int8: let NNCF put layers back into float until its accuracy metric
             (mean cosine to float32) is met.
         int8: choose the products of int8 towers that stay float; ``None`` takes the fixed policy.
+        quantization: how int8 is made.
     """
 
     gelu_tanh: bool = True
     external_data: bool | None = None
     accuracy_control: bool = False
     int8: Int8Search | None = None
+    quantization: Int8Settings = DEFAULT_SETTINGS
 
     def check(self, specs: Sequence[VariantSpec]) -> None:
         """Refuse what cannot be had together.

@@ -1,10 +1,11 @@
-"""Int8 graphs: static Q/DQ with min-max ranges, for ONNX Runtime on CPUs and for TensorRT.
+"""Int8 graphs: static Q/DQ with corrected biases, for ONNX Runtime on CPUs and for TensorRT.
 
 *ONNX Runtime*: unsigned activations, signed weights. Processors with AVX2 and without VNNI add two products
-of bytes in 16 bits, which 8-bit weights overflow. Files for ``x86-avx2`` therefore have 7-bit weights; those
-for no target have 8-bit weights and the session setting ``session.x64quantprecision``, which takes exact
-kernels on x86 (some processors with VNNI too, where they are slower and change nothing) and nothing on ARM;
-all other targets have 8-bit weights and need nothing.
+of bytes in 16 bits, which 8-bit weights overflow. In files for ``x86-avx2``, and in those for no target, two
+weights that meet there add up to 128 at most (``Scheme.fit_pairs``), which costs less than 7-bit weights and
+is exact everywhere. All other targets have 8-bit weights, and their hosts what those need. The setting
+``session.x64quantprecision`` would make 8-bit weights exact too; it takes kernels as slow as float32 ones, on
+hosts with VNNI as well.
 
 *TensorRT*: signed and symmetric throughout (:func:`symmetric_qdq`), never the CPU's graph; what is not
 quantized is cast to float16 afterwards.
@@ -14,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,14 +23,25 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeclip.bundle import Requires
-from edgeclip.calibration.ranges import observe
+from edgeclip.cache import HostCache
+from edgeclip.calibration.ranges import MeanSquaredError, MinMax, RangeMethod, means, observe
 from edgeclip.calibration.sensitivity import Choice
 from edgeclip.errors import ExportError
-from edgeclip.quantization import CONVOLUTIONS, CPU, TENSORRT, TRANSFORMER, Int8Policy, Scheme
+from edgeclip.quantization import (
+    CONVOLUTIONS,
+    CPU,
+    TENSORRT,
+    TRANSFORMER,
+    WEIGHTS,
+    Int8Policy,
+    Ranges,
+    Scheme,
+)
 
-from .build import BuildRequest, BuiltVariant
+from .build import DEFAULT_SETTINGS, BuildRequest, BuiltVariant, Int8Settings
 from .passes import apply
 from .passes._graph import constant
+from .passes.bias import CorrectBiases, corrected
 from .passes.keep_float import KeepFloat
 from .passes.qdq import InsertQdq, is_product, observed, place
 from .passes.sequences import for_onnx_runtime
@@ -39,8 +50,8 @@ from .storage import store_small
 from .to_onnx import built_tower
 
 __all__ = [
-    "METHOD",
     "chosen_policy",
+    "method_of",
     "policy_of",
     "quantize",
     "quantized",
@@ -48,9 +59,6 @@ __all__ = [
     "scheme_of",
     "symmetric_qdq",
 ]
-
-METHOD: Final = "minmax"
-_EXACT_KERNELS: Final[Mapping[str, str]] = MappingProxyType({"session.x64quantprecision": "1"})
 
 
 def quantized(request: BuildRequest) -> BuiltVariant:
@@ -63,7 +71,7 @@ def quantized(request: BuildRequest) -> BuiltVariant:
     name, target = request.spec.name, request.spec.target
     for tower, graph in request.graphs.items():
         check_rows(graph, request.calibration.get(tower), what=f"variant {name!r}, {tower} tower")
-    scheme = scheme_of(8 if target is None else target.weight_bits)
+    scheme = scheme_of(fit_pairs=target is None or target.fit_pairs)
     towers, policies = {}, {}
     choices: dict[str, Choice] = {}
     for tower, graph in request.graphs.items():
@@ -71,21 +79,22 @@ def quantized(request: BuildRequest) -> BuiltVariant:
         what = f"variant {name!r}, {tower} tower"
         model = apply(graph, for_onnx_runtime(request.spec, gelu_tanh=request.options.gelu_tanh), what=what)
         policies[tower] = policy = chosen_policy(request, tower, model, scheme, choices)
-        model = quantize(model, request.calibration[tower], policy, scheme, what=what)
+        if policy != WEIGHTS:
+            rows, settings = request.calibration[tower], request.options.quantization
+            model = quantize(model, rows, policy, scheme, settings, what=what)
         store_small(model, tables=policy.tables, others=policy.others)
         del model.graph.value_info[:]  # engines infer it again
         towers[tower] = built_tower(tower, model, external_data=request.options.external_data)
     return BuiltVariant(
         towers,
         requires=Requires() if target is None else target.requires,
-        session_config=_EXACT_KERNELS if target is None else {},
         calibration=said(request, scheme, policies, choices),
     )
 
 
-def scheme_of(weight_bits: int) -> Scheme:
-    """Return ONNX Runtime's form of int8 with weights of so many bits."""
-    return replace(CPU, weight_bits=weight_bits)
+def scheme_of(weight_bits: int = 8, *, fit_pairs: bool = False) -> Scheme:
+    """Return ONNX Runtime's form of int8 with weights of so many bits, or such as fit in pairs."""
+    return replace(CPU, weight_bits=weight_bits, fit_pairs=fit_pairs)
 
 
 def policy_of(graph: onnx.ModelProto) -> Int8Policy:
@@ -114,10 +123,11 @@ def chosen_policy(
         CalibrationError: no choice reaches the target.
         InputError: the latency table cannot be used.
     """
+    if tower == "text" and scheme != TENSORRT and request.options.quantization.text == "weights":
+        return WEIGHTS
     asked = request.options.int8
     if asked is None or asked.of(tower) is None:
         return policy_of(graph)
-    from .sensitivity_onnx import CHOSEN
     from .sensitivity_search import search
 
     report = search(
@@ -125,6 +135,7 @@ def chosen_policy(
         request.calibration[tower],
         scheme,
         asked,
+        request.options.quantization,
         tower=tower,
         variant=request.spec.name,
         bank=request.bank,
@@ -132,20 +143,32 @@ def chosen_policy(
     )
     assert report.choice is not None
     choices[tower] = report.choice
-    return replace(CHOSEN, keep_float=frozenset(report.choice.keep_float))
+    kept = frozenset(report.choice.keep_float)
+    return replace(policy_of(graph), stem=True, entry=0, pooled=True, keep_float=kept)
 
 
 def quantize(
-    graph: onnx.ModelProto, rows: NDArray[np.generic], policy: Int8Policy, scheme: Scheme, *, what: str
+    graph: onnx.ModelProto,
+    rows: NDArray[np.generic],
+    policy: Int8Policy,
+    scheme: Scheme,
+    settings: Int8Settings = DEFAULT_SETTINGS,
+    *,
+    what: str,
+    ranges: Ranges | None = None,
 ) -> onnx.ModelProto:
     """Return a graph with Q/DQ around what a policy chooses, ranges from calibration rows.
+
+    Ranges are kept in the host cache, by graph, rows and method: variants of one graph share them.
 
     Args:
         graph: float32, of one tower; stays as it is.
         rows: ``(n, …)`` for its input, at least 16.
         policy: what stays float.
         scheme: what int8 means.
+        settings: how ranges are chosen, and whether biases are corrected.
         what: the graph, as messages name it.
+        ranges: of the tensors that are rounded, where somebody chose them already.
 
     Raises:
         CalibrationError: rows do not fit, or a tensor is not finite for some of them.
@@ -160,15 +183,35 @@ def quantize(
             f"{what}: nothing in it can be quantized (policy {policy.name!r}: products of "
             f"{', '.join(sorted(policy.ops))} with constant weights); export it in float."
         )
-    watch = GraphWatch(graph, what=what)
-    ranges = observe(watch, check_rows(graph, rows, what=what), observed(model, nodes, scheme), what=what)
-    return apply(shaped, [InsertQdq(nodes, ranges, scheme), KeepFloat()], what=what)
+    rows = check_rows(graph, rows, what=what)
+    watch = GraphWatch(shaped, what=what)
+    if ranges is None:
+        names = observed(model, nodes, scheme)
+        method = settings.method or method_of(policy)
+        cache = HostCache.open(watch.digest)
+        ranges = observe(watch, rows, names, method, scheme=scheme, what=what, cache=cache)
+    passes: list[ir.passes.PassBase] = []
+    if settings.correct_biases:
+        sources = corrected(model, nodes)
+        found = means(watch, rows, tuple(dict.fromkeys(sources.values())))
+        passes.append(CorrectBiases(nodes, found, scheme))
+    return apply(shaped, [*passes, InsertQdq(nodes, ranges, scheme), KeepFloat()], what=what)
+
+
+def method_of(policy: Int8Policy) -> RangeMethod:
+    """Return the default method of a policy.
+
+    Activations of convolutions have long tails that are worth cutting; LayerNorm's few large channels carry
+    what a transformer tells, and cutting them costs more than finer steps give.
+    """
+    return MinMax() if policy.name == TRANSFORMER.name else MeanSquaredError()
 
 
 def symmetric_qdq(
     graph: onnx.ModelProto,
     rows: NDArray[np.generic],
     policy: Int8Policy | None = None,
+    settings: Int8Settings = DEFAULT_SETTINGS,
     *,
     what: str = "graph",
 ) -> onnx.ModelProto:
@@ -181,13 +224,14 @@ def symmetric_qdq(
         graph: float32, of one tower; stays as it is.
         rows: ``(n, …)`` for its input, at least 16.
         policy: what stays float; :func:`policy_of` the graph if missing.
+        settings: how ranges are chosen, and whether biases are corrected.
         what: the graph, as messages name it.
 
     Raises:
         CalibrationError: rows do not fit, or a tensor is not finite for some of them.
         ExportError: nothing can be quantized, or a pass fails.
     """
-    return quantize(graph, rows, policy or policy_of(graph), TENSORRT, what=what)
+    return quantize(graph, rows, policy or policy_of(graph), TENSORRT, settings, what=what)
 
 
 def said(
@@ -198,8 +242,11 @@ def said(
 ) -> dict[str, Any]:
     """Return what the manifest says about how a variant was quantized."""
     found: dict[str, Any] = {
-        "method": METHOD,
-        "rows": {tower: len(request.calibration[tower]) for tower in policies},
+        "method": {tower: _method(request, policy) for tower, policy in policies.items()},
+        "correct_biases": request.options.quantization.correct_biases,
+        "rows": {
+            tower: len(request.calibration[tower]) for tower, policy in policies.items() if policy != WEIGHTS
+        },
         "digest": request.calibration_digest,
         "scheme": scheme.to_dict(),
         "policy": {tower: policy.to_dict() for tower, policy in policies.items()},
@@ -207,3 +254,9 @@ def said(
     if choices:
         found["choice"] = {tower: choice.to_manifest() for tower, choice in choices.items()}
     return found
+
+
+def _method(request: BuildRequest, policy: Int8Policy) -> str | None:
+    if policy == WEIGHTS:
+        return None
+    return str(request.options.quantization.method or method_of(policy))

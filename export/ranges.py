@@ -65,7 +65,11 @@ class GraphWatch:
     @cached_property
     def digest(self) -> str:
         """Sha256 of the graph."""
-        return hashlib.sha256(self._graph.SerializeToString(deterministic=True)).hexdigest()
+        digest = hashlib.sha256()
+        graph = self._graph.graph  # by its parts: as a whole it may be too large for one message
+        for part in (*graph.input, *graph.initializer, *graph.node, *graph.output):
+            digest.update(part.SerializeToString(deterministic=True))
+        return digest.hexdigest()
 
     def extremes(self, names: Sequence[str]) -> contextlib.AbstractContextManager[OpenSession]:
         """See :class:`edgeclip.calibration.ranges.Watch`."""

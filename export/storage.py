@@ -27,7 +27,8 @@ def store_small(model: onnx.ModelProto, *, tables: str, others: str) -> None:
     Args:
         model: the graph.
         tables: ``"int8"`` for tables that rows are gathered from, ``"float32"`` to leave them.
-        others: ``"float16"`` for everything else, ``"float32"`` to leave it.
+        others: ``"float16"`` for everything else, ``"float32"`` to leave it; ``"int8"`` for weights of
+            products, with a scale an output channel, and float16 for the rest.
     """
     large = {
         tensor.name
@@ -44,10 +45,23 @@ def store_small(model: onnx.ModelProto, *, tables: str, others: str) -> None:
         is_table = len(nodes) == 1 and nodes[0].op_type == "Gather" and nodes[0].input[0] == tensor.name
         if is_table and len(tensor.dims) == 2 and tables == "int8":
             gather_int8(model, nodes[0])
-        elif tensor.name in large and others == "float16":
+        elif tensor.name in large and others == "int8" and (axis := _channels(nodes, tensor)) is not None:
+            store_int8(model, tensor.name, axis=axis)
+        elif tensor.name in large and others != "float32":
             largest = np.abs(numpy_helper.to_array(tensor)).max()
             if largest <= np.finfo(np.float16).max:
                 store_float16(model, tensor.name)
+
+
+def _channels(nodes: Sequence[onnx.NodeProto], tensor: onnx.TensorProto) -> int | None:
+    """Return the axis of output channels of a weight; ``None`` where not all that read it are one product."""
+    axes = set()
+    for node in nodes:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or list(node.input).index(tensor.name) != 1:
+            return None
+        transposed = any(each.name == "transB" and each.i for each in node.attribute)
+        axes.add(0 if node.op_type == "Conv" or transposed else len(tensor.dims) - 1)
+    return axes.pop() if len(axes) == 1 else None
 
 
 def store_int8(model: onnx.ModelProto, name: str, *, axis: int) -> None:

@@ -83,7 +83,8 @@ def _int8(
 ) -> onnx.ModelProto:
     request.on_step(f"quantize the {tower} tower")
     what = _what(request, tower)
-    quantized = symmetric_qdq(graph, request.calibration[tower], policies[tower], what=what)
+    rows, settings = request.calibration[tower], request.options.quantization
+    quantized = symmetric_qdq(graph, rows, policies[tower], settings, what=what)
     return passes.apply(quantized, [CastFirst(), Float16()], what=what)
 
 

@@ -16,11 +16,12 @@ from edgeclip.quantization import CPU, Int8Policy, Ranges, Scheme, activation_st
 
 from ._graph import after, constant, drop_unread, flag, fresh_name, new_constant, readers, require_flat
 
-__all__ = ["InsertQdq", "clamped", "observed", "place"]
+__all__ = ["InsertQdq", "channel_axis", "clamped", "observed", "place", "steps_of"]
 
 _LEAST_OPSET = 13  # scales for each index of an axis
 _CLAMPS = ("Relu", "Clip")
 _LARGEST_BIAS = 1 << 30
+_SHARE = 8  # of its products at most a tower keeps in float behind its stem
 
 
 def place(model: ir.Model, policy: Int8Policy) -> tuple[str, ...]:
@@ -30,13 +31,13 @@ def place(model: ir.Model, policy: Int8Policy) -> tuple[str, ...]:
         model: float32 graph with shapes.
         policy: what stays float.
     """
-    stem = None if policy.stem else _stem(model.graph)
+    first = _first(model.graph, policy)
     return tuple(
         node.outputs[0].name or ""
         for node in model.graph
         if node.op_type in policy.ops
         and is_product(node)
-        and node is not stem
+        and node not in first
         and node.outputs[0].name not in policy.keep_float
         and (policy.pooled or not _is_pooled(node, model.graph))
     )
@@ -56,20 +57,21 @@ def is_product(node: ir.Node) -> bool:
     if node.op_type == "Gemm":
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         is_plain = (flag(node, "alpha", 1.0), flag(node, "beta", 1.0), flag(node, "transA", 0)) == (1, 1, 0)
-        return is_plain and (bias is None or bias.shape == (weight.shape[_channel_axis(node)],))
+        return is_plain and (bias is None or bias.shape == (weight.shape[channel_axis(node)],))
     return weight.ndim == 2
 
 
-def _channel_axis(node: ir.Node) -> int:
+def channel_axis(node: ir.Node) -> int:
     """Return the axis of a weight that has one index an output channel."""
     return 0 if node.op_type == "Conv" or flag(node, "transB", 0) else 1
 
 
-def _stem(graph: ir.Graph) -> ir.Node | None:
-    """Return the convolution that reads the pixels; ``None`` where the input is no picture."""
-    if not graph.inputs or graph.inputs[0].shape is None or graph.inputs[0].shape.rank() != 4:
-        return None
-    return next((node for node in graph if is_product(node)), None)
+def _first(graph: ir.Graph, policy: Int8Policy) -> list[ir.Node]:
+    """Return the first products of a picture's tower that stay float; none where the input is no picture."""
+    if policy.stem or not graph.inputs or graph.inputs[0].shape is None or graph.inputs[0].shape.rank() != 4:
+        return []
+    products = [node for node in graph if is_product(node)]
+    return products[: 1 + min(policy.entry, len(products) // _SHARE)]
 
 
 def _is_pooled(node: ir.Node, graph: ir.Graph) -> bool:
@@ -106,6 +108,18 @@ def clamped(value: ir.Value) -> ir.Value:
     if value.is_graph_output() or len(reading) != 1 or reading[0].op_type not in _CLAMPS:
         return value
     return reading[0].outputs[0]
+
+
+def steps_of(
+    node: ir.Node,
+    weight: NDArray[np.float32],
+    scheme: Scheme,
+    *,
+    least: NDArray[np.float64] | float = 0.0,
+) -> NDArray[np.float32]:
+    """Return the scale of each output channel of a product's weight, ``(channels,)``."""
+    groups = int(flag(node, "group", 1))
+    return weight_steps(weight, channel_axis(node), scheme, least=least, groups=groups)
 
 
 class InsertQdq(ir.passes.InPlacePass):
@@ -214,7 +228,7 @@ class InsertQdq(ir.passes.InPlacePass):
 
     def _quantize_weight(self, node: ir.Node, graph: ir.Graph) -> None:
         """Give a node its weight and its bias in integers."""
-        weight, axis = node.inputs[1], _channel_axis(node)
+        weight, axis = node.inputs[1], channel_axis(node)
         rounded = node.inputs[0]
         assert weight is not None
         assert rounded is not None
@@ -239,7 +253,7 @@ class InsertQdq(ir.passes.InPlacePass):
         """Return a weight from int8 and its scales."""
         array = constant(weight)
         assert array is not None
-        scale = weight_steps(array, axis, self.scheme, least=least)
+        scale = steps_of(node, array, self.scheme, least=least)
         shape = [-1 if each == axis else 1 for each in range(array.ndim)]
         limit = self.scheme.weight_limit
         integers = np.rint(array / scale.reshape(shape)).clip(-limit, limit).astype(np.int8)

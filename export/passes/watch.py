@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
-from ._graph import drop_unread, new_constant
+from ._graph import drop_unread, new_constant, readers
 
 __all__ = ["Told", "WatchTensors"]
 
 Told: TypeAlias = Literal["extremes", "values", "means"]
-_CHANNELS_SECOND: Final = 4  # feature maps are (batch, channels, height, width), tokens (…, channels)
+"""What is told of tensors."""
 
 
 class WatchTensors(ir.passes.InPlacePass):
     """Replace the outputs of a graph by what is told of tensors; what is not needed for that goes.
 
     1. ``extremes``: ``0:least``, ``0:most`` (float32 scalars) and ``0:size`` (int64) for the first tensor.
-    2. ``values``: ``0``, the tensor itself.
-    3. ``means``: ``0``, the mean of each channel: of axis 1 of feature maps, else of the last axis.
+    2. ``values``: ``0``, all values of the tensor, ``(size,)``.
+    3. ``means``: ``0``, the mean of each channel: of axis 1 of what a convolution reads or gives, else of the
+       last axis.
 
     Args:
         names: of float32 tensors.
@@ -55,7 +56,8 @@ class WatchTensors(ir.passes.InPlacePass):
                     self._give(graph, op_type, [value], f"{place}:{said}", keepdims=0)
                 self._give(graph, "Size", [value], f"{place}:size", dtype=ir.DataType.INT64)
             elif self.told == "values":
-                self._give(graph, "Identity", [value], str(place), rank=None)
+                flat = new_constant(graph, np.array([-1], np.int64), f"{place}_flat")
+                self._give(graph, "Reshape", [value, flat], str(place), shape=[f"size_{place}"])
             else:
                 self._give_mean(graph, value, str(place))
         drop_unread(graph)
@@ -64,13 +66,17 @@ class WatchTensors(ir.passes.InPlacePass):
     def _give_mean(self, graph: ir.Graph, value: ir.Value, output: str) -> None:
         assert value.shape is not None
         rank = value.shape.rank()
-        channel = 1 if rank == _CHANNELS_SECOND else rank - 1
+        producer = value.producer()
+        around = [*readers(value), *([] if producer is None else [producer])]
+        channel = 1 if any(node.op_type == "Conv" for node in around) else rank - 1
         axes = np.array([axis for axis in range(rank) if axis != channel], np.int64)
+        size = value.shape[channel]
+        shape = [size if isinstance(size, int) else f"channels_{output}"]
         if (graph.opset_imports.get("") or 0) >= 18:
             constant = new_constant(graph, axes, f"{output}_axes")
-            self._give(graph, "ReduceMean", [value, constant], output, rank=1, keepdims=0)
+            self._give(graph, "ReduceMean", [value, constant], output, shape=shape, keepdims=0)
         else:
-            self._give(graph, "ReduceMean", [value], output, rank=1, keepdims=0, axes=axes.tolist())
+            self._give(graph, "ReduceMean", [value], output, shape=shape, keepdims=0, axes=axes.tolist())
 
     @staticmethod
     def _give(
@@ -79,14 +85,14 @@ class WatchTensors(ir.passes.InPlacePass):
         inputs: Sequence[ir.Value],
         output: str,
         *,
-        rank: int | None = 0,
+        shape: Sequence[int | str] = (),
         dtype: ir.DataType = ir.DataType.FLOAT,
         **attributes: int | list[int],
     ) -> None:
         node = ir.node(op_type, inputs, attributes)
         made = node.outputs[0]
         made.name, made.dtype = output, dtype
-        made.shape = inputs[0].shape if rank is None else ir.Shape([None] * rank)
+        made.shape = ir.Shape(shape)
         graph.append(node)
         graph.outputs.append(made)
 

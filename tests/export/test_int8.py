@@ -17,12 +17,26 @@ import onnx_ir as ir  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgeclip.bundle import Requires  # noqa: E402
-from edgeclip.calibration.ranges import observe  # noqa: E402
+from edgeclip.calibration.ranges import (  # noqa: E402
+    MeanSquaredError,
+    MinMax,
+    Percentile,
+    means,
+    observe,
+)
 from edgeclip.errors import CalibrationError, ExportError  # noqa: E402
-from edgeclip.export.build import BuildRequest, BuiltVariant, builder_of  # noqa: E402
+from edgeclip.export.build import (  # noqa: E402
+    BuildOptions,
+    BuildRequest,
+    BuiltVariant,
+    Int8Settings,
+    builder_of,
+)
 from edgeclip.export.int8 import policy_of, quantize, scheme_of, symmetric_qdq  # noqa: E402
 from edgeclip.export.passes import apply  # noqa: E402
+from edgeclip.export.passes.bias import CorrectBiases, corrected  # noqa: E402
 from edgeclip.export.passes.qdq import InsertQdq, observed, place  # noqa: E402
+from edgeclip.export.passes.watch import WatchTensors  # noqa: E402
 from edgeclip.export.ranges import GraphWatch  # noqa: E402
 from edgeclip.export.storage import store_small  # noqa: E402
 from edgeclip.export.variants import VariantSpec  # noqa: E402
@@ -34,6 +48,7 @@ from edgeclip.quantization import (  # noqa: E402
     Int8Policy,
     Scheme,
 )
+from edgeclip.runtime.byte_products import overflow  # noqa: E402
 from edgeclip.runtime.ort import import_onnxruntime  # noqa: E402
 from edgeclip.runtime.parity import ParityNumbers, compare_embeddings  # noqa: E402
 
@@ -149,7 +164,9 @@ def texts(count: int = 32, seed: int = 1) -> NDArray[np.int32]:
 def build(name: str, tmp_path: Path, graph: onnx.ModelProto | None = None, **given: Any) -> BuiltVariant:
     rows = given.get("rows", {"image": pictures()})
     graphs = {"image": convolutions() if graph is None else graph}
-    return builder_of("onnx")(BuildRequest(VariantSpec.parse(name), graphs, tmp_path, rows, "0" * 64))
+    options = given.get("options", BuildOptions())
+    request = BuildRequest(VariantSpec.parse(name), graphs, tmp_path, rows, "0" * 64, options)
+    return builder_of("onnx")(request)
 
 
 def content(built: BuiltVariant, tower: str = "image") -> bytes:
@@ -266,7 +283,8 @@ def test_integers_and_scales_are_those_of_onnx_runtimes_quantizer(tmp_path: Path
         weight_type=QuantType.QInt8,
     )
     theirs = onnx.load(tmp_path / "int8.onnx")
-    ours = quantize(convolutions(), pictures(), CONVOLUTIONS, scheme_of(bits), what="tower")
+    plain = Int8Settings(MinMax(), correct_biases=False)
+    ours = quantize(convolutions(), pictures(), CONVOLUTIONS, scheme_of(bits), plain, what="tower")
     for output in ("maps", "mixed"):
         for index in (1, 2):  # weight and bias: integers, scales, zero points
             integers, scale, zero = parts(ours, output, index)
@@ -297,6 +315,145 @@ def test_ranges_are_the_least_and_largest_values() -> None:
     fixed = observe(watch, rows, ["planes", "active"], what="tower")
     assert fixed["active"] == pytest.approx(seen["active"], rel=1e-5)
     assert seen["active"][0] == 0
+
+
+def test_what_is_watched_must_be_there() -> None:
+    with pytest.raises(ExportError, match=r"tower: the pass WatchTensors fails: it has no tensor 'nothing'"):
+        apply(convolutions(), [WatchTensors(["nothing"], "extremes")], what="tower")
+    with pytest.raises(ExportError, match="the shape of 'active' is not known"):
+        apply(convolutions(), [WatchTensors(["active"], "means")], what="tower")
+
+
+def test_means_are_those_of_channels() -> None:
+    rows = pictures(21)
+    shaped = onnx.shape_inference.infer_shapes(convolutions(), data_prop=True)
+    (mean,) = means(GraphWatch(shaped, what="tower"), rows, ["planes"]).values()
+    np.testing.assert_allclose(mean, rows.astype(np.float64).mean((0, 1, 2)) / 64, rtol=1e-5)
+
+
+# --- biases
+
+
+def rounded_to(model: onnx.ModelProto, nodes: tuple[str, ...]) -> onnx.ModelProto:
+    """Return a float graph with rounded weights of so few steps that their error shows."""
+    coarse = onnx.ModelProto()
+    coarse.CopyFrom(model)
+    weights = {node.input[1] for node in coarse.graph.node if node.output[0] in nodes}
+    for tensor in coarse.graph.initializer:
+        if tensor.name in weights:
+            value = numpy_helper.to_array(tensor)
+            axes = tuple(range(1, value.ndim)) if value.ndim == 4 else (0,)
+            step = np.abs(value).max(axis=axes, keepdims=True) / 64
+            tensor.CopyFrom(numpy_helper.from_array(np.rint(value / step) * step, tensor.name))
+    return coarse
+
+
+def with_bias(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the tower of tokens with a vector added behind its first map."""
+    vector = np.linspace(-1, 1, 2 * WIDTH, dtype=np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(vector, "vector"))
+    place = next(place for place, node in enumerate(model.graph.node) if node.output[0] == "bent")
+    model.graph.node[place].input[0] = "shifted"
+    model.graph.node.insert(place, helper.make_node("Add", ["vector", "wide"], ["shifted"]))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "tokens"])
+def test_corrected_biases_bring_means_back(kind: str) -> None:
+    """What a product without padding gives on average is what it gives in float."""
+    graph, rows = (
+        (convolutions(), pictures(64)) if kind == "convolutions" else (with_bias(tokens()), texts(64))
+    )
+    shaped = onnx.shape_inference.infer_shapes(graph, data_prop=True)
+    model = ir.from_proto(shaped)
+    nodes = ("mixed",) if kind == "convolutions" else ("wide",)
+    sources = corrected(model, nodes)
+    assert set(sources) == set(nodes)
+    found = means(GraphWatch(shaped, what="tower"), rows, list(sources.values()))
+    scheme = Scheme(weight_bits=7)
+    better = apply(shaped, [CorrectBiases(nodes, found, scheme)], what="tower")
+    output = "shifted" if kind == "tokens" else nodes[0]
+
+    def mean_of(each: onnx.ModelProto) -> NDArray[np.float64]:
+        each = onnx.shape_inference.infer_shapes(rounded_to(each, nodes), data_prop=True)
+        return next(iter(means(GraphWatch(each, what="tower"), rows, [output]).values()))
+
+    wanted = next(iter(means(GraphWatch(shaped, what="tower"), rows, [output]).values()))
+    before, after = (np.abs(mean_of(each) - wanted).max() for each in (shaped, better))
+    assert after < 0.01 * before
+
+
+def test_a_correction_needs_means() -> None:
+    with pytest.raises(ExportError, match=r"'active' has no means \(1 have none\)"):
+        apply(convolutions(), [CorrectBiases(["maps"], {})], what="tower")
+
+
+def test_ranges_can_be_given(tmp_path: Path) -> None:
+    shaped = onnx.shape_inference.infer_shapes(convolutions(), data_prop=True)
+    model = ir.from_proto(shaped)
+    names = observed(model, place(model, CONVOLUTIONS), CPU)
+    given = dict.fromkeys(names, (-1.0, 1.55))
+    made = quantize(convolutions(), pictures(), CONVOLUTIONS, CPU, what="tower", ranges=given)
+    scale, zero = parts(made, "maps", 0)
+    assert (float(scale), int(zero)) == (pytest.approx(0.01, rel=1e-3), 100)
+
+
+@pytest.mark.parametrize("method", [MinMax(), Percentile(99.0), MeanSquaredError()])
+def test_the_method_decides_ranges_and_is_said(tmp_path: Path, method: Any) -> None:
+    options = BuildOptions(quantization=Int8Settings(method, correct_biases=False))
+    built = build("onnx-int8", tmp_path, options=options)
+    plain = build("onnx-int8", tmp_path, options=BuildOptions(quantization=Int8Settings(MinMax())))
+    assert built.calibration is not None
+    assert built.calibration["method"] == {"image": str(method)}
+    assert built.calibration["correct_biases"] is False
+    assert content(built) != content(plain)
+
+
+def test_ranges_come_from_the_cache_and_not_from_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGECLIP_CACHE_DIR", str(tmp_path / "cache"))
+    runs: list[str] = []
+    extremes = GraphWatch.extremes
+
+    def counted(self: GraphWatch, names: Any) -> Any:
+        runs.append("run")
+        return extremes(self, names)
+
+    monkeypatch.setattr(GraphWatch, "extremes", counted)
+    first = content(build("onnx-int8@x86-vnni", tmp_path))
+    again = content(build("onnx-int8@x86-vnni", tmp_path))
+    assert (first, len(runs)) == (again, 1)
+    build("onnx-int8", tmp_path)  # other weights, the same ranges
+    assert len(runs) == 1
+    (entry,) = (tmp_path / "cache").rglob("ranges-*.json")
+    entry.write_bytes(b"{")
+    assert content(build("onnx-int8@x86-vnni", tmp_path)) == first
+    assert len(runs) == 2
+
+
+# --- text towers
+
+
+def test_weights_of_texts_are_stored_in_int8_and_computed_in_float(tmp_path: Path) -> None:
+    exact = run(tokens(), texts(8, seed=2))
+    request = BuildRequest(
+        VariantSpec.parse("onnx-int8"), {"text": tokens()}, tmp_path, {"text": texts()}, "0" * 64
+    )
+    built = builder_of("onnx")(request)
+    model = onnx.load_from_string(content(built, "text"))
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["QuantizeLinear"] == kinds["DequantizeLinear"] == 0
+    stored = {name for name, value in arrays(model).items() if value.dtype == np.int8 and value.ndim == 2}
+    assert len(stored) >= 3  # the table and both maps
+    got = run(content(built, "text"), texts(8, seed=2))
+    assert compare_embeddings(exact, got).cosine_min > 0.9998
+    assert built.calibration is not None
+    assert built.calibration["method"] == {"text": None}
+    full = BuildOptions(quantization=Int8Settings(text="full"))
+    computed = builder_of("onnx")(dataclasses.replace(request, options=full))
+    kinds = Counter(node.op_type for node in onnx.load_from_string(content(computed, "text")).graph.node)
+    assert kinds["QuantizeLinear"] >= 1
 
 
 @pytest.mark.parametrize("opset", [20, 21, 24])
@@ -336,28 +493,31 @@ def test_a_bias_over_weights_next_to_nothing_stays_right() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "largest", "settings", "requires"),
+    ("name", "fits", "requires"),
     [
-        ("onnx-int8", 127, EXACT, Requires()),
-        ("onnx-int8@x86-avx2", 64, {}, Requires(isa_any=("avx2",))),
-        ("onnx-int8@x86-vnni", 127, {}, Requires(isa_any=("avx512_vnni", "avx_vnni"))),
-        ("onnx-int8@arm64-dotprod", 127, {}, Requires(isa_any=("dotprod",))),
+        ("onnx-int8", True, Requires()),
+        ("onnx-int8@x86-avx2", True, Requires(isa_any=("avx2",))),
+        ("onnx-int8@x86-vnni", False, Requires(isa_any=("avx512_vnni", "avx_vnni"))),
+        ("onnx-int8@arm64-dotprod", False, Requires(isa_any=("dotprod",))),
     ],
 )
-def test_the_target_decides_bits_settings_and_hosts(
-    tmp_path: Path, name: str, largest: int, settings: dict[str, str], requires: Requires
+def test_the_target_decides_pairs_and_hosts(
+    tmp_path: Path, name: str, fits: bool, requires: Requires
 ) -> None:
     built = build(name, tmp_path)
-    weights = [
-        value for value in arrays(onnx.load_from_string(content(built))).values() if value.dtype == np.int8
-    ]
-    assert max(int(np.abs(value.astype(int)).max()) for value in weights) == largest
-    assert dict(built.session_config) == settings
+    path = tmp_path / "tower.onnx"
+    path.write_bytes(content(built))
+    assert (overflow(path) is None) is fits
+    weights = [value for value in arrays(onnx.load(path)).values() if value.dtype == np.int8]
+    assert (
+        max(int(np.abs(value.astype(int)).max()) for value in weights) == 127
+    )  # depthwise ones, in any case
+    assert dict(built.session_config) == {}
     assert built.requires == requires
     said = built.calibration
     assert said is not None
-    assert (said["method"], said["rows"], said["digest"]) == ("minmax", {"image": 32}, "0" * 64)
-    assert said["scheme"]["weight_bits"] == (7 if largest == 64 else 8)
+    assert (said["method"], said["rows"], said["digest"]) == ({"image": "mse"}, {"image": 32}, "0" * 64)
+    assert (said["scheme"]["weight_bits"], said["scheme"]["fit_pairs"]) == (8, fits)
     assert said["policy"]["image"]["name"] == "convolutions"
 
 
