@@ -527,8 +527,12 @@ class _Search:
         return self._slower.union(order[:high])
 
     def _repaired(self, kept: frozenset[str]) -> frozenset[str]:
-        """Put products back into int8 that need not be float: those that save most first."""
-        given = sorted(kept - self._slower, key=lambda name: (-self._weight[name], self._nodes.index(name)))
+        """Put products back into int8 that need not be float: least cost for what it saves first."""
+        costs = self._sensitivity.nodes
+        given = sorted(
+            kept - self._slower,
+            key=lambda name: (costs[name].cosine / self._weight[name], self._nodes.index(name)),
+        )
         for name in given[:_REPAIRS]:
             if self._meets(kept - {name}):
                 kept = kept - {name}

@@ -26,15 +26,19 @@ from numpy.typing import NDArray
 
 from edgeclip.bench.per_op import OpProfile, profile_tower
 from edgeclip.bundle import Requires, TowerFiles
+from edgeclip.cache import HostCache
 from edgeclip.calibration.latency_table import LatencyTable, Tensors
-from edgeclip.calibration.ranges import observe
+from edgeclip.calibration.ranges import means, observe
 from edgeclip.errors import ExportError
 from edgeclip.quantization import Int8Policy, Ranges, Scheme
 from edgeclip.runtime.rows import run_rows
 from edgeclip.runtime.session import DEFAULT_OPTIONS, OpenSession, RuntimeOptions, open_session
 
+from .build import DEFAULT_SETTINGS, Int8Settings
+from .int8 import method_of, policy_of
 from .passes import apply
 from .passes._graph import readers
+from .passes.bias import CorrectBiases, corrected
 from .passes.keep_float import KeepFloat
 from .passes.qdq import InsertQdq, observed, place
 from .passes.switches import SWITCHES, InsertSwitches
@@ -48,10 +52,9 @@ CHOSEN: Final = Int8Policy("chosen", stem=True, pooled=True)
 """The policy of chosen products: all may be quantized but those that are named."""
 _EXACT: Final = MappingProxyType({"session.x64quantprecision": "1"})
 _SIMULATED: Final = MappingProxyType({"session.disable_quant_qdq": "1"})
-# Blocks as weights are named in this project: stages and blocks are numbered, stems and heads are not.
-_BLOCK: Final = re.compile(
-    r"(?:^|\.)((?:stages\.\d+\.)?(?:(?:blocks|layers|resblocks)\.\d+|(?!stages|blocks|layers|resblocks)[a-z_]+))"
-)
+# Blocks as weights are named in this project: numbered in stages or towers; stems and heads are not numbered.
+_NUMBERED: Final = re.compile(r"(?:\w+\.)*?(?:blocks|layers|resblocks)\.\d+")
+_NAMED: Final = re.compile(r"(?:stages\.\d+\.)?[a-z_]+(?=\.)")
 _FUSED: Final = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "LeakyRelu", "Tanh", "Add"})
 
 
@@ -63,6 +66,7 @@ class Quantizable:
         graph: float32, with shapes.
         nodes: names of what the products give, in the order of the graph.
         ranges: of every tensor that might be rounded.
+        means: of the channels of what goes into products whose bias is corrected; ``None`` corrects none.
         scheme: what int8 means.
         what: the tower, as messages name it.
     """
@@ -70,6 +74,7 @@ class Quantizable:
     graph: onnx.ModelProto
     nodes: tuple[str, ...]
     ranges: Ranges
+    means: Mapping[str, NDArray[np.float64]] | None
     scheme: Scheme
     what: str
 
@@ -79,6 +84,7 @@ class Quantizable:
         graph: onnx.ModelProto,
         rows: NDArray[np.generic],
         scheme: Scheme,
+        settings: Int8Settings = DEFAULT_SETTINGS,
         *,
         what: str,
         options: RuntimeOptions = DEFAULT_OPTIONS,
@@ -89,6 +95,7 @@ class Quantizable:
             graph: float32, of one tower; stays as it is.
             rows: ``(n, …)`` for its input, at least 16.
             scheme: what int8 means.
+            settings: how ranges are chosen, and whether biases are corrected.
             what: the tower, as messages name it.
             options: where to run.
 
@@ -105,15 +112,26 @@ class Quantizable:
                 f"{what}: nothing in it can be quantized, expected products with constant weights; export it "
                 "in float."
             )
-        watch = GraphWatch(graph, what=what, options=options)
-        ranges = observe(watch, rows, observed(model, nodes, scheme), scheme=scheme, what=what)
-        return cls(shaped, nodes, ranges, scheme, what)
+        watch = GraphWatch(shaped, what=what, options=options)
+        ranges = observe(
+            watch,
+            rows,
+            observed(model, nodes, scheme),
+            settings.method or method_of(policy_of(graph)),
+            scheme=scheme,
+            what=what,
+            cache=HostCache.open(watch.digest),
+        )
+        sources = tuple(dict.fromkeys(corrected(model, nodes).values()))
+        found = means(watch, rows, sources) if settings.correct_biases else None
+        return cls(shaped, nodes, ranges, found, scheme, what)
 
     @cached_property
     def digest(self) -> str:
         """Sha256 of graph, ranges and scheme."""
         digest = hashlib.sha256(self.graph.SerializeToString(deterministic=True))
-        digest.update(json.dumps([self.nodes, self.ranges, self.scheme.to_dict()]).encode())
+        shifts = {name: array.tolist() for name, array in (self.means or {}).items()}
+        digest.update(json.dumps([self.nodes, self.ranges, shifts, self.scheme.to_dict()]).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -152,13 +170,19 @@ class Quantizable:
                 made.setdefault(value.name or "", name)
         return Tensors(self.nodes, made, read)
 
+    def corrections(self, on: Collection[str]) -> list[ir.passes.PassBase]:
+        """Return the passes that go before the one that quantizes these products."""
+        return [] if self.means is None else [CorrectBiases(tuple(on), self.means, self.scheme)]
+
     def quantized(self, on: Collection[str]) -> onnx.ModelProto:
         """Return the graph with these products in int8, the rest as it is stored."""
         nodes = [name for name in self.nodes if name in set(on)]
         if not nodes:
             return self.graph
-        graph = apply(self.graph, [InsertQdq(nodes, self.ranges, self.scheme), KeepFloat()], what=self.what)
-        store_small(graph, tables=CHOSEN.tables, others=CHOSEN.others)
+        insert = InsertQdq(nodes, self.ranges, self.scheme)
+        graph = apply(self.graph, [*self.corrections(nodes), insert, KeepFloat()], what=self.what)
+        if self.scheme.integer_outputs:
+            store_small(graph, tables=CHOSEN.tables, others=CHOSEN.others)
         return graph
 
     def embed_exact(
@@ -235,7 +259,8 @@ class SwitchedTower:
         """Open the session."""
         tower = self._tower
         quantize = InsertQdq(tower.nodes, tower.ranges, tower.scheme)
-        graph = apply(tower.graph, [InsertSwitches(quantize)], what=tower.what)
+        switches = InsertSwitches(quantize, before=tower.corrections(tower.nodes))
+        graph = apply(tower.graph, [switches], what=tower.what)
         self._session = self._stack.enter_context(_opened(graph, tower.what, _SIMULATED, self._options))
         return self
 
@@ -307,5 +332,7 @@ def _opened(
 
 
 def _block(weight: str) -> str:
-    match = _BLOCK.search(weight.removeprefix("tower."))
-    return "" if match is None or "." not in weight else match[1]
+    """Return the block that the name of a weight tells; empty where it was made up on the way."""
+    name = weight.removeprefix("tower.")
+    match = _NUMBERED.match(name) or _NAMED.match(name)
+    return "" if match is None else match[0]

@@ -23,7 +23,7 @@ __all__ = ["SensitivityReport"]
 
 _INT8, _FLOAT, _INK, _PALE, _GRID = "#2f7ed8", "#e8710a", "#1f2933", "#7b8794", "#e4e7eb"
 _LEAST: Final = 1e-8  # below it float32 embeddings say nothing
-_HEIGHT, _TOP, _BOTTOM, _LEFT = 300, 64, 70, 64
+_HEIGHT, _TOP, _BOTTOM, _LEFT = 350, 72, 120, 64
 _PLOT: Final = 190  # of the second panel's height and width
 
 
@@ -50,6 +50,10 @@ class SensitivityReport:
     latency: LatencyTable
     choice: Choice | None
     seconds: dict[str, float]
+
+    @property
+    def _named(self) -> str:
+        return f"{self.model}, {self.tower} tower" if self.model else f"{self.tower} tower"
 
     @property
     def stem(self) -> str:
@@ -90,7 +94,7 @@ class SensitivityReport:
         found = self.sensitivity
         lines = [
             (
-                f"{self.model}, {self.tower} tower, {self.variant}: int8 measured on {found.rows} rows in "
+                f"{self._named}, {self.variant}: int8 measured on {found.rows} rows in "
                 f"{sum(self.seconds.values()):.0f} s"
             ),
             f"times: {self.latency.source}",
@@ -148,7 +152,7 @@ class SensitivityReport:
             if self.choice is None
             else f"; {self.choice.target} keeps {len(self.choice.keep_float)} in float"
         )
-        title = f"{self.model}, {self.tower} tower: what int8 costs each product"
+        title = f"{self._named}: what int8 costs each product"
         said = f"1 - cosine of the embedding, one product in int8 at a time; all: {found.cosine:.1e}{kept}"
         parts = [
             (
@@ -157,7 +161,7 @@ class SensitivityReport:
             ),
             f'<rect width="{whole}" height="{_HEIGHT}" fill="#ffffff"/>',
             _text(_LEFT, 22, title, size=15, weight=600),
-            _text(_LEFT, 42, said, fill=_PALE, size=12),
+            _text(_LEFT, 40, said, fill=_PALE, size=12),
         ]
         return "\n".join([*parts, *bars, *points, "</svg>"])
 
@@ -180,8 +184,9 @@ class SensitivityReport:
         for place, name in enumerate(names):
             block = self.sensitivity.block_of[name] if name else ""
             if block != before:
-                if before and (place - start) * step > 7 * min(len(before), 18):
-                    parts.append(_text(_LEFT + start * step, base + 16, _shortened(before), fill=_PALE))
+                if before:
+                    middle = _LEFT + (start + place) / 2 * step
+                    parts.append(_turned(middle, base + 14, _shortened(before)))
                 if place:
                     parts.append(_line(_LEFT + place * step, _TOP, _LEFT + place * step, base + 4, _GRID))
                 before, start = block, place
@@ -196,8 +201,8 @@ class SensitivityReport:
             )
         for place, (colour, label) in enumerate(((_INT8, "int8"), (_FLOAT, "stays float"))):
             x = _LEFT + 90 * place
-            parts.append(f'<rect x="{x}" y="{base + 40}" width="10" height="10" fill="{colour}"/>')
-            parts.append(_text(x + 16, base + 49, label))
+            parts.append(f'<rect x="{x}" y="{base + 96}" width="10" height="10" fill="{colour}"/>')
+            parts.append(_text(x + 16, base + 105, label))
         return parts, width
 
     def _points(self, left: int) -> list[str]:
@@ -248,6 +253,11 @@ def _cost(cost: Any) -> tuple[str, str]:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= 18 else f"…{name[-17:]}"
+
+
+def _turned(x: float, y: float, text: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" transform="rotate(-40 {x:.1f} {y:.1f})"'
+    return f'<text {place} fill="{_PALE}" font-size="10" text-anchor="end">{escape(text)}</text>'
 
 
 def _line(x: float, y: float, to_x: float, to_y: float, colour: str) -> str:

@@ -6,7 +6,6 @@ import importlib.util
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +17,13 @@ from edgeclip.cache import HostCache
 from edgeclip.calibration.latency_table import LatencyTable
 from edgeclip.calibration.sensitivity import choose, measure
 from edgeclip.errors import ExportError, MissingExtraError
-from edgeclip.quantization import CPU, TENSORRT, Scheme
+from edgeclip.quantization import TENSORRT, Scheme
 from edgeclip.runtime.parity import DEGENERATE_SIMILARITY, ParityNumbers, compare_embeddings
 from edgeclip.runtime.session import RuntimeOptions
 
-from .build import Int8Search
+from .build import DEFAULT_SETTINGS, Int8Search, Int8Settings
 from .calibration_rows import calibration_set
+from .int8 import scheme_of
 from .options import Checkpoint, GraphOptions, References
 from .passes import apply
 from .passes.sequences import for_onnx_runtime
@@ -40,6 +40,7 @@ def search(
     rows: NDArray[Any],
     scheme: Scheme,
     asked: Int8Search,
+    settings: Int8Settings = DEFAULT_SETTINGS,
     *,
     tower: str,
     variant: str,
@@ -56,6 +57,7 @@ def search(
         rows: ``(n, …)`` for its input, at least 16; ranges are chosen on them too.
         scheme: what int8 means.
         asked: target, times and places.
+        settings: how ranges are chosen, and whether biases are corrected.
         tower: ``"image"`` or ``"text"``.
         variant: name of the variant.
         model: name of the model.
@@ -82,7 +84,7 @@ def search(
         took[step] = round(time.perf_counter() - began, 2)
 
     with timed("ranges"):
-        found = Quantizable.of(graph, rows, scheme, what=what, options=options)
+        found = Quantizable.of(graph, rows, scheme, settings, what=what, options=options)
     with timed("times"):
         if asked.latency_table is None:
             table = found.times(options=options)
@@ -203,4 +205,4 @@ def scheme_for(spec: VariantSpec) -> Scheme:
     """Return what int8 means for a variant."""
     if spec.form.format == "tensorrt":
         return TENSORRT
-    return replace(CPU, weight_bits=8 if spec.target is None else spec.target.weight_bits)
+    return scheme_of(fit_pairs=spec.target is None or spec.target.fit_pairs)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgeclip.quantization import Scheme
 
-from ._graph import constant, drop_unread, flag, fresh_name, like, new_constant, require_flat
+from ._graph import constant, drop_unread, flag, fresh_name, like, new_constant, readers, require_flat
 from .qdq import InsertQdq, clamped
 
 __all__ = ["SWITCHES", "InsertSwitches"]
@@ -40,11 +40,13 @@ class InsertSwitches(ir.passes.InPlacePass):
 
     Args:
         quantize: what can be switched, and how it is rounded. It sees a copy of the graph.
+        before: passes that change constants of the products on the way, as the correction of biases does;
+            they see the copy too.
     """
 
-    def __init__(self, quantize: InsertQdq) -> None:
+    def __init__(self, quantize: InsertQdq, *, before: Sequence[ir.passes.PassBase] = ()) -> None:
         super().__init__()
-        self._quantize = quantize
+        self._quantize, self._before = quantize, before
 
     def requires(self, model: ir.Model) -> None:
         """Refuse graphs within graphs, and a graph that has such an input."""
@@ -55,7 +57,9 @@ class InsertSwitches(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Switch every product."""
         graph, scheme = model.graph, self._quantize.scheme
-        quantized = self._quantize(model.clone()).model
+        quantized = model.clone()
+        for each in (*self._before, self._quantize):
+            quantized = each(quantized).model
         order = {name: place for place, name in enumerate(self._quantize.nodes)}
         roundings = _roundings(quantized, order, graph, scheme)
         switches = ir.Value(name=SWITCHES, shape=ir.Shape([len(order)]), type=ir.TensorType(ir.DataType.BOOL))
@@ -89,16 +93,23 @@ class _Steps:
 
 @dataclass(frozen=True, eq=False)
 class _Rounding:
-    """What int8 changes about a product: what goes in, constants by input, and what comes out.
+    """What int8 changes about a product.
 
-    ``clamp`` is the node that is folded into the rounding of what comes out.
+    Attributes:
+        place: of its switch.
+        source: of what goes in.
+        constants: by input.
+        result: of what comes out, where that is rounded.
+        tail: the node that belongs to it: a clamp before that rounding, or the addition of a bias.
+        tail_constants: of that node, by input.
     """
 
     place: int
     source: _Steps
     constants: Mapping[int, NDArray[np.float32]]
     result: _Steps | None
-    clamp: ir.Node | None
+    tail: ir.Node | None
+    tail_constants: Mapping[int, NDArray[np.float32]]
 
 
 def _roundings(
@@ -112,21 +123,36 @@ def _roundings(
     }
     found = {}
     for name, place in order.items():
-        constants = {
-            number: array
-            for number, value in enumerate(made[name].inputs)
-            if number and (array := _dequantized(value)) is not None
-        }
         output = kept[name].outputs[0]
         end = clamped(output)
         is_rounded = scheme.integer_outputs and kept[name].op_type == "Conv" and not end.is_graph_output()
+        tail = end.producer() if is_rounded and end is not output else None
+        tail_constants: dict[int, NDArray[np.float32]] = {}
+        following = readers(output)
+        if tail is None and len(following) == 1 and following[0].op_type == "Add":
+            tail_constants = _changed(following[0], made[_name(following[0].outputs[0])])
+            tail = following[0] if tail_constants else None
         found[name] = _Rounding(
             place,
             _steps(_producer(made[name].inputs[0])),
-            constants,
+            _changed(kept[name], made[name]),
             steps[_name(end)] if is_rounded else None,
-            end.producer() if is_rounded and end is not output else None,
+            tail,
+            tail_constants,
         )
+    return found
+
+
+def _changed(before: ir.Node, after: ir.Node) -> dict[int, NDArray[np.float32]]:
+    """Return the constants of a node that are not what they were, by input."""
+    found = {}
+    for place, value in enumerate(after.inputs):
+        array = _dequantized(value)
+        if array is None:
+            array = constant(value)
+        old = constant(before.inputs[place]) if place < len(before.inputs) else None
+        if array is not None and (old is None or not np.array_equal(array, old)):
+            found[place] = array
     return found
 
 
@@ -139,14 +165,18 @@ def _sections(graph: ir.Graph, roundings: Mapping[str, _Rounding]) -> list[list[
         for value in node.inputs:
             if value is not None:
                 last.setdefault(id(value), place)
-    folded = {id(each.clamp) for each in roundings.values() if each.clamp is not None}
+    tails = {name: id(each.tail) for name, each in roundings.items() if each.tail is not None}
+    pending: set[int] = set()
     sections: list[list[ir.Node]] = []
     current: list[ir.Node] = []
     products = live = 0
     ends: dict[int, int] = {}
     for place, node in enumerate(nodes):
-        is_product = node.outputs[0].name in roundings
-        products += is_product
+        name = _name(node.outputs[0])
+        products += name in roundings
+        pending.discard(id(node))
+        if name in tails:
+            pending.add(tails[name])
         if products:
             current.append(node)
         live -= ends.pop(place, 0)
@@ -155,10 +185,7 @@ def _sections(graph: ir.Graph, roundings: Mapping[str, _Rounding]) -> list[list[
             if until > place and constant(value) is None:
                 live += 1
                 ends[until] = ends.get(until, 0) + 1
-        following = nodes[place + 1] if place + 1 < len(nodes) else None
-        if id(following) in folded:
-            continue
-        if products >= wanted and (live == 1 or products >= 3 * wanted):
+        if not pending and products >= wanted and (live == 1 or products >= 3 * wanted):
             sections.append(current)
             current, products = [], 0
     if products:
@@ -224,8 +251,8 @@ class _Section:
                 continue
             rounding = self._roundings[name]
             nodes += self._switched(node, rounding, there)
-            if rounding.clamp is not None:
-                folded.add(id(rounding.clamp))
+            if rounding.tail is not None:
+                folded.add(id(rounding.tail))
         outputs = [like(there[value], value) for value in self._results]
         return _graph(f"{self._products[0]}_{kind}", nodes, outputs)
 
@@ -234,7 +261,7 @@ class _Section:
     ) -> list[ir.Node]:
         """Return the nodes for one product."""
         stem = _name(node.outputs[0])
-        end = node.outputs[0] if rounding.clamp is None else rounding.clamp.outputs[0]
+        end = node.outputs[0] if rounding.tail is None else rounding.tail.outputs[0]
         branches = {}
         for kind in ("int8", "float"):
             local = dict(there)
@@ -246,11 +273,11 @@ class _Section:
                 local[source] = self._pair(at, rounding.source, nodes, f"{stem}_in")
             nodes.append(_copy(node, local, kind))
             if kind == "int8":
-                for number, array in rounding.constants.items():
-                    value = new_constant(self._graph, array, f"{stem}_{number}_rounded")
-                    nodes[-1].replace_input_with(number, value)
-            if rounding.clamp is not None:
-                nodes.append(_copy(rounding.clamp, local, kind))
+                self._replace(nodes[-1], rounding.constants, stem)
+            if rounding.tail is not None:
+                nodes.append(_copy(rounding.tail, local, kind))
+                if kind == "int8":
+                    self._replace(nodes[-1], rounding.tail_constants, f"{stem}_tail")
             output = nodes[-1].outputs[0]
             if kind == "int8" and rounding.result is not None:
                 output = self._pair(output, rounding.result, nodes, f"{stem}_out")
@@ -262,6 +289,12 @@ class _Section:
         switch.outputs[0].name = f"{stem}_switched"
         there[end] = like(switch.outputs[0], end)
         return [pick, switch]
+
+    def _replace(self, node: ir.Node, constants: Mapping[int, NDArray[np.float32]], stem: str) -> None:
+        if constants:
+            node.resize_inputs(max(len(node.inputs), max(constants) + 1))
+        for number, array in constants.items():
+            node.replace_input_with(number, new_constant(self._graph, array, f"{stem}_{number}_rounded"))
 
     def _pair(self, value: ir.Value, steps: _Steps, nodes: list[ir.Node], stem: str) -> ir.Value:
         """Add a pair that rounds a value, and return what it gives."""

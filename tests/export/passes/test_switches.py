@@ -13,9 +13,10 @@ onnx = pytest.importorskip("onnx")
 import onnx_ir as ir  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from edgeclip.calibration.ranges import observe  # noqa: E402
+from edgeclip.calibration.ranges import means, observe  # noqa: E402
 from edgeclip.errors import ExportError  # noqa: E402
 from edgeclip.export.passes import apply, check  # noqa: E402
+from edgeclip.export.passes.bias import CorrectBiases, corrected  # noqa: E402
 from edgeclip.export.passes.qdq import InsertQdq, observed, place  # noqa: E402
 from edgeclip.export.passes.switches import SWITCHES, InsertSwitches  # noqa: E402
 from edgeclip.export.ranges import GraphWatch  # noqa: E402
@@ -26,7 +27,7 @@ SIZE, WIDTH = 12, 8
 ALL = Int8Policy("all", stem=True, pooled=True)
 EXACT = {"session.x64quantprecision": "1"}
 ROUNDED = {"session.disable_quant_qdq": "1"}
-SEVEN_BITS = Scheme(weight_bits=7)
+PAIRS = Scheme(fit_pairs=True)
 
 
 def tower() -> onnx.ModelProto:
@@ -46,6 +47,8 @@ def tower() -> onnx.ModelProto:
         "gate": drawn(WIDTH, WIDTH, 1, 1),
         "hidden": drawn(WIDTH, WIDTH),
         "hidden_bias": drawn(WIDTH),
+        "map": drawn(WIDTH, WIDTH),
+        "map_bias": drawn(WIDTH),
         "out": drawn(WIDTH, WIDTH),
         "axes": np.array([2, 3], np.int64),
     }
@@ -65,7 +68,10 @@ def tower() -> onnx.ModelProto:
         helper.make_node("Mul", ["sum", "gate_open"], ["gated"]),
         helper.make_node("ReduceMean", ["gated", "axes"], ["pooled"], keepdims=0),
         helper.make_node("Gemm", ["pooled", "hidden", "hidden_bias"], ["hidden_out"], transB=1),
-        helper.make_node("MatMul", ["hidden_out", "out"], ["embedding"]),
+        helper.make_node("MatMul", ["hidden_out", "map"], ["map_out"]),
+        helper.make_node("Add", ["map_bias", "map_out"], ["map_sum"]),
+        helper.make_node("Gelu", ["map_sum"], ["map_gelu"]),
+        helper.make_node("MatMul", ["map_gelu", "out"], ["embedding"]),
     ]
     graph = helper.make_graph(
         nodes,
@@ -79,13 +85,23 @@ def tower() -> onnx.ModelProto:
 
 
 ROWS = np.random.default_rng(1).integers(0, 256, (16, SIZE, SIZE, 3), np.uint8)
-NODES = ("stem_out", "deep_out", "mix_out", "gate_out", "hidden_out", "embedding")
+NODES = ("stem_out", "deep_out", "mix_out", "gate_out", "hidden_out", "map_out", "embedding")
 
 
 @functools.cache
 def ranges_of(scheme: Scheme) -> dict[str, Range]:
     names = observed(ir.from_proto(tower()), NODES, scheme)
     return observe(GraphWatch(tower(), what="tower"), ROWS, names, scheme=scheme, what="tower")
+
+
+@functools.cache
+def means_of() -> dict[str, NDArray[np.float64]]:
+    names = tuple(dict.fromkeys(corrected(ir.from_proto(tower()), NODES).values()))
+    return means(GraphWatch(tower(), what="tower"), ROWS, names)
+
+
+def correct(scheme: Scheme, nodes: tuple[str, ...] = NODES) -> list[CorrectBiases]:
+    return [CorrectBiases(nodes, means_of(), scheme)]
 
 
 def quantize(scheme: Scheme, nodes: tuple[str, ...] = NODES) -> InsertQdq:
@@ -109,7 +125,7 @@ def on(*names: str) -> NDArray[np.bool_]:
     return np.array([name in names for name in NODES])
 
 
-@pytest.fixture(scope="module", params=[CPU, SEVEN_BITS, TENSORRT], ids=["u8s8", "u8s7", "s8s8"])
+@pytest.fixture(scope="module", params=[CPU, PAIRS, TENSORRT], ids=["u8s8", "pairs", "s8s8"])
 def scheme(request: pytest.FixtureRequest) -> Scheme:
     found: Scheme = request.param
     return found
@@ -118,7 +134,7 @@ def scheme(request: pytest.FixtureRequest) -> Scheme:
 @pytest.fixture(scope="module")
 def switched(scheme: Scheme) -> onnx.ModelProto:
     assert place(ir.from_proto(tower()), ALL) == NODES
-    made = apply(tower(), [InsertSwitches(quantize(scheme))], what="tower")
+    made = apply(tower(), [InsertSwitches(quantize(scheme), before=correct(scheme))], what="tower")
     check(made, what="tower")
     return made
 
@@ -128,7 +144,7 @@ def test_all_off_is_the_float_graph(switched: onnx.ModelProto) -> None:
 
 
 def test_all_on_is_the_quantized_graph(switched: onnx.ModelProto, scheme: Scheme) -> None:
-    quantized = apply(tower(), [quantize(scheme)], what="tower")
+    quantized = apply(tower(), [*correct(scheme), quantize(scheme)], what="tower")
     got = run(switched, ROUNDED, switches=on(*NODES))
     np.testing.assert_allclose(got, run(quantized, ROUNDED), rtol=0, atol=1e-6)
     # It is not the float graph under another name.
@@ -141,15 +157,22 @@ def test_all_on_is_the_quantized_graph(switched: onnx.ModelProto, scheme: Scheme
 
 @pytest.mark.parametrize("name", NODES)
 def test_one_on_is_that_product_alone(switched: onnx.ModelProto, scheme: Scheme, name: str) -> None:
-    alone = apply(tower(), [quantize(scheme, (name,))], what="tower")
+    alone = apply(tower(), [*correct(scheme, (name,)), quantize(scheme, (name,))], what="tower")
     got = run(switched, ROUNDED, switches=on(name))
     np.testing.assert_allclose(got, run(alone, ROUNDED), rtol=0, atol=1e-6)
     assert np.abs(got - run(tower())).max() > 1e-5
 
 
+def test_without_corrections_biases_stay(scheme: Scheme) -> None:
+    made = apply(tower(), [InsertSwitches(quantize(scheme))], what="tower")
+    quantized = apply(tower(), [quantize(scheme)], what="tower")
+    got = run(made, ROUNDED, switches=on(*NODES))
+    np.testing.assert_allclose(got, run(quantized, ROUNDED), rtol=0, atol=1e-6)
+
+
 def test_any_are_those_products(switched: onnx.ModelProto, scheme: Scheme) -> None:
     chosen = ("deep_out", "mix_out", "embedding")
-    some = apply(tower(), [quantize(scheme, chosen)], what="tower")
+    some = apply(tower(), [*correct(scheme, chosen), quantize(scheme, chosen)], what="tower")
     got = run(switched, ROUNDED, switches=on(*chosen))
     np.testing.assert_allclose(got, run(some, ROUNDED), rtol=0, atol=1e-6)
 
