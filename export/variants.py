@@ -56,15 +56,15 @@ class Target:
     Attributes:
         formats: those that can serve it.
         requires: what its hosts must offer.
-        weight_bits: of an int8 weight in ONNX Runtime's graphs. 7 where two products of a byte pair are added
-            in 16 bits (AVX2 without VNNI): 2 x 255 x 64 is the largest sum that fits.
+        fit_pairs: whether int8 weights of ONNX Runtime's graphs must fit where two products of bytes are
+            added in 16 bits (AVX2 without VNNI), see :class:`edgeclip.quantization.Scheme`.
         about: what it is, for help and messages.
     """
 
     formats: frozenset[str]
     requires: Requires
     about: str
-    weight_bits: int = 8
+    fit_pairs: bool = False
 
 
 def _gpu(capability: str, about: str) -> Target:
@@ -74,7 +74,9 @@ def _gpu(capability: str, about: str) -> Target:
 _CPU = frozenset({"onnx", "openvino"})
 TARGETS: Final[Mapping[str, Target]] = MappingProxyType(
     {
-        "x86-avx2": Target(_CPU, Requires(isa_any=("avx2",)), "x86-64 with AVX2, VNNI or not", weight_bits=7),
+        "x86-avx2": Target(
+            _CPU, Requires(isa_any=("avx2",)), "x86-64 with AVX2, VNNI or not", fit_pairs=True
+        ),
         "x86-vnni": Target(
             _CPU, Requires(isa_any=("avx512_vnni", "avx_vnni")), "x86-64 with VNNI (8-bit dot products)"
         ),
