@@ -266,7 +266,8 @@ def gelu_layer(
     activations = x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     weight = drawn.uniform(-1, 1, (inputs, outputs)) / np.sqrt(inputs)
     activations_are = "symmetric signed" if scheme.symmetric else "signed" if scheme.signed else "unsigned"
-    bits = f"{scheme.weight_bits}-bit weights, {activations_are} activations"
+    weights_are = "weights that fit in pairs" if scheme.fit_pairs else f"{scheme.weight_bits}-bit weights"
+    bits = f"{weights_are}, {activations_are} activations"
     return quantized_layer(f"GELU, {bits}", activations.astype(np.float32), weight.astype(np.float32), scheme)
 
 

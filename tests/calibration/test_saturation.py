@@ -27,7 +27,7 @@ from edgeclip.calibration.saturation import (
     sums,
 )
 from edgeclip.errors import CalibrationError
-from edgeclip.quantization import TENSORRT, Scheme
+from edgeclip.quantization import TENSORRT, Scheme, weight_steps
 from edgeclip.runtime import probe_graphs
 from edgeclip.runtime.byte_sums import adds_in_16_bits, run_graph
 
@@ -35,6 +35,7 @@ QEMU = shutil.which("qemu-x86_64")
 CHILD = Path(__file__).parents[1] / "tools" / "engine_sums.py"
 WAYS: tuple[Adding, ...] = ("32-bit", "16-bit pairs")
 S8S8 = Scheme(signed=True, symmetric=True)  # what ONNX Runtime's documentation recommends first
+OURS = Scheme(fit_pairs=True)  # what x86-avx2 and no target get
 EXACT = {"session.x64quantprecision": "1"}
 
 
@@ -139,24 +140,66 @@ def error(got: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def test_the_trap_and_our_way_out() -> None:
-    """Relative error 0.016 becomes 0.16 on AVX2, and 7-bit weights bring it under 0.02."""
+    """Relative error 0.016 becomes 0.16 on AVX2; weights that fit in pairs bring it under 0.02."""
     trap = gelu_layer(S8S8)
     assert error(trap.simulated("32-bit"), trap.exact) < 0.02
     assert 0.1 < error(trap.simulated("16-bit pairs"), trap.exact) < 0.25
-    ours = gelu_layer(Scheme(weight_bits=7))
+    ours = gelu_layer(OURS)
     assert (ours.simulated("16-bit pairs") == ours.simulated("32-bit")).all()
     assert error(ours.simulated("16-bit pairs"), ours.exact) < 0.02
+    seven = gelu_layer(Scheme(weight_bits=7))
+    assert (seven.simulated("16-bit pairs") == seven.simulated("32-bit")).all()
+    assert error(ours.simulated("32-bit"), ours.exact) <= error(seven.simulated("32-bit"), seven.exact)
     wide = gelu_layer(Scheme())
     assert error(wide.simulated("32-bit"), wide.exact) < 0.02
 
 
-@pytest.mark.parametrize("scheme", [Scheme(weight_bits=7), Scheme(weight_bits=7, signed=True)])
-def test_seven_bits_never_overflow(scheme: Scheme) -> None:
+@pytest.mark.parametrize("scheme", [Scheme(weight_bits=7), Scheme(weight_bits=7, signed=True), OURS])
+def test_neither_seven_bits_nor_pairs_that_fit_overflow(scheme: Scheme) -> None:
     rows = np.random.default_rng(0).uniform(0, 1, (8, 64)).astype(np.float32)
     weight = np.random.default_rng(1).choice([-1.0, 1.0], (64, 16)).astype(np.float32)
     layer = quantized_layer("extreme", rows, weight, scheme)
-    assert np.abs(layer.integers).max() == 64
+    assert np.abs(layer.integers).max() == 64  # neighbours of one sign are the worst there is for pairs
     assert (layer.simulated("16-bit pairs") == layer.simulated("32-bit")).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((24, 33, 3, 3), 0), ((24, 3, 3, 3), 0), ((24, 16, 1, 1), 0), ((385, 24), 1), ((24, 384), 0)],
+)
+@pytest.mark.parametrize("spread", ["normal", "even", "signs", "ones"])
+def test_scales_make_pairs_fit_in_both_engines(shape: tuple[int, ...], axis: int, spread: str) -> None:
+    random = np.random.default_rng(0)
+    weight: NDArray[Any] = {
+        "normal": random.standard_normal(shape),
+        "even": random.uniform(-1, 1, shape),
+        "signs": random.choice([-1.0, 1.0], shape),
+        "ones": np.ones(shape),
+    }[spread].astype(np.float32)
+    steps = weight_steps(weight, axis, OURS)
+    along = steps.reshape([-1 if each == axis else 1 for each in range(len(shape))])
+    integers = np.rint(weight / along).clip(-127, 127).astype(np.int8)
+    columns = np.moveaxis(integers, axis, -1)
+    ways = [columns]
+    if len(shape) == 4:  # a position after the other, channels within; and those filled up to four
+        rows = columns.transpose(1, 2, 0, 3)
+        filled = np.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 4), (0, 0)))
+        ways = [each.reshape(-1, each.shape[-1]) for each in (rows, filled)]
+    for way in ways:
+        a = np.full((1, len(way)), 255, np.uint8)
+        for given in (np.where(way > 0, way, 0), np.where(way < 0, way, 0)):
+            given = given.astype(np.int8)
+            assert (sums(a, given, "16-bit pairs") == sums(a, given)).all()
+    coarser = steps / weight_steps(weight, axis, Scheme())
+    assert 1 <= coarser.min() <= coarser.mean() <= 2
+    if spread == "normal":
+        assert coarser.mean() < 1.5  # 7 bits: 127 / 64
+
+
+def test_depthwise_weights_keep_all_their_bits() -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 1, 3, 3)).astype(np.float32)
+    assert (weight_steps(weight, 0, OURS, groups=16) == weight_steps(weight, 0, Scheme())).all()
+    assert (weight_steps(weight, 0, OURS, groups=1) > weight_steps(weight, 0, Scheme())).any()
 
 
 def test_a_comparison_tells_how_an_engine_adds() -> None:
@@ -364,7 +407,7 @@ def test_the_trap_is_real_and_detected_on_avx2(tmp_path: Path) -> None:
     """ONNX Runtime's own S8S8 per channel saturates there; detection says so, and our recipe holds."""
     trap = gelu_layer(S8S8)
     theirs = quantized_by_onnx_runtime(tmp_path, symmetric=True)
-    ours = gelu_layer(Scheme(weight_bits=7))
+    ours = gelu_layer(OURS)
     unsigned = gelu_layer(Scheme())
     nothing: dict[Adding, NDArray[Any]] = {}
     cases = [
