@@ -284,7 +284,13 @@ class _Run:
         calibration = self.recipe.calibration
         limits = [change for change in limits_of(export) if change.where in (spec.form.precision, spec.name)]
         controlled = calibration.accuracy_control and spec.form.format == "openvino"
-        how = [calibration.samples, calibration.selection, calibration.seed]
+        how = [
+            calibration.samples,
+            calibration.selection,
+            calibration.seed,
+            calibration.method,
+            calibration.text,
+        ]
         ranges = [digests.get(calibration.data or ""), *how, controlled]
         return digest_of(
             checkpoint=digests[CHECKPOINT],
@@ -328,7 +334,9 @@ class _Run:
         root, calibration = self.inputs.root, self.recipe.calibration
         settings = ExportSettings(
             graph=export.graph(section),
-            build=BuildOptions(accuracy_control=calibration.accuracy_control),
+            build=BuildOptions(
+                accuracy_control=calibration.accuracy_control, quantization=calibration.int8()
+            ),
             references=References(
                 pictures=None if export.reference is None else root / export.reference,
                 calibration=None if calibration.data is None else root / calibration.data,

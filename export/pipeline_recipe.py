@@ -30,9 +30,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edgeclip.calibration.dataset import Method
+from edgeclip.calibration.ranges import RangeMethod
 from edgeclip.distill.recipe_text import convert, mapping, parse_tables, tables
 from edgeclip.errors import ConfigError
 
+from .build import Int8Settings
 from .options import METHOD, OPSET, Gates, GraphOptions, LimitChange
 from .variants import VariantSpec, parse_variants
 
@@ -161,6 +163,9 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
         samples: pictures, and texts, at most; 64 and 256 if not given.
         selection: how they are chosen.
         seed: of that choice.
+        method: how ranges are chosen, as ``edgeclip export --int8-method`` takes it; what suits the kind of
+            tower if not given.
+        text: compute ONNX text towers in int8 (``full``), or store only their ``weights`` so.
         accuracy_control: let OpenVINO put layers back into float until its metric is met.
     """
 
@@ -168,7 +173,17 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
     samples: Annotated[int, Meta(ge=16, le=100_000)] | None = None
     selection: Method = METHOD
     seed: Annotated[int, Meta(ge=0)] = 0
+    method: Word | None = None
+    text: Literal["full", "weights"] = "weights"
     accuracy_control: bool = False
+
+    def int8(self) -> Int8Settings:
+        """Return how int8 is made.
+
+        Raises:
+            ConfigError: there is no such method.
+        """
+        return Int8Settings(None if self.method is None else RangeMethod.parse(self.method), text=self.text)
 
 
 class BenchSpec(_Table, frozen=True, kw_only=True):
@@ -457,6 +472,10 @@ def _check(recipe: PipelineRecipe, where: str) -> None:
     """Raise where the tables contradict each other."""
     if recipe.export is not None:
         _check_export(recipe.export, recipe, where)
+    try:
+        recipe.calibration.int8()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: [calibration]: 'method': {error}") from error
     for index, gate in enumerate(recipe.gate):
         _check_gate(gate, recipe, f"{where}: [[gate]] {index}")
 
