@@ -37,6 +37,7 @@ __all__ = [
     "Int8Search",
     "Int8Settings",
     "builder_of",
+    "chooses",
 ]
 
 
@@ -108,13 +109,18 @@ class BuildOptions:
         """Refuse what cannot be had together.
 
         Raises:
-            ConfigError: a choice for int8 is asked for, and no variant that it could be made for.
+            ConfigError: a choice for int8 is asked for, and no variant that it can be made for.
         """
-        if self.int8 is not None and all(spec.form.precision != "int8" for spec in specs):
+        if self.int8 is not None and not any(chooses(spec) for spec in specs):
             raise ConfigError(
                 f"int8 target {self.int8.target}: no int8 variant is asked for among "
                 f"{', '.join(spec.name for spec in specs)}; add onnx-int8."
             )
+
+
+def chooses(spec: VariantSpec) -> bool:
+    """Whether what stays float in a variant can be chosen; OpenVINO's int8 has a policy of its own."""
+    return spec.form.precision == "int8" and spec.form.format in ("onnx", "tensorrt")
 
 
 @dataclass(frozen=True, eq=False)

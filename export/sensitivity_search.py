@@ -21,7 +21,7 @@ from edgeclip.quantization import TENSORRT, Scheme
 from edgeclip.runtime.parity import DEGENERATE_SIMILARITY, ParityNumbers, compare_embeddings
 from edgeclip.runtime.session import RuntimeOptions
 
-from .build import DEFAULT_SETTINGS, Int8Search, Int8Settings
+from .build import DEFAULT_SETTINGS, Int8Search, Int8Settings, chooses
 from .calibration_rows import calibration_set
 from .int8 import scheme_of
 from .options import Checkpoint, GraphOptions, References
@@ -153,7 +153,7 @@ def search_checkpoint(
         InputError: checkpoint, pictures or latency table cannot be read.
         CalibrationError: no choice reaches the target.
     """
-    if spec.form.precision != "int8" or spec.form.format not in ("onnx", "tensorrt"):
+    if not chooses(spec):
         raise ExportError(f"sensitivity of {spec.name!r}: expected onnx-int8 or tensorrt-int8.")
     for module in ("torch", "onnx", "onnxscript"):
         if importlib.util.find_spec(module) is None:

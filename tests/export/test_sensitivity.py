@@ -54,7 +54,7 @@ def test_the_switchboard_is_the_real_graph(
         for on in (tower.nodes, tower.nodes[::2], tower.nodes[3:4]):
             real = tower.embed_exact(ROWS, on, options=ONE)
             simulated = board.embed(ROWS, on)
-            # The order of sums and weights stored as float16 tip single roundings, and each is a step of int8.
+            # The order of sums and weights stored as float16 tip single roundings: each is a step of int8.
             missed = 1 - compare_embeddings(real, simulated).cosine_mean
             lost = 1 - compare_embeddings(none, real).cosine_mean
             assert missed < max(lost / 2, 1e-5), (on, missed, lost)
@@ -127,6 +127,8 @@ def test_a_target_without_int8_is_refused() -> None:
     options = BuildOptions(int8=Int8Search(Int8Target(cosine=0.99)))
     with pytest.raises(ConfigError, match="no int8 variant is asked for among onnx-fp32; add onnx-int8"):
         options.check(parse_variants(["onnx-fp32"]))
+    with pytest.raises(ConfigError, match=r"no int8 variant .* among openvino-int8; add onnx-int8"):
+        options.check(parse_variants(["openvino-int8"]))
 
 
 @pytest.mark.slow
