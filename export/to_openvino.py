@@ -25,11 +25,11 @@ import msgspec
 import numpy as np
 
 from edgeclip.bundle import Requires
-from edgeclip.errors import ExportError, MissingExtraError
+from edgeclip.errors import CalibrationError, ExportError, MissingExtraError
 from edgeclip.quantization import CONVOLUTIONS
 from edgeclip.runtime.host import versions
 from edgeclip.runtime.ov import import_openvino, openvino_message, without_telemetry
-from edgeclip.runtime.parity import ParityLimits
+from edgeclip.runtime.parity import ParityLimits, compare_embeddings
 
 from .build import BuildRequest, BuiltTower, BuiltVariant
 from .int8 import policy_of
@@ -78,7 +78,7 @@ def build(request: BuildRequest) -> BuiltVariant:
 
     Raises:
         MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
-        CalibrationError: a tower has no calibration rows, or they do not fit.
+        CalibrationError: a tower has no calibration rows, they do not fit, or int8 misses its target.
         ExportError: the variant cannot be made.
     """
     spec, precision = request.spec, request.spec.form.precision
@@ -89,20 +89,21 @@ def build(request: BuildRequest) -> BuiltVariant:
             check_rows(graph, request.calibration.get(tower), what=f"variant {spec.name!r}, {tower} tower")
     _check_target(request)
     towers = {}
+    chosen: dict[str, int] = {}
     for tower, graph in request.graphs.items():
         what = f"variant {spec.name!r}, {tower} tower"
         request.on_step(f"convert the {tower} tower")
         network = _converted(tower, graph, request.work, what=what)
         if precision == "int8":
             request.on_step(f"quantize the {tower} tower")
-            network = _quantized(network, tower, request, what=what)
+            network = _quantized(network, tower, request, chosen, what=what)
         towers[tower] = _stored(tower, network, graph, request.work, what=what, halve=precision == "fp16")
         del network
     target = Requires() if spec.target is None else spec.target.requires
     return BuiltVariant(
         towers,
         requires=msgspec.structs.replace(target, engine=_ENGINE),
-        calibration=_said(request) if precision == "int8" else None,
+        calibration=_said(request, chosen) if precision == "int8" else None,
     )
 
 
@@ -261,7 +262,6 @@ def _policy(request: BuildRequest) -> dict[str, Any]:
         "target_device": _DEVICES.get(target or "", "CPU"),
         "overflow_fix": "enable" if target in _OVERFLOWS else "disable",
         "float_types": list(_FLOAT_TYPES),
-        "float_first": _FIRST,
         "float_pooled": True,
         "bias_correction": {
             tower: "accurate" if policy_of(graph) == CONVOLUTIONS else "fast"
@@ -270,14 +270,69 @@ def _policy(request: BuildRequest) -> dict[str, Any]:
     }
 
 
-def _quantized(network: Any, tower: str, request: BuildRequest, *, what: str) -> Any:
-    """Return a network with fake-quantized activations and int8 weights."""
-    policy, rows = _policy(request), request.calibration[tower][:_MOST_ROWS]
+def _quantized(network: Any, tower: str, request: BuildRequest, chosen: dict[str, int], *, what: str) -> Any:
+    """Return a network with fake-quantized activations and int8 weights.
+
+    Where int8 has to reach a target, as many more of the first products stay float as that takes, at most
+    half of them. What is compared is the network itself, on OpenVINO and the calibration rows.
+
+    Args:
+        network: in float; stays as it is.
+        tower: its name.
+        request: the variant.
+        chosen: how many of the first products stay float is added here.
+        what: the tower, as messages name it.
+
+    Raises:
+        CalibrationError: the target is not reached.
+        ExportError: NNCF cannot quantize it.
+    """
+    rows = request.calibration[tower][:_MOST_ROWS]
+    asked = request.options.int8
+    target = None if asked is None else asked.of(tower)
+    products = _products(network)
+    chosen[tower] = _first_float(products)
+    if target is None:
+        return _by_nncf(network.clone(), tower, rows, chosen[tower], request, what=what)
+    reference = _embedded(network, rows)
+    more = [-(-len(products) * part // 8) for part in (1, 2, 3, 4)]
+    for first in [chosen[tower], *(each for each in more if each > chosen[tower])]:
+        request.on_step(f"quantize the {tower} tower, {first} of {len(products)} products first in float")
+        made = _by_nncf(network.clone(), tower, rows, first, request, what=what)
+        numbers = compare_embeddings(
+            reference, _embedded(made, rows), bank=request.bank if tower == "image" else None
+        )
+        if target.is_met(numbers):
+            chosen[tower] = first
+            return made
+    raise CalibrationError(
+        f"{what}: with the first {first} of its {len(products)} products in float int8 does not reach "
+        f"{target}: {target.missed(numbers)}. Ask for less, give other calibration pictures, or export "
+        "openvino-fp16."
+    )
+
+
+def _embedded(network: Any, rows: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return what a network makes of rows on this CPU, in float32 where it is not int8."""
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = import_openvino().Core().compile_model(network, "CPU", settings)
+    parts = [np.array(compiled(batch)[0]) for batch in _batches(network, rows)]
+    return np.concatenate(parts)[: len(rows)]
+
+
+def _batches(network: Any, rows: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+    """Return rows as a network takes them; the last batch begins again."""
     batch = network.inputs[0].partial_shape[0]
     size = 1 if batch.is_dynamic else int(batch.get_length())
-    whole = np.resize(rows, (-(-len(rows) // size) * size, *rows.shape[1:]))  # the last batch begins again
-    batches = [whole[start : start + size] for start in range(0, len(whole), size)]
-    kept = _kept_float(network)
+    whole = np.resize(rows, (-(-len(rows) // size) * size, *rows.shape[1:]))
+    return [whole[start : start + size] for start in range(0, len(whole), size)]
+
+
+def _by_nncf(
+    network: Any, tower: str, rows: NDArray[np.generic], first: int, request: BuildRequest, *, what: str
+) -> Any:
+    policy, batches = _policy(request), _batches(network, rows)
+    kept = _kept_float(network, first)
     with _quiet_nncf() as nncf:
         from nncf.quantization.advanced_parameters import OverflowFix
 
@@ -313,18 +368,23 @@ def _products(network: Any) -> list[Any]:
     return [op for op in network.get_ordered_ops() if op.get_type_name() in _PRODUCTS]
 
 
-def _kept_float(network: Any) -> list[str]:
-    """Return the names of products that stay float: the first convolutions, and those of one vector a row.
+def _first_float(products: Sequence[Any]) -> int:
+    """Return how many products at the beginning stay float: convolutions, few of them in a small tower."""
+    first = 0
+    for product in products[:_FIRST]:
+        if "Convolution" not in product.get_type_name() or (first and first >= len(products) / 8):
+            break
+        first += 1
+    return first
+
+
+def _kept_float(network: Any, first: int) -> list[str]:
+    """Return the names of products that stay float: the first ones, and those of one vector a row.
 
     They are a small part of the work and most of the error. Maps of the first convolutions are large and
     their channels unlike each other; one vector a picture is what the answer is read from.
     """
     products = _products(network)
-    first = 0
-    while first < _FIRST and "Convolution" in products[first].get_type_name():
-        if first and first >= len(products) / 8:  # a small tower would have little left
-            break
-        first += 1
     chosen = products[:first] + [op for op in products[first:] if op is products[-1] or _is_pooled(op)]
     return [str(op.get_friendly_name()) for op in chosen]
 
@@ -401,7 +461,7 @@ def _quiet_nncf() -> Iterator[Any]:
             logger.setLevel(level)
 
 
-def _said(request: BuildRequest) -> dict[str, Any]:
+def _said(request: BuildRequest, chosen: Mapping[str, int]) -> dict[str, Any]:
     installed = versions()
     return {
         "method": "nncf",
@@ -409,5 +469,5 @@ def _said(request: BuildRequest) -> dict[str, Any]:
         "rows": {tower: min(len(request.calibration[tower]), _MOST_ROWS) for tower in request.graphs},
         "digest": request.calibration_digest,
         "openvino": installed.get("openvino"),
-        "policy": _policy(request),
+        "policy": {**_policy(request), "float_first": dict(chosen)},
     }

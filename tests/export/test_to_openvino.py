@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -27,9 +28,10 @@ from numpy.typing import NDArray  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgeclip.bundle import Bundle, Requires  # noqa: E402
+from edgeclip.calibration.sensitivity import Int8Target  # noqa: E402
 from edgeclip.errors import CalibrationError, ExportError, MissingExtraError  # noqa: E402
 from edgeclip.export import to_openvino  # noqa: E402
-from edgeclip.export.build import BuildOptions, BuildRequest, BuiltVariant  # noqa: E402
+from edgeclip.export.build import BuildOptions, BuildRequest, BuiltVariant, Int8Search  # noqa: E402
 from edgeclip.export.options import Checkpoint, ExportSettings, GraphOptions, References  # noqa: E402
 from edgeclip.export.to_onnx import tensor_entries  # noqa: E402
 from edgeclip.export.variants import VariantSpec  # noqa: E402
@@ -594,3 +596,37 @@ def test_first_convolutions_and_products_of_one_vector_stay_float(tmp_path: Path
     rows = pixels(10, seed=2)
     numbers = compare_embeddings(by_onnx_runtime(tmp_path, rows, graph), run(built, rows))
     assert numbers.cosine_mean > 0.99
+
+
+@pytest.mark.parametrize(("needed", "kept"), [(2, 2), (4, 5)])
+def test_a_target_takes_as_many_products_into_float_as_it_needs(
+    needed: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = [0]
+
+    def embedded(network: Any, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """Say that int8 is wrong until so many products are float."""
+        if built[0] < needed and built[0]:
+            return np.tile(np.eye(2, EMBED, dtype=np.float32)[1], (len(rows), 1))
+        return np.tile(np.eye(2, EMBED, dtype=np.float32)[0], (len(rows), 1))
+
+    def by_nncf(network: Any, tower: str, rows: Any, first: int, *_: Any, **__: Any) -> Any:
+        built[0] = first
+        return network
+
+    monkeypatch.setattr(to_openvino, "_embedded", embedded)
+    monkeypatch.setattr(to_openvino, "_by_nncf", by_nncf)
+    made = to_openvino.build(aiming(tmp_path, "cosine=0.9"))
+    assert made.calibration is not None
+    assert made.calibration["policy"]["float_first"] == {"image": kept}  # of 12, in steps of an eighth
+
+
+def test_a_target_that_is_not_reached_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"first 6 of its 12 .* does not reach cosine=1: cosine_mean"):
+        to_openvino.build(aiming(tmp_path, "cosine=1"))
+
+
+def aiming(work: Path, target: str) -> BuildRequest:
+    options = BuildOptions(int8=Int8Search(target=Int8Target.parse(target)))
+    asked = request(work, "openvino-int8", {"image": gated_graph()})
+    return dataclasses.replace(asked, options=options)
