@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LARGEST_PAIR", "ByteProduct", "Overflow", "overflow", "products"]
+__all__ = ["LARGEST_PAIR", "ByteProduct", "Overflow", "can_overflow", "overflow", "products"]
 
 LARGEST_PAIR: Final = 128
 """Two weights of a pair that add up to so much still fit: 255 x 128 is 32640, and 16 bits end at 32767."""
@@ -90,17 +90,18 @@ class Overflow:
     largest_pair: int
 
 
-def overflow(path: Path) -> Overflow | None:
+def overflow(path: Path, files: Iterable[Path] = ()) -> Overflow | None:
     """Return what of a file may overflow sums of 16 bits, ``None`` where nothing can.
 
     Args:
         path: an ``.onnx`` or ``.xml`` file; others tell nothing.
+        files: all files of the tower, where OpenVINO's weights are not named after ``path``.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is damaged.
     """
-    found = [(product.largest_pair, product.name) for product in products(path)]
+    found = ((product.largest_pair, product.name) for product in products(path, files))
     wide = [each for each in found if each[0] > LARGEST_PAIR]
     if not wide:
         return None
@@ -108,7 +109,12 @@ def overflow(path: Path) -> Overflow | None:
     return Overflow(len(wide), worst, largest)
 
 
-def products(path: Path) -> Iterator[ByteProduct]:
+def can_overflow(path: Path, files: Iterable[Path] = ()) -> bool:
+    """Return whether anything can, reading no further than the first such product; see :func:`overflow`."""
+    return any(product.largest_pair > LARGEST_PAIR for product in products(path, files))
+
+
+def products(path: Path, files: Iterable[Path] = ()) -> Iterator[ByteProduct]:
     """Yield the products of bytes in a file; see :func:`overflow`.
 
     Convolutions of one channel each are left out: engines widen those before they multiply.
@@ -120,7 +126,8 @@ def products(path: Path) -> Iterator[ByteProduct]:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 yield from _of_onnx(_Graph.read(data), path.parent)
     elif path.suffix == ".xml":
-        yield from _of_openvino(path)
+        named = path.with_suffix(".bin")
+        yield from _of_openvino(path, next((file for file in files if file.suffix == ".bin"), named))
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------
@@ -291,7 +298,7 @@ class _Layer:
     inputs: tuple[str, ...]
 
 
-def _of_openvino(path: Path) -> Iterator[ByteProduct]:
+def _of_openvino(path: Path, stored_in: Path) -> Iterator[ByteProduct]:
     import numpy as np
 
     layers = _layers(path)
@@ -308,7 +315,7 @@ def _of_openvino(path: Path) -> Iterator[ByteProduct]:
         if layer.kind == "GroupConvolution" and shape[1:3] == (1, 1):
             continue
         if weights is None:
-            weights = np.memmap(path.with_suffix(".bin"), np.int8, mode="r")
+            weights = np.memmap(stored_in, np.int8, mode="r")
         start, size = int(stored.said["offset"]), int(stored.said["size"])
         weight = np.asarray(weights[start : start + size]).reshape(shape)
         if layer.kind == "MatMul":

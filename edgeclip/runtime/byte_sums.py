@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -140,7 +140,8 @@ def expected_overflow(variant: Variant, backend: str, options: RuntimeOptions, h
     if is_exact_by_setting(backend, entry.session_config):
         return None
     for tower in sorted(entry.towers):
-        found = _stored_overflow(variant.tower(tower).model)
+        files = variant.tower(tower)
+        found = _stored_overflow(files.model, files.files)
         if found is not None:
             return (
                 f"sums of its {tower} tower would overflow: this host has {', '.join(sorted(isa))} and no "
@@ -188,26 +189,33 @@ def refuse_overflow(model: ModelFiles, backend: str, options: RuntimeOptions) ->
 
 def _overflow(model: ModelFiles, backend: str, options: RuntimeOptions) -> Overflow | None:
     """Return what overflows, ``None`` where nothing does."""
-    if backend not in _ENGINES or model.precision not in ("int8", "as stored"):
+    if backend not in _ENGINES or model.precision not in ("int8", "as stored") or not _is_on_cpu(options):
         return None
-    if not _is_on_cpu(options):
+    if is_exact_by_setting(backend, model.session_config):
         return None
-    if backend == "ort":
-        if is_exact_by_setting(backend, model.session_config) or not adds_in_16_bits(backend):
-            return None
-        return _stored_overflow(model.model)
-    found = _stored_overflow(model.model)  # cheaper than asking OpenVINO
-    return found if found is not None and adds_in_16_bits(backend) else None
+    # A look at the file is cheaper than asking OpenVINO, and dearer than asking ONNX Runtime.
+    if backend == "openvino" and not _can_overflow(model.model, model.files):
+        return None
+    return _stored_overflow(model.model, model.files) if adds_in_16_bits(backend) else None
 
 
 def _is_on_cpu(options: RuntimeOptions) -> bool:
     return parse_device(options.device)[0] == "cpu" and options.providers in (None, (_CPU_PROVIDER,))
 
 
-def _stored_overflow(path: Path) -> Overflow | None:
+def _can_overflow(path: Path, files: Iterable[Path]) -> bool:
+    from edgeclip.runtime.byte_products import can_overflow
+
+    try:
+        return can_overflow(path, files)
+    except (OSError, ValueError):
+        return False  # the engine says next, and better, what is wrong with the file
+
+
+def _stored_overflow(path: Path, files: Iterable[Path]) -> Overflow | None:
     from edgeclip.runtime.byte_products import overflow
 
     try:
-        return overflow(path)
+        return overflow(path, files)
     except (OSError, ValueError):
-        return None  # the engine says next, and better, what is wrong with the file
+        return None  # as above

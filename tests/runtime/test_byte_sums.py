@@ -153,6 +153,8 @@ def test_openvino_files_are_read(tmp_path: Path) -> None:
     found = overflow(openvino_file(tmp_path / "wide.xml", 127))
     assert found is not None
     assert (found.products, found.largest_pair) == (1, 254)
+    stored = (tmp_path / "wide.bin").rename(tmp_path / "wide.01234567.bin")  # as bundles name it
+    assert overflow(tmp_path / "wide.xml", (tmp_path / "wide.xml", stored)) == found
     assert overflow(openvino_file(tmp_path / "narrow.xml", 64)) is None
     assert overflow(openvino_file(tmp_path / "weights.xml", 127, rounded=False)) is None
     (tmp_path / "broken.xml").write_text("<net", encoding="utf-8")
