@@ -107,8 +107,8 @@ def export_bundle(
         with steps("open the checkpoint"):
             source = open_source(checkpoint, threads=settings.threads)
         yardstick = write_contents(writer, source, variants, settings, steps)
-        calibration = _calibration(source, variants, settings, steps, work)
         graphs = _trace(source, settings, steps, work)
+        calibration = _calibration(source, graphs, variants, settings, steps, work)
         source.release()
         made = {
             spec.name: _make(spec, yardstick, graphs, calibration, settings, steps, work) for spec in variants
@@ -195,24 +195,35 @@ def _trace(
 
 
 def _calibration(
-    source: Source, variants: Sequence[VariantSpec], settings: ExportSettings, steps: Steps, work: Path
+    source: Source,
+    graphs: Mapping[str, onnx.ModelProto],
+    variants: Sequence[VariantSpec],
+    settings: ExportSettings,
+    steps: Steps,
+    work: Path,
 ) -> tuple[dict[str, NDArray[Any]], CalibrationSet | None]:
     """Return rows to choose ranges on, and the set they are, where anything is to be quantized."""
     if all(spec.form.precision != "int8" for spec in variants):
         return {}, None
-    with steps("calibration set"):
+    from .embedder import embedder
+
+    spec, float_input = source.preprocess, settings.graph.float_input
+    with (
+        steps("calibration set"),
+        embedder(graphs["image"], spec, float_input=float_input, threads=settings.threads) as embed,
+    ):
         chosen = calibration_set(
-            source.preprocess,
+            spec,
             settings.references,
             languages=source.tokenizer.config.languages,
             tokenize=partial(source.tokenizer, truncate=True) if settings.graph.text else None,
             tokenizer=source.tokenizer.digest,
-            embed=source.images,
+            embed=embed,
             on_note=steps.note,
         )
         if settings.keep_intermediate is not None:
             chosen.write(work / "calibration.safetensors")
-        return chosen.feeds(source.preprocess, float_input=settings.graph.float_input), chosen
+        return chosen.feeds(spec, float_input=float_input), chosen
 
 
 # --- variants ----------------------------------------------------------------------------------------------

@@ -171,6 +171,24 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         calibration_set(SPEC, References(calibration=tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("float_input", [False, True])
+def test_coverage_goes_by_what_the_float_model_makes_of_pictures(float_input: bool) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    from exported import PROBES, shape_pictures
+
+    from edgeclip.export.embedder import embedder
+    from edgeclip.export.options import Checkpoint, GraphOptions
+    from edgeclip.export.source import open_source
+
+    source = open_source(Checkpoint(str(PROBES / "tinyclip")), threads=1)
+    rows = shape_pictures(20)
+    expected = source.images(rows)
+    graph = source.trace("image", GraphOptions(float_input=float_input))
+    with embedder(graph, source.preprocess, float_input=float_input, threads=1) as embed:
+        np.testing.assert_allclose(embed(rows), expected, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_manifest_says_what_ranges_were_chosen_on(tmp_path: Path) -> None:
     pytest.importorskip("torch")
