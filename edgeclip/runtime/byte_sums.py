@@ -182,8 +182,8 @@ def refuse_overflow(model: ModelFiles, backend: str, options: RuntimeOptions) ->
         warnings.warn(f"{said}; it is run because 'unsafe-isa' is allowed.", UnsafeIsaWarning, stacklevel=4)
         return
     raise BackendUnavailableError(
-        f"{said}. Use a float variant or one made for x86-avx2 (edgeclip export --variant "
-        "onnx-int8@x86-avx2); allow 'unsafe-isa' runs it all the same."
+        f"{said}. Use a float variant or one made for x86-avx2 (edgeclip export "
+        "--target x86-avx2); allow 'unsafe-isa' runs it all the same."
     )
 
 
