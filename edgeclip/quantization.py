@@ -102,7 +102,8 @@ class Int8Policy:
         name: of the policy, for the manifest.
         ops: kinds of nodes that may be quantized.
         stem: quantize the convolution that reads the pixels, and what follows it.
-        entry: products behind the stem that stay float with it: few channels, and the finest maps.
+        entry: products behind the stem that stay float with it, at most an eighth of all: they have few
+            channels and the finest maps, and every later one builds on their errors.
         pooled: quantize products with one vector a picture or text: gates of squeeze and excitation, and the
             projection.
         keep_float: names of node outputs that stay float whatever the rest says.
@@ -134,7 +135,7 @@ class Int8Policy:
         }
 
 
-CONVOLUTIONS: Final = Int8Policy("convolutions", entry=2)
+CONVOLUTIONS: Final = Int8Policy("convolutions", entry=8)
 """Towers whose weights are in convolutions for the most part."""
 TRANSFORMER: Final = Int8Policy("transformer")
 """Towers whose weights are in linear maps over tokens for the most part."""
