@@ -119,8 +119,8 @@ class BuildOptions:
 
 
 def chooses(spec: VariantSpec) -> bool:
-    """Whether what stays float in a variant can be chosen; OpenVINO's int8 has a policy of its own."""
-    return spec.form.precision == "int8" and spec.form.format in ("onnx", "tensorrt")
+    """Whether what stays float in a variant can be chosen: in OpenVINO's int8, how many of the first ones."""
+    return spec.form.precision == "int8"
 
 
 @dataclass(frozen=True, eq=False)

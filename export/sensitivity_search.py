@@ -153,7 +153,7 @@ def search_checkpoint(
         InputError: checkpoint, pictures or latency table cannot be read.
         CalibrationError: no choice reaches the target.
     """
-    if not chooses(spec):
+    if not chooses(spec) or spec.form.format == "openvino":
         raise ExportError(f"sensitivity of {spec.name!r}: expected onnx-int8 or tensorrt-int8.")
     for module in ("torch", "onnx", "onnxscript"):
         if importlib.util.find_spec(module) is None:
