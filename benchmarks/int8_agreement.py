@@ -15,13 +15,14 @@ does not (crops of one photograph agree or disagree together). A lower bound is 
 McNemar's exact p. Sets of fewer than 100 pictures are reported and count in the pool only.
 
     python benchmarks/int8_agreement.py                  # default model and probes, both engines
-    python benchmarks/int8_agreement.py --forms onnx-int8 --no-probes
+    python benchmarks/int8_agreement.py --forms onnx-int8 --no-probes   # what is there of the probes stays
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from default_graphs import (
     tokenizer,
 )
 from numpy.typing import NDArray
-from written import ROOT, write
+from written import ROOT, commit, write
 
 from edgeclip.bundle import Bundle, TowerFiles
 from edgeclip.evaluate.metrics import wilson_interval
@@ -511,12 +512,18 @@ def main() -> None:
     )
     asked = parser.parse_args()
     options = RuntimeOptions(threads=asked.threads)
-    result: dict[str, Any] = {"bars": BARS}
+    made: dict[str, Any] = {}
     if asked.default:
-        result["default"] = compare_default(asked.forms, asked.foolbox, options)
+        made["default"] = compare_default(asked.forms, asked.foolbox, options)
     if asked.probes:
-        result["probes"] = compare_probes(asked.forms, options)
-    write(asked.output, result)
+        made["probes"] = {"models": compare_probes(asked.forms, options)}
+    parts: dict[str, Any] = {}
+    if asked.output.is_file():  # what was not measured now stays, and says when it was
+        known = json.loads(asked.output.read_text(encoding="utf-8"))
+        parts = {name: known[name] for name in ("default", "probes") if name in known}
+    for name, part in made.items():
+        parts[name] = {"commit": commit(), "threads": asked.threads, **part}
+    write(asked.output, {"bars": BARS, **parts})
 
 
 if __name__ == "__main__":

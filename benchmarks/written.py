@@ -85,7 +85,7 @@ def write(output: Path, document: dict[str, Any]) -> None:
         "schema": 1,
         **document,
         "command": " ".join(["python", *(_relative(part) for part in sys.argv)]),
-        "commit": _commit(),
+        "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": host.to_dict(),
         "versions": versions(),
@@ -101,7 +101,8 @@ def _relative(part: str) -> str:
     return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else part
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of the tree, with ``-dirty`` where the package was changed since."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run(
         [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
