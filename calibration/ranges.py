@@ -266,7 +266,7 @@ def _histogram_of(seen: Seen) -> Histogram:
 
 
 def _within(seen: Seen, low: float, high: float) -> Range:
-    return max(low, seen.least), min(high, seen.most)
+    return min(max(low, seen.least), seen.most), max(min(high, seen.most), seen.least)
 
 
 def _divergence(counts: NDArray[np.int64], middle: int, reach: int) -> float:
