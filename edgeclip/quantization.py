@@ -108,8 +108,8 @@ class Int8Policy:
             projection.
         keep_float: names of node outputs that stay float whatever the rest says.
         tables: how tables that are only looked up are stored; ``"int8"`` has a scale a row.
-        others: how large weights of nodes that stay float are stored; ``"int8"`` has a scale an output
-            channel.
+        others: how large weights of nodes that stay float are stored; ``"int8"`` those of linear maps, with a
+            scale an output channel, and the rest as float16.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Int8Policy:
         }
 
 
-CONVOLUTIONS: Final = Int8Policy("convolutions", entry=8)
+CONVOLUTIONS: Final = Int8Policy("convolutions", entry=8, others="int8")
 """Towers whose weights are in convolutions for the most part."""
 TRANSFORMER: Final = Int8Policy("transformer")
 """Towers whose weights are in linear maps over tokens for the most part."""

@@ -28,7 +28,7 @@ def store_small(model: onnx.ModelProto, *, tables: str, others: str) -> None:
         model: the graph.
         tables: ``"int8"`` for tables that rows are gathered from, ``"float32"`` to leave them.
         others: ``"float16"`` for everything else, ``"float32"`` to leave it; ``"int8"`` for weights of
-            products, with a scale an output channel, and float16 for the rest.
+            linear maps, with a scale an output channel, and float16 for the rest.
     """
     large = {
         tensor.name
@@ -54,13 +54,13 @@ def store_small(model: onnx.ModelProto, *, tables: str, others: str) -> None:
 
 
 def _channels(nodes: Sequence[onnx.NodeProto], tensor: onnx.TensorProto) -> int | None:
-    """Return the axis of output channels of a weight; ``None`` where not all that read it are one product."""
+    """Return the axis of output channels of a weight; ``None`` where not all that read it are such maps."""
     axes = set()
     for node in nodes:
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or list(node.input).index(tensor.name) != 1:
+        if node.op_type not in ("Gemm", "MatMul") or list(node.input).index(tensor.name) != 1:
             return None
         transposed = any(each.name == "transB" and each.i for each in node.attribute)
-        axes.add(0 if node.op_type == "Conv" or transposed else len(tensor.dims) - 1)
+        axes.add(0 if transposed else len(tensor.dims) - 1)
     return axes.pop() if len(axes) == 1 else None
 
 
