@@ -28,7 +28,7 @@ NAMES = {
 def main() -> None:
     """Read the points of every tower and draw a panel each."""
     towers = json.loads(SOURCE.read_text(encoding="utf-8"))["towers"]
-    width, height = LEFT + len(towers) * (SIDE + GAP) - 30, TOP + TALL + 90
+    width, height = max(LEFT + len(towers) * (SIDE + GAP) - 30, 760), TOP + TALL + 90
     parts = [
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '

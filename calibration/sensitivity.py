@@ -584,7 +584,9 @@ class _Search:
             return f"int8 is {-self._gain[name]:.4f} ms slower"
         cost = self._sensitivity.nodes[name]
         flips = "" if cost.flips is None else f" and {cost.flips:.1%} of the best labels"
-        saves = f"{self._gain[name]:.4f} ms saved" if name in self._known else "its time is not known"
+        gain = self._gain[name]
+        saves = f"{gain:.4f} ms saved" if gain >= 0 else f"{-gain:.4f} ms slower"
+        saves = saves if name in self._known else "its time is not known"
         return f"int8 costs {cost.cosine:.2g} of the cosine{flips} ({saves})"
 
     def _raise_unreachable(self) -> None:

@@ -134,7 +134,11 @@ class SensitivityReport:
                 f"{choice.target}: {len(choice.keep_float)} of {len(choice.nodes)} products stay float; "
                 f"cosine {numbers.cosine_mean:.5f}{top1} in the real graph"
             ),
-            f"int8 saves {choice.gain_ms:.3f} of {choice.possible_ms:.3f} ms",
+            (
+                f"int8 saves {choice.gain_ms:.3f} of {choice.possible_ms:.3f} ms"
+                if choice.possible_ms > 0
+                else "by these times int8 saves nothing"
+            ),
         ]
         lines += [f"  {name}: {reason}" for name, reason in choice.keep_float.items()]
         return lines
