@@ -1,4 +1,4 @@
-"""The same int8 files on 64-bit ARM: what was measured under emulation, and measuring it again."""
+"""The same int8 files on other processors: what was measured under emulation, and measuring it again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "benchmarks" / "results" / "emulated_aarch64.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def check(found: dict[str, Any]) -> None:
@@ -27,9 +27,21 @@ def check(found: dict[str, Any]) -> None:
 
 
 def test_the_committed_result_is_within_the_bar() -> None:
-    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / "emulated_aarch64.json").read_text(encoding="utf-8"))
     assert {each["subject"] for each in found["results"]} >= {"embedded bundle", "vit probe"}
     check(found)
+
+
+def test_on_avx2_files_that_fit_answer_the_same_and_others_do_not() -> None:
+    found = json.loads((RESULTS / "emulated_avx2.json").read_text(encoding="utf-8"))["results"]
+    assert {each["variant"] for each in found} == {"onnx-int8", "onnx-int8@x86-avx2", "onnx-int8@x86-vnni"}
+    for each in found:
+        assert (each["sums_here"], each["sums_there"]) == ("32-bit", "16-bit pairs")
+        if each["variant"] == "onnx-int8@x86-vnni":
+            assert each["image"]["cosine_min"] < 0.999
+        else:
+            assert each["image"]["top1_agreement"] == 1
+            assert min(each[tower]["cosine_min"] for tower in ("image", "text")) > 0.99999
 
 
 @pytest.mark.full
