@@ -180,6 +180,17 @@ def test_a_failed_gate_ends_with_4_in_one_line(export: Run, pictures: Path, tmp_
         (["--labels", "missing.txt"], "'missing.txt': there is no such file"),
         (["--reference", "nowhere"], "nowhere"),
         (["--model", "MobileCLIP2-S0"], "got model 'MobileCLIP2-S0'"),
+        (
+            [
+                "--variant",
+                "onnx-int8",
+                "--calibration-selection",
+                "stratified",
+                "--calibration-samples",
+                "20",
+            ],
+            "25 of 25 rows are of pictures without a label",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(
@@ -203,6 +214,8 @@ def test_bad_syntax_ends_with_2(export: Run, tmp_path: Path) -> None:
     assert export(PROBE).code == 2
     assert export(PROBE, "-o", tmp_path / "bundle", "--templates", "one").code == 2
     assert export(PROBE, "-o", tmp_path / "bundle", "--threads", "0").code == 2
+    assert export(PROBE, "-o", tmp_path / "bundle", "--calibration-samples", "15").code == 2
+    assert export(PROBE, "-o", tmp_path / "bundle", "--calibration-selection", "best").code == 2
 
 
 @pytest.mark.parametrize("module", ["torch", "onnx", "onnxscript"])
