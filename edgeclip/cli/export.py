@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -89,6 +89,19 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     help="Another one chooses others.  [default: 0]",
 )
 @click.option(
+    "--int8-method",
+    metavar="METHOD",
+    help="How int8 ranges are chosen: minmax, moving-average, percentile:99.99, entropy or mse.  [default: "
+    "mse for convolutions, minmax for transformers]",
+)
+@click.option(
+    "--int8-text",
+    type=click.Choice(["full", "weights"]),
+    default="weights",
+    show_default=True,
+    help="Compute ONNX text towers in int8, or store only their weights so.",
+)
+@click.option(
     "--int8-target",
     metavar="NUMBER=LIMIT,…",
     help="Leave products in float until int8 reaches cosine=…, centred=… and top1=… on calibration rows.  "
@@ -142,6 +155,8 @@ def export(
     calibration_samples: int | None,
     calibration_selection: Method | None,
     calibration_seed: int | None,
+    int8_method: str | None,
+    int8_text: Literal["full", "weights"],
     int8_target: str | None,
     latency_table: Path | None,
     keep_intermediate: Path | None,
@@ -161,7 +176,8 @@ def export(
     targets  x86-avx2 x86-vnni arm64-neon arm64-dotprod intel-gpu intel-npu cuda-sm75 … cuda-sm120
     limits   max_abs cosine_min cosine_mean centred_cosine_mean top1_agreement
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
-    from edgeclip.export.build import BuildOptions
+    from edgeclip.calibration.ranges import RangeMethod
+    from edgeclip.export.build import BuildOptions, Int8Settings
     from edgeclip.export.options import (
         METHOD,
         OPSET,
@@ -197,7 +213,12 @@ def export(
             calibration_seed=calibration_seed or 0,
             offered=None if labels is None else _offered(labels, templates),
         ),
-        build=BuildOptions(int8=_int8_search(int8_target, latency_table, output, threads)),
+        build=BuildOptions(
+            int8=_int8_search(int8_target, latency_table, output, threads),
+            quantization=Int8Settings(
+                None if int8_method is None else RangeMethod.parse(int8_method), text=int8_text
+            ),
+        ),
         gates=Gates(tuple(map(LimitChange.parse, limits)), require_verified=require_verified),
         threads=threads,
         keep_intermediate=keep_intermediate,
