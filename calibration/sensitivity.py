@@ -47,7 +47,7 @@ EVERYTHING: Final = "everything"
 _SCHEMA: Final = 1
 _FIELDS: Final = frozenset({"kind", "name", "cosine", "centred", "flips"})
 _REPAIRS: Final = 32  # products that are tried in int8 again
-_NOISE: Final = 1.05  # slower by less is not slower
+_SLOWER: Final = 1.5  # alone in float among int8 a product needs conversions, which no table knows
 _LEAST_SHARE: Final = 0.01  # of the usual saving: what a product counts at least
 _EXTENSIONS: Final = 12  # times that the real graph may ask for more in float
 
@@ -423,9 +423,9 @@ def choose(
 ) -> Choice:
     """Choose the products that stay float: what saves least time and costs most, until the target is reached.
 
-    Products that int8 makes slower stay float, unless it makes the whole tower slower: then times count
-    nothing, and the fewest products stay float. A product that the latency table does not know counts as the
-    mean of those that it does.
+    Products that int8 makes slower by half stay float, unless it makes the whole tower slower: then times
+    count nothing, and the fewest products stay float. A product that the latency table does not know counts
+    as the mean of those that it does.
 
     Args:
         sensitivity: of the tower.
@@ -460,7 +460,7 @@ class _Search:
         self._known = known
         self._gain = {name: known[name].gain_ms if name in known else usual for name in self._nodes}
         self._slower = frozenset(
-            name for name, each in known.items() if total > 0 and each.int8_ms > _NOISE * each.float_ms
+            name for name, each in known.items() if total > 0 and each.int8_ms > _SLOWER * each.float_ms
         )
         # Where int8 saves nothing, the fewest products count.
         least = _LEAST_SHARE * usual
