@@ -36,9 +36,11 @@ from .variants import VariantSpec
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
+    from torch import nn
 
     from edgeclip.calibration.dataset import CalibrationSet
 
+    from .finish import FinishedGraph
     from .source import Source
 
 __all__ = ["default_order", "export_bundle"]
@@ -89,9 +91,7 @@ def export_bundle(
             was asked for.
     """
     settings = settings or ExportSettings()
-    settings.graph.check(variants)
-    settings.gates.check(variants)
-    settings.build.check(variants)
+    settings.check(variants)
     for module, extra in _needed(variants):
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError("edgeclip export", extra=extra, module=module)
@@ -107,11 +107,17 @@ def export_bundle(
         with steps("open the checkpoint"):
             source = open_source(checkpoint, threads=settings.threads)
         yardstick = write_contents(writer, source, variants, settings, steps)
+        student = source.image_graph(settings.graph) if settings.finish_int8 else None
         graphs = _trace(source, settings, steps, work)
         calibration = _calibration(source, graphs, variants, settings, steps, work)
+        finished = None
+        if student is not None:
+            finished = _finish(student, variants, source, calibration, yardstick, settings, steps)
+            del student
         source.release()
         made = {
-            spec.name: _make(spec, yardstick, graphs, calibration, settings, steps, work) for spec in variants
+            spec.name: _make(spec, yardstick, graphs, calibration, settings, steps, work, finished)
+            for spec in variants
         }
         if settings.gates.require_verified:
             _raise_unverified(made)
@@ -226,6 +232,39 @@ def _calibration(
         return chosen.feeds(spec, float_input=float_input), chosen
 
 
+def _finish(
+    module: nn.Module,
+    variants: Sequence[VariantSpec],
+    source: Source,
+    calibration: tuple[dict[str, NDArray[Any]], CalibrationSet | None],
+    yardstick: Yardstick,
+    settings: ExportSettings,
+    steps: Steps,
+) -> FinishedGraph:
+    """Return the image tower that int8 variants are made of."""
+    from edgeclip.distill.finish_int8 import FinishSettings
+
+    from .finish import finish_image_tower
+    from .int8 import scheme_of
+
+    total = settings.finish_int8
+    targets = [spec.target for spec in variants if spec.form.precision == "int8"]
+    # Trained for the coarser weights, it gains with the finer ones, too.
+    scheme = scheme_of(fit_pairs=any(target is None or target.fit_pairs for target in targets))
+    with steps("finish the image tower for int8"):
+        return finish_image_tower(
+            module,
+            source.config,
+            settings.graph,
+            calibration[0]["image"],
+            scheme=scheme,
+            quantization=settings.build.quantization,
+            bank=yardstick.bank.embeddings if yardstick.basis == "trained" else None,
+            settings=FinishSettings(steps=total, scale=source.scale),
+            on_step=lambda step, loss: steps.note(f"finish the image tower for int8: {step} of {total}"),
+        )
+
+
 # --- variants ----------------------------------------------------------------------------------------------
 
 
@@ -237,11 +276,15 @@ def _make(
     settings: ExportSettings,
     steps: Steps,
     work: Path,
+    finished: FinishedGraph | None,
 ) -> VariantReport:
     """Make, store and compare one variant."""
     folder = work / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    rows, chosen = calibration if spec.form.precision == "int8" else ({}, None)
+    is_int8 = spec.form.precision == "int8"
+    rows, chosen = calibration if is_int8 else ({}, None)
+    if is_int8 and finished is not None:
+        graphs = {**graphs, "image": finished.graph}
     with steps(f"{spec.name}: make"):
         request = BuildRequest(
             spec,
@@ -255,7 +298,8 @@ def _make(
         )
         built = builder_of(spec.form.format)(request)
         if built.calibration is not None and chosen is not None:
-            built = replace(built, calibration={**built.calibration, **chosen.to_dict()})
+            told = {} if finished is None else {"finishing": finished.to_dict()}
+            built = replace(built, calibration={**built.calibration, **chosen.to_dict(), **told})
         if settings.graph.bake_labels and spec.form.format == "onnx":
             built = replace(built, towers={**built.towers, "classifier": _classifier(built, yardstick, spec)})
     replaced = spec.name in yardstick.writer.manifest["variants"]

@@ -245,6 +245,7 @@ class ExportSettings:
         references: where the inputs come from.
         gates: when the export fails.
         threads: of every engine; usable cores without.
+        finish_int8: steps of training that int8 variants get first; 0 for none.
         keep_intermediate: a directory that keeps the float32 graphs and what makers wrote on their way.
     """
 
@@ -253,7 +254,23 @@ class ExportSettings:
     references: References = References()
     gates: Gates = Gates()
     threads: int | None = None
+    finish_int8: int = 0
     keep_intermediate: Path | None = None
+
+    def check(self, specs: Sequence[VariantSpec]) -> None:
+        """Refuse what cannot be had together.
+
+        Raises:
+            ConfigError: these variants cannot be made so.
+        """
+        self.graph.check(specs)
+        self.gates.check(specs)
+        self.build.check(specs)
+        if self.finish_int8 and all(spec.form.precision != "int8" for spec in specs):
+            raise ConfigError(
+                f"finishing for int8: no int8 variant is asked for among "
+                f"{', '.join(spec.name for spec in specs)}; add onnx-int8."
+            )
 
 
 # --- what is told ------------------------------------------------------------------------------------------

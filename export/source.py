@@ -35,7 +35,7 @@ from edgeclip.tokenizer import Tokenizer
 from .options import Checkpoint, GraphOptions
 from .passes import apply
 from .passes.sequences import shared
-from .trace import trace_image_tower, trace_text_tower
+from .trace import image_graph, trace_image_tower, trace_text_tower
 
 if TYPE_CHECKING:
     import onnx
@@ -126,6 +126,10 @@ class Source:
     def release(self) -> None:
         """Let go of the weights."""
         self.model.image_tower, self.model.text_tower = nn.Identity(), nn.Identity()
+
+    def image_graph(self, options: GraphOptions) -> nn.Module:
+        """Return what will be traced of the image tower: a copy."""
+        return image_graph(self.model.image_tower, self.config, options)
 
     def trace(self, tower: str, options: GraphOptions) -> onnx.ModelProto:
         """Return the graph of a tower, and let go of its weights: it is asked once.

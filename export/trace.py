@@ -43,9 +43,11 @@ __all__ = [
     "TracedTowers",
     "check_model",
     "fold_padding",
+    "image_graph",
     "strip_provenance",
     "to_bytes",
     "trace",
+    "trace_image_graph",
     "trace_image_tower",
     "trace_module",
     "trace_text_tower",
@@ -66,7 +68,7 @@ class ImageGraph(nn.Module):
         std: per channel, on pixels in [0, 1].
     """
 
-    def __init__(self, tower: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, tower: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.tower = tower
         # (x/255 - mean)/std as one product and one sum over the channels, computed in float64.
@@ -147,14 +149,28 @@ def trace_image_tower(
     Raises:
         ExportError: the tower cannot be traced or fails the checker.
     """
+    return trace_image_graph(image_graph(tower, config, options), config, options)
+
+
+def image_graph(tower: nn.Module, config: CLIPConfig, options: GraphOptions = _DEFAULT) -> nn.Module:
+    """Return what is traced of an image tower: a folded copy between its preprocessing and the L2 norm."""
     folded = reparameterize(tower)
+    return FloatImageGraph(folded) if options.float_input else ImageGraph(folded, config.mean, config.std)
+
+
+def trace_image_graph(
+    graph: nn.Module, config: CLIPConfig, options: GraphOptions = _DEFAULT
+) -> onnx.ModelProto:
+    """Trace what :func:`image_graph` returned.
+
+    Raises:
+        ExportError: it cannot be traced or fails the checker.
+    """
     height, width = config.image_size_px
     batch = options.static_batch or _EXAMPLE_BATCH
-    graph: nn.Module
     if options.float_input:
-        graph, example = FloatImageGraph(folded), torch.zeros(batch, 3, height, width)
+        example = torch.zeros(batch, 3, height, width)
     else:
-        graph = ImageGraph(folded, mean=config.mean, std=config.std)
         example = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
     return _trace(graph, example, input_name="image", output_name="image_embedding", options=options)
 
