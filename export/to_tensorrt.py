@@ -3,7 +3,7 @@
 TensorRT builds its engine from them on the device (``edgeclip compile``); nothing here needs TensorRT or a
 GPU, and ONNX Runtime can run the same files on a CPU, slowly, to check their numbers. TensorRT's int8 is
 symmetric and signed, weights and activations alike, and what is not quantized is float16: never the graph
-made for a CPU, whose unsigned activations and 7-bit weights it does not take.
+made for a CPU, whose unsigned activations it does not take.
 
 Nothing is rewritten for speed: TensorRT fuses padding, layouts and GELU itself.
 """
