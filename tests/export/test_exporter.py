@@ -440,7 +440,9 @@ def test_another_kind_of_processor_is_stood_in_for_and_proves_itself_on_the_devi
 ) -> None:
     pytest.importorskip("openvino")
     name, out = f"{form}@{ELSEWHERE}", tmp_path / "bundle"
-    done = export_probe("tinyclip", out, pictures, name)
+    # Names that say nothing about shapes are near ties: two of 64 pictures already miss the limit.
+    loose = Gates((LimitChange.parse("int8:top1_agreement=0.9"),) if form == "onnx-int8" else ())
+    done = export_probe("tinyclip", out, None, name, settings=replace(settings(pictures), gates=loose))
     tower = done.report.variants[name].towers["image"]
     assert tower.status == "unverified"
     assert tower.reason.startswith(f"it needs one of {NEEDED}, this host has ")
