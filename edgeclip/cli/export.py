@@ -114,6 +114,11 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     help="What products take on the device, from `edgeclip bench --per-op`.  [default: measured here]",
 )
 @click.option(
+    "--accuracy-control",
+    is_flag=True,
+    help="For OpenVINO's int8: let NNCF put layers back into float until the mean cosine holds; slow.",
+)
+@click.option(
     "--finish-int8",
     type=click.IntRange(min=1),
     metavar="STEPS",
@@ -165,6 +170,7 @@ def export(
     int8_text: Literal["full", "weights"],
     int8_target: str | None,
     latency_table: Path | None,
+    accuracy_control: bool,
     finish_int8: int | None,
     keep_intermediate: Path | None,
     require_verified: bool,
@@ -204,6 +210,8 @@ def export(
     if latency_table is not None and int8_target is None:
         raise click.UsageError("--latency-table needs --int8-target.")
     specs = parse_variants(variants or (_DEFAULT_VARIANT,), target=target)
+    if accuracy_control and all(spec.form_name != "openvino-int8" for spec in specs):
+        raise click.UsageError("--accuracy-control needs --variant openvino-int8.")
     settings = ExportSettings(
         graph=GraphOptions(
             opset=OPSET if opset is None else opset,
@@ -221,6 +229,7 @@ def export(
             offered=None if labels is None else _offered(labels, templates),
         ),
         build=BuildOptions(
+            accuracy_control=accuracy_control,
             int8=_int8_search(int8_target, latency_table, output, threads),
             quantization=Int8Settings(
                 None if int8_method is None else RangeMethod.parse(int8_method), text=int8_text

@@ -163,6 +163,23 @@ def test_a_failed_gate_ends_with_4_in_one_line(export: Run, pictures: Path, tmp_
     assert not (tmp_path / "bundle").exists()
 
 
+def test_how_int8_is_made_is_chosen_and_said(export: Run, pictures: Path, tmp_path: Path) -> None:
+    said = {}
+    for name, options in (
+        ("default", ()),
+        ("chosen", ("--int8-method", "percentile:99.9", "--int8-text", "full")),
+    ):
+        done = export(
+            PROBE, "-o", tmp_path / name, "--variant", "onnx-int8", "--reference", pictures, "--threads", 1,
+            "--limit", "int8:top1_agreement=0.5", *options,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        said[name] = manifest_of(tmp_path / name)["variants"]["onnx-int8"]["calibration"]
+    assert said["default"]["method"] == {"image": "minmax", "text": None}
+    assert said["chosen"]["method"] == {"image": "percentile:99.9", "text": "percentile:99.9"}
+    assert set(said["chosen"]["rows"]) == {"image", "text"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -179,6 +196,8 @@ def test_a_failed_gate_ends_with_4_in_one_line(export: Run, pictures: Path, tmp_
         (["--labels", "no-such-bank"], "'no-such-bank': there is no such file, and no bank"),
         (["--labels", "missing.txt"], "'missing.txt': there is no such file"),
         (["--reference", "nowhere"], "nowhere"),
+        (["--variant", "onnx-int8", "--int8-method", "guess"], "'guess'"),
+        (["--finish-int8", "5"], "finishing for int8: no int8 variant is asked for among onnx-fp32"),
         (["--model", "MobileCLIP2-S0"], "got model 'MobileCLIP2-S0'"),
         (
             [
@@ -216,6 +235,11 @@ def test_bad_syntax_ends_with_2(export: Run, tmp_path: Path) -> None:
     assert export(PROBE, "-o", tmp_path / "bundle", "--threads", "0").code == 2
     assert export(PROBE, "-o", tmp_path / "bundle", "--calibration-samples", "15").code == 2
     assert export(PROBE, "-o", tmp_path / "bundle", "--calibration-selection", "best").code == 2
+    assert export(PROBE, "-o", tmp_path / "bundle", "--int8-text", "half").code == 2
+    assert export(PROBE, "-o", tmp_path / "bundle", "--latency-table", "times.json").code == 2
+    controlled = export(PROBE, "-o", tmp_path / "bundle", "--variant", "onnx-int8", "--accuracy-control")
+    assert controlled.code == 2
+    assert "--accuracy-control needs --variant openvino-int8" in controlled.err
 
 
 @pytest.mark.parametrize("module", ["torch", "onnx", "onnxscript"])
