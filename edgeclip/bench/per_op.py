@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
-from edgeclip.errors import BackendUnavailableError, ConfigError, InputError
+from edgeclip.errors import BackendUnavailableError, ConfigError
 from edgeclip.onnx_files import graph_nodes
+from edgeclip.runtime.documents import Document
 from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.latency import LatencySamples, measure
 from edgeclip.runtime.session import (
@@ -72,7 +73,7 @@ class OpEntry(Struct, frozen=True, kw_only=True):
     output: str | None = None
 
 
-class OpProfile(Struct, frozen=True, kw_only=True):
+class OpProfile(Document, frozen=True, kw_only=True):
     """The kernels of one tower on one engine, in the order they ran. Made by :func:`profile_tower`.
 
     ``wall_samples_ms`` are calls without the engine's timing, ``timed_wall_samples_ms`` those whose kernels
@@ -92,10 +93,10 @@ class OpProfile(Struct, frozen=True, kw_only=True):
     wall_samples_ms: Annotated[tuple[Ms, ...], Meta(min_length=1)]
     timed_wall_ms: Ms
     timed_wall_samples_ms: Annotated[tuple[Ms, ...], Meta(min_length=1)]
-    bundle: dict[str, str] = {}
-    placement: dict[str, Any] = {}
-    host: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    bundle: dict[str, str] = field(default_factory=dict)
+    placement: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def kernels_ms(self) -> float:
@@ -117,42 +118,6 @@ class OpProfile(Struct, frozen=True, kw_only=True):
             if name is not None:
                 found[name] = found.get(name, 0.0) + entry.ms
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the profile as plain JSON values."""
-        said: dict[str, Any] = json.loads(self.to_json())
-        return said
-
-    def to_json(self) -> str:
-        """Return the profile as one JSON document."""
-        return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, raw: Any) -> OpProfile:
-        """Read a profile.
-
-        Raises:
-            InputError: it is not one, or of an unknown schema.
-        """
-        if not isinstance(raw, dict) or raw.get("kind") != "op-profile":
-            raise InputError("operator profile: got another document, expected one of kind 'op-profile'.")
-        if raw.get("schema") != 1:
-            raise InputError(
-                f"operator profile: got schema {raw.get('schema')!r}, expected 1. Update edgeclip to read it."
-            )
-        try:
-            return msgspec.convert(raw, cls)
-        except msgspec.ValidationError as error:
-            raise InputError(f"operator profile cannot be read: {error}.") from error
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> OpProfile:
-        """Read a profile from a JSON document; errors as :meth:`from_dict`."""
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"operator profile is not valid JSON: {error}.") from error
-        return cls.from_dict(raw)
 
     def to_table(self, *, most: int = 20) -> str:
         """Return the slowest kernels and the sums by kernel as a text table."""

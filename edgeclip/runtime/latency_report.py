@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from edgeclip.errors import InputError
+from edgeclip.runtime.documents import Document
 from edgeclip.runtime.host import UNAVAILABLE, Host, peak_rss_bytes, versions
 from edgeclip.runtime.latency import COLD_START_PHASES, STAGES, LatencySamples, RatioInterval
 from edgeclip.runtime.session import Placement
@@ -88,7 +89,7 @@ class RatioEntry(Struct, frozen=True, kw_only=True):
     b_samples_ms: tuple[Ms, ...] = ()
 
 
-class LatencyReport(Struct, frozen=True, kw_only=True):
+class LatencyReport(Document, frozen=True, kw_only=True):
     """Everything about one measurement. Made by :meth:`of`.
 
     ``stages`` are keyed by stage (``decode``, ``resize``, ``tokenize``, ``text_tower``, ``image_tower``,
@@ -101,14 +102,14 @@ class LatencyReport(Struct, frozen=True, kw_only=True):
     subject: Annotated[str, Meta(min_length=1)]
     created: str
     stages: dict[str, StageEntry]
-    cold_start_ms: dict[Literal["import", "open", "compile", "first_run"], Ms] = {}
+    cold_start_ms: dict[Literal["import", "open", "compile", "first_run"], Ms] = field(default_factory=dict)
     ratios: tuple[RatioEntry, ...] = ()
-    bundle: dict[str, str] = {}
-    placement: dict[str, Any] = {}
+    bundle: dict[str, str] = field(default_factory=dict)
+    placement: dict[str, Any] = field(default_factory=dict)
     peak_rss_bytes: Annotated[int, Meta(ge=0)] | Unavailable = UNAVAILABLE
     steal_share: Share | Unavailable = UNAVAILABLE
-    host: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    host: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -157,42 +158,6 @@ class LatencyReport(Struct, frozen=True, kw_only=True):
             host=Host.here().to_dict(),
             versions=versions(),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
-        said: dict[str, Any] = json.loads(self.to_json())
-        return said
-
-    def to_json(self) -> str:
-        """Return the report as one JSON document."""
-        return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, raw: Any) -> LatencyReport:
-        """Read a report.
-
-        Raises:
-            InputError: it is not one, or of an unknown schema.
-        """
-        if not isinstance(raw, dict) or raw.get("kind") != "latency-report":
-            raise InputError("latency report: got another document, expected one of kind 'latency-report'.")
-        if raw.get("schema") != 1:
-            raise InputError(
-                f"latency report: got schema {raw.get('schema')!r}, expected 1. Update edgeclip to read it."
-            )
-        try:
-            return msgspec.convert(raw, cls)
-        except msgspec.ValidationError as error:
-            raise InputError(f"latency report cannot be read: {error}.") from error
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> LatencyReport:
-        """Read a report from a JSON document; errors as :meth:`from_dict`."""
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"latency report is not valid JSON: {error}.") from error
-        return cls.from_dict(raw)
 
     def samples(self, stage: str) -> LatencySamples:
         """Return the raw samples of a stage, ready for other statistics."""
