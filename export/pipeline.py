@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -21,7 +21,6 @@ from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.errors import BundleError, InputError, ParityError
 
 from .artifacts import Inconclusive, PipelineReport, StageOutcome
-from .build import BuildOptions
 from .device_report import DeviceReport
 from .gates import Finding, Verdict
 from .options import Checkpoint, ExportSettings, Gates, References, Step
@@ -35,6 +34,7 @@ from .pipeline_recipe import (
     ParityGate,
     PipelineRecipe,
     SectionSpec,
+    is_int8,
     recipe_variants,
 )
 from .pipeline_state import ARTIFACTS, State, locked, write_artifacts
@@ -43,6 +43,7 @@ from .variants import VariantSpec
 __all__ = ["PipelineOptions", "Planned", "judge_bundle", "judge_run", "plan_pipeline", "run_pipeline"]
 
 _BUNDLE: Final = "bundle"
+_SENSITIVITY: Final = "sensitivity"
 _NEW: Final = ".bundle-new"
 _OLD: Final = ".bundle-old"
 
@@ -274,24 +275,16 @@ class _Run:
         export = self.recipe.export
         assert export is not None
         return {
-            spec.name: self._variant_key(export, section, spec)
+            spec.name: self._variant_key(export, section, spec, specs)
             for section, specs in recipe_variants(self.recipe)
             for spec in specs
         }
 
-    def _variant_key(self, export: ExportSpec, section: SectionSpec, spec: VariantSpec) -> str:
+    def _variant_key(
+        self, export: ExportSpec, section: SectionSpec, spec: VariantSpec, siblings: Sequence[VariantSpec]
+    ) -> str:
         digests = self.inputs.digests
-        calibration = self.recipe.calibration
-        limits = [change for change in limits_of(export) if change.where in (spec.form.precision, spec.name)]
-        controlled = calibration.accuracy_control and spec.form.format == "openvino"
-        how = [
-            calibration.samples,
-            calibration.selection,
-            calibration.seed,
-            calibration.method,
-            calibration.text,
-        ]
-        ranges = [digests.get(calibration.data or ""), *how, controlled]
+        limits = self._limits(export, spec)
         return digest_of(
             checkpoint=digests[CHECKPOINT],
             model=self.inputs.model,
@@ -300,10 +293,38 @@ class _Run:
             labels=digests.get(export.labels) if isinstance(export.labels, str) else export.labels,
             templates=digests.get(export.templates or "", export.templates),
             reference=digests.get(export.reference or ""),
-            limits=[asdict(change) for change in limits],
-            calibration=ranges if spec.form.precision == "int8" else None,
+            limits=limits,
+            calibration=self._int8_key(export, spec, siblings) if is_int8([spec]) else None,
             tools=self.measuring.tools,
         )
+
+    def _int8_key(
+        self, export: ExportSpec, spec: VariantSpec, siblings: Sequence[VariantSpec]
+    ) -> dict[str, Any]:
+        """Return what only int8 variants depend on."""
+        digests, calibration = self.inputs.digests, self.recipe.calibration
+        target = calibration.target()
+        said: dict[str, Any] = {
+            "data": digests.get(calibration.data or ""),
+            "samples": calibration.samples,
+            "selection": calibration.selection,
+            "seed": calibration.seed,
+            "method": calibration.method,
+            "text": calibration.text,
+            "target": None if target is None else target.to_dict(),
+            "latency_table": digests.get(calibration.latency_table or ""),
+            "accuracy_control": calibration.accuracy_control and spec.form.format == "openvino",
+        }
+        if calibration.finish_int8 is not None:
+            # One training serves all of a section, and is for the coarsest weights among them.
+            finished = [other for other in siblings if is_int8([other])]
+            said["finish_int8"] = calibration.finish_int8
+            said["finished"] = {other.name: self._limits(export, other) for other in finished}
+        return said
+
+    def _limits(self, export: ExportSpec, spec: VariantSpec) -> list[dict[str, Any]]:
+        said = (spec.form.precision, spec.name)
+        return [asdict(change) for change in limits_of(export) if change.where in said]
 
     def _built(self, wanted: Mapping[str, str]) -> tuple[Bundle | None, dict[str, str]]:
         """Return the bundle of an earlier run if it is what the state says, and the variants still wanted."""
@@ -334,8 +355,11 @@ class _Run:
         root, calibration = self.inputs.root, self.recipe.calibration
         settings = ExportSettings(
             graph=export.graph(section),
-            build=BuildOptions(
-                accuracy_control=calibration.accuracy_control, quantization=calibration.int8()
+            build=calibration.build(
+                specs,
+                root,
+                reports=self.options.out / _SENSITIVITY,
+                threads=self.measuring.runtime.threads,
             ),
             references=References(
                 pictures=None if export.reference is None else root / export.reference,
@@ -347,6 +371,7 @@ class _Run:
             ),
             gates=Gates(tuple(change for change in limits_of(export) if change.where in names)),
             threads=self.measuring.runtime.threads,
+            finish_int8=(calibration.finish_int8 or 0) if is_int8(specs) else 0,
         )
         checkpoint = Checkpoint(str(self.inputs.checkpoint), self.inputs.model)
         exported = export_bundle(checkpoint, specs, target, settings, on_step=self._on_step)

@@ -103,6 +103,8 @@ def _paths(recipe: PipelineRecipe) -> Iterator[tuple[str, str]]:
             yield "[export] 'reference'", export.reference
     if recipe.calibration.data is not None:
         yield "[calibration] 'data'", recipe.calibration.data
+    if recipe.calibration.latency_table is not None:
+        yield "[calibration] 'latency_table'", recipe.calibration.latency_table
     if recipe.bench is not None and recipe.bench.images is not None:
         yield "[bench] 'images'", recipe.bench.images
     for gate in recipe.gate:

@@ -23,7 +23,9 @@ Knows neither torch nor onnx, and opens no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -31,11 +33,12 @@ from msgspec import Meta, Struct
 
 from edgeclip.calibration.dataset import Method
 from edgeclip.calibration.ranges import RangeMethod
+from edgeclip.calibration.sensitivity import Int8Target
 from edgeclip.distill.recipe_text import convert, mapping, parse_tables, tables
 from edgeclip.errors import ConfigError
 
-from .build import Int8Settings
-from .options import METHOD, OPSET, Gates, GraphOptions, LimitChange
+from .build import BuildOptions, Int8Search, Int8Settings
+from .options import METHOD, OPSET, ExportSettings, Gates, GraphOptions, LimitChange
 from .variants import VariantSpec, parse_variants
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "SectionSpec",
     "SizeGate",
     "gate_variants",
+    "is_int8",
     "parse_pipeline",
     "recipe_variants",
 ]
@@ -155,17 +159,22 @@ class ExportSpec(_Table, frozen=True, kw_only=True):
 
 
 class CalibrationSpec(_Table, frozen=True, kw_only=True):
-    """What int8 ranges are chosen on.
+    """How int8 is made.
 
     Attributes:
-        data: pictures: a folder, table or shards; other crops of those that variants are compared on if not
-            given.
+        data: pictures that ranges are chosen on: a folder, table, shards, or a finished calibration set;
+            other crops of those that variants are compared on if not given.
         samples: pictures, and texts, at most; 64 and 256 if not given.
         selection: how they are chosen.
         seed: of that choice.
         method: how ranges are chosen, as ``edgeclip export --int8-method`` takes it; what suits the kind of
             tower if not given.
         text: compute ONNX text towers in int8 (``full``), or store only their ``weights`` so.
+        int8_target: leave products in float until int8 reaches this, as ``edgeclip export --int8-target``
+            takes it; a fixed policy if not given.
+        latency_table: what products take on the device, from ``edgeclip bench --per-op``; measured on this
+            host if not given.
+        finish_int8: steps of training that image towers get first, so that int8 costs them less.
         accuracy_control: let OpenVINO put layers back into float until its metric is met.
     """
 
@@ -175,15 +184,54 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0)] = 0
     method: Word | None = None
     text: Literal["full", "weights"] = "weights"
+    int8_target: Word | None = None
+    latency_table: Word | None = None
+    finish_int8: Count | None = None
     accuracy_control: bool = False
 
     def int8(self) -> Int8Settings:
-        """Return how int8 is made.
+        """Return how ranges are chosen.
 
         Raises:
             ConfigError: there is no such method.
         """
         return Int8Settings(None if self.method is None else RangeMethod.parse(self.method), text=self.text)
+
+    def target(self) -> Int8Target | None:
+        """Return what int8 has to keep, where that decides what stays float.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return None if self.int8_target is None else Int8Target.parse(self.int8_target)
+
+    def build(
+        self,
+        specs: Sequence[VariantSpec],
+        root: Path = Path(),
+        *,
+        reports: Path | None = None,
+        threads: int | None = None,
+    ) -> BuildOptions:
+        """Return the choices about these variants.
+
+        Args:
+            specs: what is made.
+            root: folder that paths are relative to.
+            reports: where the choice of what stays float is written down.
+            threads: of every engine; usable cores if not given.
+
+        Raises:
+            ConfigError: method or target cannot be read.
+        """
+        target, table = self.target(), self.latency_table
+        search = Int8Search(target, None if table is None else root / table, reports, threads)
+        wanted = target is not None and is_int8(specs)
+        return BuildOptions(
+            accuracy_control=self.accuracy_control,
+            int8=search if wanted else None,
+            quantization=self.int8(),
+        )
 
 
 class BenchSpec(_Table, frozen=True, kw_only=True):
@@ -419,6 +467,20 @@ def gate_variants(gate: GateSpec) -> tuple[str, ...]:
     return tuple(named)
 
 
+def is_int8(specs: Iterable[VariantSpec]) -> bool:
+    """Return whether any of these variants is int8."""
+    return any(spec.form.precision == "int8" for spec in specs)
+
+
+@contextmanager
+def _within(at: str) -> Iterator[None]:
+    """Let errors of choices name the place they stand at."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{at}: {error}") from error
+
+
 def _export(said: Any, where: str) -> ExportSpec:
     rest = dict(mapping(said, f"{where}: [export]"))
     sections = tuple(
@@ -472,10 +534,7 @@ def _check(recipe: PipelineRecipe, where: str) -> None:
     """Raise where the tables contradict each other."""
     if recipe.export is not None:
         _check_export(recipe.export, recipe, where)
-    try:
-        recipe.calibration.int8()
-    except ConfigError as error:
-        raise ConfigError(f"{where}: [calibration]: 'method': {error}") from error
+    _check_calibration(recipe, f"{where}: [calibration]")
     for index, gate in enumerate(recipe.gate):
         _check_gate(gate, recipe, f"{where}: [[gate]] {index}")
 
@@ -484,23 +543,37 @@ def _check_export(export: ExportSpec, recipe: PipelineRecipe, where: str) -> Non
     every: list[VariantSpec] = []
     for index, section in enumerate(export.sections):
         at = f"{where}: [export]" if index == 0 else f"{where}: [[export.section]] {index - 1}"
-        try:
+        with _within(at):
             specs = parse_variants(section.variants, target=section.target)
             export.graph(section).check(specs)
-        except ConfigError as error:
-            raise ConfigError(f"{at}: {error}") from error
         every += specs
     names = [spec.name for spec in every]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{where}: [export]: variant {twice[0]!r} stands in two sections; name it once.")
-    try:
+    with _within(f"{where}: [export]: 'limits'"):
         Gates(tuple(LimitChange.parse(text) for text in export.limits)).check(every)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: [export]: 'limits': {error}") from error
     unknown = sorted(set(recipe.bench.variants if recipe.bench else ()) - set(names))
     if unknown:
         raise ConfigError(f"{where}: [bench]: 'variants' has {unknown[0]!r}, expected some of {names}.")
+
+
+def _check_calibration(recipe: PipelineRecipe, at: str) -> None:
+    calibration = recipe.calibration
+    with _within(f"{at}: 'method'"):
+        calibration.int8()
+    with _within(f"{at}: 'int8_target'"):
+        target = calibration.target()
+    if calibration.latency_table is not None and calibration.int8_target is None:
+        raise ConfigError(f"{at}: 'latency_table' needs 'int8_target'.")
+    if recipe.export is None:
+        return
+    every = [spec for _, specs in recipe_variants(recipe) for spec in specs]
+    if calibration.accuracy_control and all(spec.form_name != "openvino-int8" for spec in every):
+        raise ConfigError(f"{at}: 'accuracy_control' needs openvino-int8 among [export] 'variants'.")
+    build = BuildOptions(int8=None if target is None else Int8Search(target))
+    with _within(at):
+        ExportSettings(build=build, finish_int8=calibration.finish_int8 or 0).check(every)
 
 
 def _check_gate(gate: GateSpec, recipe: PipelineRecipe, at: str) -> None:

@@ -22,6 +22,7 @@ from wrong_bundle import put_wrong_model
 
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.calibration.dataset import Selection
+from edgeclip.calibration.sensitivity import Int8Target
 from edgeclip.errors import BundleError, ConfigError, InputError, ParityError
 from edgeclip.export import pipeline_measure, pipeline_state
 from edgeclip.export.artifacts import PipelineReport
@@ -176,8 +177,9 @@ def test_a_run_leaves_one_folder_and_another_takes_everything_over(
         (["gate.0.limit=2"], [], ["gates"]),
         (["bench.samples=25"], [], ["bench"]),
         (["bench.threads=2"], [], ["verify", "bench", "gates"]),
-        (["calibration.accuracy_control=true"], [], []),  # of OpenVINO's
         (["calibration.samples=16"], [["onnx-int8"]], ["export", "verify"]),
+        (["calibration.int8_target='top1=0.98'"], [["onnx-int8"]], ["export", "verify"]),
+        (["calibration.finish_int8=8"], [["onnx-int8"]], ["export", "verify"]),
         (["export.opset=19"], [["onnx-fp32", "onnx-int8"]], ["export", "verify"]),
         (["export.limits=['int8:cosine_mean=0.9']"], [["onnx-int8"]], ["export", "verify"]),
         (["export.reference='photos'"], [["onnx-fp32", "onnx-int8"]], ["export", "verify"]),
@@ -192,6 +194,35 @@ def test_a_changed_key_redoes_only_what_depends_on_it(
     assert exports == made
     done = [name for name, outcome in outcomes(report).items() if outcome == "done"]
     assert done == ["checkpoint", *redone]
+
+
+def test_spelling_of_a_target_is_no_change_and_contents_of_a_latency_table_are(
+    workshop: Path, exports: list[list[str]]
+) -> None:
+    (workshop / "times.json").write_text("{}")
+    table = "calibration.latency_table='times.json'"
+    run_pipeline(parse(RECIPE, "calibration.int8_target='cosine=0.99,top1=0.98'", table), options(workshop))
+    run_pipeline(parse(RECIPE, "calibration.int8_target='top1=.98, cosine=.990'", table), options(workshop))
+    assert len(exports) == 1
+    (workshop / "times.json").write_text('{"a": 1}')
+    run_pipeline(parse(RECIPE, "calibration.int8_target='cosine=0.99,top1=0.98'", table), options(workshop))
+    assert exports[1:] == [["onnx-int8"]]
+
+
+def test_what_is_finished_together_is_made_again_together(workshop: Path, exports: list[list[str]]) -> None:
+    """One training serves all int8 variants of a section, and depends on which they are."""
+    both = "export.variants=['onnx-fp32', 'onnx-int8', 'onnx-int8@x86-vnni']"
+    finished = "calibration.finish_int8=8"
+    run_pipeline(parse(RECIPE, finished), options(workshop))
+    run_pipeline(parse(RECIPE, finished, both), options(workshop))
+    assert exports[1:] == [["onnx-int8", "onnx-int8@x86-vnni"]]
+    run_pipeline(
+        parse(RECIPE, finished, both, "export.limits=['onnx-int8:cosine_min=0.5']"), options(workshop)
+    )
+    assert exports[2:] == [["onnx-int8", "onnx-int8@x86-vnni"]]
+    run_pipeline(parse(RECIPE), options(workshop))
+    run_pipeline(parse(RECIPE, both), options(workshop))
+    assert exports[4:] == [["onnx-int8@x86-vnni"]]
 
 
 def test_changed_contents_are_noticed_under_the_same_names(workshop: Path, exports: list[list[str]]) -> None:
@@ -265,6 +296,7 @@ def test_each_section_is_an_export_of_its_own_with_the_limits_that_are_its_own(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
+    (workshop / "times.json").write_text("{}")
 
     def export(checkpoint: Any, specs: Any, out: Path, settings: Any, **how: Any) -> Any:
         asked.append((checkpoint, [spec.name for spec in specs], settings))
@@ -279,6 +311,9 @@ def test_each_section_is_an_export_of_its_own_with_the_limits_that_are_its_own(
         "calibration.samples=20",
         "calibration.selection=random",
         "calibration.seed=3",
+        "calibration.int8_target='top1=0.98'",
+        "calibration.latency_table='times.json'",
+        "calibration.finish_int8=8",
         "gate=[]",
     )
     for skip in (0, 1):
@@ -299,6 +334,27 @@ def test_each_section_is_an_export_of_its_own_with_the_limits_that_are_its_own(
     assert first.references.offered.labels.names == ("red", "green")
     assert first.references.offered.templates.texts == ("a {}",)
     assert first.threads == 1
+    assert first.build.int8.folder == workshop / "out" / "sensitivity"
+    assert (first.build.int8.target, first.build.int8.threads) == (Int8Target(top1=0.98), 1)
+    assert (first.build.int8.latency_table, first.finish_int8) == (workshop / "times.json", 8)
+
+
+def test_sections_without_int8_are_not_asked_for_it(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def export(checkpoint: Any, specs: Any, out: Path, settings: Any, **how: Any) -> Any:
+        settings.check(specs)
+        asked.append(settings)
+        raise Killed
+
+    monkeypatch.setattr("edgeclip.export.exporter.export_bundle", export)
+    text = (
+        RECIPE.replace(', "onnx-int8"', "") + '[[export.section]]\nvariants = ["openvino-int8@intel-npu"]\n'
+    )
+    recipe = parse(text, "calibration.int8_target='top1=0.98'", "calibration.finish_int8=8", "gate=[]")
+    with pytest.raises(Killed):
+        run_pipeline(recipe, options(workshop))
+    assert (asked[0].build.int8, asked[0].finish_int8) == (None, 0)
 
 
 def test_force_does_everything_again(workshop: Path, exports: list[list[str]]) -> None:
@@ -414,6 +470,10 @@ def test_wrong_numbers_fail_though_the_recipe_has_no_gate(tiny_bundle: Path, tmp
         (
             "calibration.data=nowhere",
             r"\[calibration\] 'data' is 'nowhere', and there is no '/.*relative to '/",
+        ),
+        (
+            "calibration={int8_target='top1=1', latency_table='nowhere'}",
+            r"\[calibration\] 'latency_table' is 'nowhere'",
         ),
         ("export.reference=nowhere", r"\[export\] 'reference' is 'nowhere'"),
         ("export.labels=nowhere", r"\[export\] 'labels' is 'nowhere'"),

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgeclip.calibration.sensitivity import Int8Target
+from edgeclip.cli.export import export
 from edgeclip.errors import ConfigError
-from edgeclip.export.pipeline_recipe import PipelineRecipe, SizeGate, parse_pipeline, recipe_variants
+from edgeclip.export.pipeline_recipe import (
+    CalibrationSpec,
+    PipelineRecipe,
+    SizeGate,
+    parse_pipeline,
+    recipe_variants,
+)
 
 SHIPPED = ("ci-smoke", "cpu-int8", "intel-openvino", "jetson", "raspberry-pi5", "rtx")
+KEYS = {
+    "calibration_data": "data",
+    "calibration_samples": "samples",
+    "calibration_selection": "selection",
+    "calibration_seed": "seed",
+    "int8_method": "method",
+    "int8_text": "text",
+    "int8_target": "int8_target",
+    "latency_table": "latency_table",
+    "accuracy_control": "accuracy_control",
+    "finish_int8": "finish_int8",
+}
 PLAIN = """
 schema = 1
 kind = "pipeline"
@@ -98,6 +119,31 @@ def test_sections_are_further_exports_into_the_same_bundle() -> None:
         (PLAIN, ["bench.variants=['onnx-fp16']"], r"\[bench\]: 'variants' has 'onnx-fp16', expected some of"),
         (PLAIN, ["calibration.method='best'"], r"\[calibration\]: 'method': int8 method 'best': expected"),
         (PLAIN, ["calibration.text='half'"], r"\[calibration\]: .*[Ii]nvalid enum value 'half'"),
+        (
+            PLAIN,
+            ["calibration.int8_target='cosine=2'"],
+            r"\[calibration\]: 'int8_target': int8 target 'cosine=2': expected NAME=LIMIT",
+        ),
+        (PLAIN, ["calibration.int8_target=0.99"], r"'int8_target' is 0.99: expected `str"),
+        (
+            PLAIN,
+            ["calibration.int8_target='cosine=0.99'", "export.variants=['onnx-fp16']"],
+            r"\[calibration\]: int8 target cosine=0.99: no int8 variant .* among onnx-fp16; add onnx-int8",
+        ),
+        (
+            PLAIN,
+            ["calibration.latency_table='times.json'"],
+            r"\[calibration\]: 'latency_table' needs 'int8_target'",
+        ),
+        (PLAIN, ["calibration.finish_int8=0"], r"'finish_int8' is 0: expected `int` >= 1"),
+        (
+            PLAIN,
+            ["calibration.finish_int8=4", "export.variants=['onnx-fp32']"],
+            r"\[calibration\]: finishing for int8: no int8 variant .* among onnx-fp32; add onnx-int8",
+        ),
+        (PLAIN, ["calibration.accuracy_control=true"], "'accuracy_control' needs openvino-int8 among"),
+        (PLAIN, ["calibration.selection='best'"], r"\[calibration\]: .*[Ii]nvalid enum value 'best'"),
+        (PLAIN, ["calibration.seed=-1"], r"'seed' is -1: expected `int` >= 0"),
         (PLAIN, ["bench.batch=0"], r"'batch' is 0: expected `int` >= 1"),
         (PLAIN, ["model.bundle=b"], r"\[model\]: got \['bundle', 'checkpoint'\]"),
         (PLAIN.replace("checkpoint", "bundle"), [], r"got 'bundle' beside \[export\]"),
@@ -141,6 +187,38 @@ def test_what_cannot_be_used_is_one_sentence(text: str, changes: list[str], word
     with pytest.raises(ConfigError, match=words) as caught:
         parse(text, *changes)
     assert "\n" not in str(caught.value)
+
+
+def test_every_choice_about_int8_reaches_the_export(tmp_path: Path) -> None:
+    recipe = parse(
+        PLAIN,
+        "calibration.int8_target='cosine=0.99,top1=0.98'",
+        "calibration.latency_table='times.json'",
+        "calibration.finish_int8=120",
+        "calibration.method='percentile:99.9'",
+        "calibration.text='full'",
+        "calibration.selection='stratified'",
+        "calibration.seed=7",
+        "calibration.samples=32",
+    )
+    calibration = recipe.calibration
+    ((_, specs),) = recipe_variants(recipe)
+    build = calibration.build(specs, tmp_path, reports=tmp_path / "r", threads=3)
+    assert build.int8 is not None
+    assert build.int8.target == Int8Target(cosine=0.99, top1=0.98)
+    assert (build.int8.latency_table, build.int8.folder) == (tmp_path / "times.json", tmp_path / "r")
+    assert build.int8.threads == 3
+    assert (str(build.quantization.method), build.quantization.text) == ("percentile:99.9", "full")
+    assert (calibration.selection, calibration.seed, calibration.samples) == ("stratified", 7, 32)
+    assert calibration.finish_int8 == 120
+    assert calibration.build([spec for spec in specs if spec.name == "onnx-fp32"]).int8 is None
+
+
+def test_every_option_about_int8_has_a_key() -> None:
+    words = ("int8", "calibration", "latency", "accuracy")
+    said = {str(option.name) for option in export.params}
+    assert {name for name in said if any(word in name for word in words)} == set(KEYS)
+    assert set(KEYS.values()) == set(CalibrationSpec.__struct_fields__)
 
 
 def test_an_eager_reference_needs_a_checkpoint() -> None:

@@ -64,7 +64,7 @@ def make_tiny_bundle(
 
     Args:
         directory: where to; a bundle that is there becomes this one.
-        variants: ``onnx-fp32``, ``onnx-int8`` or both, in the order of ``default_variants``.
+        variants: of ``onnx-fp32`` and ``onnx-int8``, with or without a target, as ``default_variants``.
         text_tower: without, neither text tower nor tokenizer is in it, as in a slimmed bundle.
         seed: another seed is another model.
         pictures: how many golden pictures, at most 16.
@@ -91,7 +91,8 @@ def make_tiny_bundle(
         text_file = writer.add("onnx-fp32/text.onnx", model.text_graph()) if text_tower else None
         entries = {}
         for name in variants:
-            graph = model.image_graph(int8=name == "onnx-int8")
+            precision, _, target = name.removeprefix("onnx-").partition("@")
+            graph = model.image_graph(int8=precision == "int8")
             parity = {"image": _parity(float_embedding, _run(graph, "image", images))}
             towers = {"image": _image_tower(writer.add(f"{name}/image.onnx", graph))}
             if text_file is not None:
@@ -99,7 +100,8 @@ def make_tiny_bundle(
                 parity["text"] = _parity(text, text)
             entries[name] = {
                 "format": "onnx",
-                "precision": name.removeprefix("onnx-"),
+                "precision": precision,
+                "target": target or None,
                 "requires": {"engine": ">=1.20"},
                 "towers": towers,
                 "parity": parity,
