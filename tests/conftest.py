@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Nothing in the tests may ask a hub for weights.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heeded_interrupts() -> Iterator[None]:
+    """Let Ctrl-C count: what a shell script starts in the background ignores it, and so do its children."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -133,13 +133,29 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("edgeclip: interrupted", err=True)
-        return EXIT_INTERRUPTED
-    except EdgeClipError as error:
-        return _report(error, debug=debug)
-    except OSError as error:
-        return _report(_from_os_error(error), debug=debug)
+        return _interrupted()
+    except Exception as error:
+        if _is_interrupt(error):
+            return _interrupted()
+        if isinstance(error, EdgeClipError):
+            return _report(error, debug=debug)
+        if isinstance(error, OSError):
+            return _report(_from_os_error(error), debug=debug)
+        raise
     return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    click.echo("edgeclip: interrupted", err=True)
+    return EXIT_INTERRUPTED
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Return whether an error is what became of Ctrl-C: modules in C that it hits fail to import."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    return found is not None
 
 
 def _report(error: EdgeClipError, *, debug: bool) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from edgeclip import __version__
 from edgeclip.cli import _COMMANDS, _run
-from edgeclip.errors import MissingExtraError, ParityError
+from edgeclip.errors import BackendUnavailableError, MissingExtraError, ParityError
 
 
 def _edgeclip(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +77,70 @@ def test_errors_become_one_line_and_an_exit_code(
     assert words in shown.err
     assert len(shown.err.strip().splitlines()) == 1
     assert "Traceback" not in shown.err
+
+
+ENTRY = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, {handler})
+from edgeclip.__main__ import main
+sys.argv[1:] = ["cache", "info"]
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to oneself there")
+@pytest.mark.parametrize(
+    ("module", "code", "said"),
+    [
+        ("edgeclip.cli", 130, ""),
+        ("click", 130, ""),
+        ("edgeclip.errors", 130, ""),
+        ("edgeclip.cli.cache", 130, "edgeclip: interrupted\n"),
+        ("edgeclip.cache", 130, "edgeclip: interrupted\n"),
+    ],
+)
+def test_ctrl_c_during_imports_is_no_traceback(module: str, code: int, said: str) -> None:
+    script = ENTRY.format(module=module, handler="signal.default_int_handler")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.lstrip()) == (code, "", said)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to oneself there")
+def test_a_background_job_goes_on_at_ctrl_c() -> None:
+    script = ENTRY.format(module="click", handler="signal.SIG_IGN")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+def test_an_import_that_ctrl_c_broke_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As modules in C report it: KeyboardInterrupt is the cause of an ImportError, and we translate that."""
+    import click
+
+    import edgeclip.cli
+
+    @click.command()
+    def fails() -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as interrupt:
+                raise ImportError("initialization failed") from interrupt
+        except ImportError as error:
+            raise BackendUnavailableError("onnxruntime does not import") from error
+
+    monkeypatch.setitem(edgeclip.cli._COMMANDS, "fails", (f"{__name__}:fails", "Fail."))
+    monkeypatch.setattr(sys.modules[__name__], "fails", fails, raising=False)
+    assert _run(["fails"], debug=False) == 130
+    assert capsys.readouterr().err == "edgeclip: interrupted\n"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
