@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,6 +17,7 @@ from edgeclip.calibration.latency_table import LatencyTable
 from edgeclip.calibration.sensitivity import Choice, Sensitivity
 from edgeclip.quantization import Scheme
 from edgeclip.runtime.host import Host, versions
+from edgeclip.tables import aligned
 
 __all__ = ["SensitivityReport"]
 
@@ -106,14 +106,14 @@ class SensitivityReport:
             (*self._numbers(name), name, found.block_of[name], "float" if name in kept else "")
             for name in found.worst()[:most]
         ]
-        lines += _aligned(rows, right=5)
+        lines += aligned(rows, range(5))
         if len(found.nodes) > most:
             lines.append(f"and {len(found.nodes) - most} more")
         blocks = sorted(found.blocks, key=lambda name: -found.blocks[name].cosine)
         rows = [("1-cosine", "flips", "block")]
         rows += [(*_cost(found.blocks[name]), name) for name in blocks[:most]]
         rows.append((*_cost(found.everything), "everything"))
-        lines += ["", *_aligned(rows, right=2), ""]
+        lines += ["", *aligned(rows, range(2)), ""]
         return "\n".join([*lines, *self._said()]).rstrip()
 
     def _numbers(self, name: str) -> tuple[str, ...]:
@@ -281,14 +281,3 @@ def _text(
     said = {"font-size": size, "font-weight": weight, "text-anchor": anchor}
     more = "".join(f' {name}="{value}"' for name, value in said.items() if value is not None)
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}"{more}>{escape(text)}</text>'
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], *, right: int) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if place < right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

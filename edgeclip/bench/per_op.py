@@ -38,6 +38,7 @@ from edgeclip.runtime.session import (
     model_files,
     resolve_backend,
 )
+from edgeclip.tables import aligned
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -142,12 +143,12 @@ class OpProfile(Document, frozen=True, kw_only=True):
             )
             for each in slowest
         ]
-        lines += _aligned(rows, right=2)
+        lines += aligned(rows, range(2))
         if len(self.ops) > most:
             lines.append(f"and {len(self.ops) - most} more")
         total = self.kernels_ms or 1.0
         sums = list(self.by_kernel().items())
-        lines += ["", *_aligned([(f"{ms:.3f}", f"{ms / total:.1%}", name) for name, ms in sums], right=2)]
+        lines += ["", *aligned([(f"{ms:.3f}", f"{ms / total:.1%}", name) for name, ms in sums], range(2))]
         return "\n".join(lines)
 
 
@@ -331,14 +332,3 @@ def _bundle(tower: TowerFiles | Path) -> dict[str, str]:
         return {}
     said = {"digest": tower.bundle_digest, "variant": tower.variant, "tower_digest": tower.digest}
     return {name: value for name, value in said.items() if value}
-
-
-def _aligned(rows: list[tuple[str, ...]], *, right: int) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if place < right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import click
 
+from edgeclip.tables import aligned
+
 from ._options import SCHEMA
 
 if TYPE_CHECKING:
@@ -204,16 +206,7 @@ def timing_table(clock: StageClock, summary: Summary) -> str:
     rows = [("stage", "ms each", "ms in all", "runs", "batch")]
     for name, stage in clock.totals().items():
         rows.append((name, f"{stage.ms:.2f}", f"{stage.wall_ms:.1f}", str(stage.runs), str(stage.batch)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
+    lines = aligned(rows, range(1, 5))
     done = summary.pictures - summary.failed
     each = f", {summary.wall_ms / done:.2f} ms a picture" if done else ""
     lines.append(

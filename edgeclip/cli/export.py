@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from edgeclip.cli._options import Notes, is_there, prepare_stdout, shown, templates_of
+from edgeclip.tables import aligned
 
 if TYPE_CHECKING:
     from edgeclip.calibration.dataset import Method
@@ -318,7 +318,7 @@ def _table(report: ExportReport) -> str:
                 ]
             missed = f" (missed {', '.join(said.missed)})" if said.missed else ""
             rows.append((name, tower, f"{said.size_bytes / 1e6:.1f}", *cells, said.status + missed))
-    lines += _aligned(rows)
+    lines += aligned(rows, range(2, 7))
     for name, variant in report.variants.items():
         reasons = {said.reason for said in variant.towers.values() if said.reason}
         proxies = {said.proxy for said in variant.towers.values() if said.proxy}
@@ -330,14 +330,3 @@ def _table(report: ExportReport) -> str:
             stays = f"{len(choice['kept'])} of {choice['products']} products stay float for {target}"
             lines.append(f"{name}, {tower} tower: {stays}")
     return "\n".join(lines)
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in (0, 1, len(widths) - 1) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgeclip.tables import aligned
+
 if TYPE_CHECKING:
     from edgeclip.models.zoo import ModelEntry
 
@@ -262,7 +264,8 @@ def _block(entries: Sequence[ModelEntry]) -> str:
             *(form(entry) for name, form in _COLUMNS if shared[name] is None),
         ]
         rows.append(row + ([f"{entry.accuracy.percent:.1f}"] if entry.accuracy else []))
-    return "\n".join([*lines, *_aligned(rows)])
+    right = [place for place, name in enumerate(rows[0]) if name in _NUMBERS]
+    return "\n".join([*lines, *(f"  {line}" for line in aligned(rows, right))])
 
 
 def _said_once(name: str, value: str | None) -> str:
@@ -270,19 +273,6 @@ def _said_once(name: str, value: str | None) -> str:
     if name == "run here":
         return "run here" if value == "yes" else "never run here"
     return "no weights" if value == _NO_WEIGHTS else f"{name} {value}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [name in _NUMBERS for name in rows[0]]
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if is_number else cell.ljust(width)
-            for cell, width, is_number in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _only(values: Iterable[str]) -> str | None:

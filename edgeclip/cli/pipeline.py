@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from edgeclip.tables import aligned
+
 from ._options import SCHEMA, Notes, bundle_directory, prepare_stdout, shown
 
 if TYPE_CHECKING:
@@ -183,7 +185,7 @@ def _show(report: PipelineReport, output: Path | None, *, as_json: bool) -> None
         for number, finding in enumerate(verdict.findings):
             first = (verdict.gate, verdict.status) if number == 0 else ("", "")
             rows.append((*first, finding.subject, finding.got, finding.limit))
-    for line in _aligned(rows):
+    for line in aligned(rows):
         click.echo(line)
     for verdict in report.verdicts:
         for finding in verdict.telling:
@@ -205,12 +207,5 @@ def _plan(planned: Sequence[Planned], *, as_json: bool) -> str:
         }
         return json.dumps(said, indent=2, ensure_ascii=False)
     return "\n".join(
-        _aligned([("stage", "what", ""), *((each.name, each.what, each.outcome) for each in planned)])
+        aligned([("stage", "what", ""), *((each.name, each.what, each.outcome) for each in planned)])
     )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

@@ -17,6 +17,7 @@ import click
 
 from edgeclip.cli._options import SCHEMA, Notes, prepare_stdout, shown
 from edgeclip.errors import MissingExtraError
+from edgeclip.tables import aligned
 
 if TYPE_CHECKING:
     from edgeclip.distill.run import StagePlan
@@ -259,14 +260,7 @@ def _table(plans: Sequence[StagePlan]) -> str:
         )
         for plan in plans
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at in (0, 7) else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(aligned(rows, range(1, 7)))
 
 
 def _print(said: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeclip.tables import aligned
+
 from ._options import BACKENDS, Notes, bundle_directory, cache_dir_option
 
 if TYPE_CHECKING:
@@ -88,11 +90,7 @@ def _table(report: VerifyReport) -> str:
             )
         if not towers:
             rows.append((verdict.name, *["-"] * 7, verdict.status))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
-        right = [cell.rjust(width) for cell, width in zip(row[2:8], widths[2:8], strict=True)]
-        lines.append("  ".join([*left, *right, row[8]]).rstrip())
+    lines += aligned(rows, range(2, 8))
     lines += [
         f"{verdict.name}: {verdict.status}: {verdict.reason}" for verdict in report.variants if verdict.reason
     ]

@@ -21,6 +21,7 @@ from edgeclip.runtime.documents import Document
 from edgeclip.runtime.host import UNAVAILABLE, Host, peak_rss_bytes, versions
 from edgeclip.runtime.latency import COLD_START_PHASES, STAGES, LatencySamples, RatioInterval
 from edgeclip.runtime.session import Placement
+from edgeclip.tables import aligned
 
 __all__ = [
     "DriftEntry",
@@ -179,11 +180,7 @@ class LatencyReport(Document, frozen=True, kw_only=True):
         names = sorted(self.stages, key=lambda name: order.get(name, len(order)))
         heading = ("stage", "ms/item", "p50", "p90", "p99", "batch", "n", "drift")
         rows = [heading, *(_row(name, self.stages[name]) for name in names)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join(cells))
+        lines += aligned(rows, range(1, len(heading)))
         lines += [f"cold start: {name} {ms:.1f} ms" for name, ms in self.cold_start_ms.items()]
         lines += [
             f"{entry.a} / {entry.b}: {entry.ratio:.3f} ({entry.low:.3f} to {entry.high:.3f}, n = {entry.n})"
