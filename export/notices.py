@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from .source import Source
 
-__all__ = ["notice_of"]
+__all__ = ["MIT", "notice_of"]
 
-_MIT = """\
+MIT: Final = """\
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
 associated documentation files (the "Software"), to deal in the Software without restriction,
 including without limitation the rights to use, copy, modify, merge, publish, distribute,
@@ -22,6 +22,7 @@ IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMA
 LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
 CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
+"""Terms of the MIT License, as they follow the copyright notices."""
 
 
 def notice_of(source: Source, *, text: bool) -> bytes:
@@ -53,4 +54,4 @@ def notice_of(source: Source, *, text: bool) -> bytes:
         lines.append(
             "Merges of the tokenizer: as published with CLIP, Copyright (c) 2021 OpenAI, MIT License, below."
         )
-    return "\n".join([*lines, "", "MIT License", "", _MIT]).encode("utf-8")
+    return "\n".join([*lines, "", "MIT License", "", MIT]).encode("utf-8")
