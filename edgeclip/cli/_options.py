@@ -16,19 +16,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from edgeclip.calibration.dataset import Method
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.data import Sample
+    from edgeclip.export.build import Int8Search
+    from edgeclip.export.options import Offered, References
     from edgeclip.labels import BankProgress, LabelBank, LabelSet, Templates
     from edgeclip.runtime.session import RuntimeOptions
 
 __all__ = [
     "SCHEMA",
+    "Int8Choice",
     "LabelChoice",
     "ModelChoice",
     "Notes",
     "Pictures",
     "bundle_directory",
     "cache_dir_option",
+    "int8_options",
     "is_there",
     "label_options",
     "model_options",
@@ -123,6 +128,104 @@ def label_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+def int8_options(*, without_target: str, pictures: str) -> Callable[[_Command], _Command]:
+    """Return what adds the options that say what int8 has to keep, and on which pictures that is judged.
+
+    Args:
+        without_target: what is done where no target is given.
+        pictures: those that are taken where none are given.
+    """
+    options = (
+        click.option(
+            "--calibration-data",
+            type=click.Path(path_type=Path),
+            metavar="DIR|FILE",
+            help="Pictures that int8 ranges are chosen on, or a calibration set that `export "
+            f"--keep-intermediate` left.  [default: {pictures}]",
+        ),
+        click.option(
+            "--calibration-samples",
+            type=click.IntRange(min=16),
+            metavar="N",
+            help="Pictures, and texts, that int8 ranges are chosen on at most.  [default: 64 and 256]",
+        ),
+        click.option(
+            "--calibration-selection",
+            type=click.Choice(("coverage", "stratified", "random")),
+            help="How they are chosen: so that they cover what the float model tells apart, in equal shares "
+            "of their labels, or at random.  [default: coverage]",
+        ),
+        click.option(
+            "--calibration-seed",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Another one chooses others.  [default: 0]",
+        ),
+        click.option(
+            "--int8-target",
+            metavar="NUMBER=LIMIT,…",
+            help="Leave products in float until int8 reaches cosine=…, centred=… and top1=… on calibration "
+            f"rows.  [default: {without_target}]",
+        ),
+        click.option(
+            "--latency-table",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="What products take on the device, from `edgeclip bench --per-op`.  [default: measured "
+            "here]",
+        ),
+    )
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@dataclass(frozen=True)
+class Int8Choice:
+    """What :func:`int8_options` were given."""
+
+    calibration_data: Path | None
+    calibration_samples: int | None
+    calibration_selection: Method | None
+    calibration_seed: int | None
+    int8_target: str | None
+    latency_table: Path | None
+
+    def references(self, pictures: Path | None = None, offered: Offered | None = None) -> References:
+        """Return where inputs come from.
+
+        Args:
+            pictures: to compare on.
+            offered: labels.
+        """
+        from edgeclip.export.options import METHOD, References
+
+        return References(
+            pictures=pictures,
+            calibration=self.calibration_data,
+            calibration_samples=self.calibration_samples,
+            calibration_selection=self.calibration_selection or METHOD,
+            calibration_seed=self.calibration_seed or 0,
+            offered=offered,
+        )
+
+    def search(self, folder: Path | None, threads: int | None) -> Int8Search:
+        """Return what is asked of the choice of products that stay float.
+
+        Raises:
+            ConfigError: the target cannot be read.
+        """
+        from edgeclip.calibration.sensitivity import Int8Target
+        from edgeclip.export.build import Int8Search
+
+        target = None if self.int8_target is None else Int8Target.parse(self.int8_target)
+        return Int8Search(target, self.latency_table, folder, threads)
 
 
 @dataclass(frozen=True)

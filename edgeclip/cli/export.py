@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edgeclip.cli._options import Notes, is_there, prepare_stdout, shown, templates_of
+from edgeclip.cli._options import (
+    Int8Choice,
+    Notes,
+    int8_options,
+    is_there,
+    prepare_stdout,
+    shown,
+    templates_of,
+)
 from edgeclip.tables import aligned
 
 if TYPE_CHECKING:
-    from edgeclip.calibration.dataset import Method
-    from edgeclip.export.build import Int8Search
     from edgeclip.export.options import ExportReport, Offered, Step
 
 __all__ = ["export"]
@@ -63,31 +69,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
 @click.option("--float-input", is_flag=True, help="Pictures as float32 (B, 3, H, W), normalized by the host.")
 @click.option("--static-batch", type=int, metavar="N", help="The one batch the towers take.  [default: any]")
 @click.option("--opset", type=int, metavar="N", help="ONNX operator set, 17 to 24.  [default: 20]")
-@click.option(
-    "--calibration-data",
-    type=click.Path(path_type=Path),
-    metavar="DIR|FILE",
-    help="Pictures that int8 ranges are chosen on, or a calibration set that --keep-intermediate left.  "
-    "[default: other crops of the reference pictures]",
-)
-@click.option(
-    "--calibration-samples",
-    type=click.IntRange(min=16),
-    metavar="N",
-    help="Pictures, and texts, that int8 ranges are chosen on at most.  [default: 64 and 256]",
-)
-@click.option(
-    "--calibration-selection",
-    type=click.Choice(("coverage", "stratified", "random")),
-    help="How they are chosen: so that they cover what the float model tells apart, in equal shares of their "
-    "labels, or at random.  [default: coverage]",
-)
-@click.option(
-    "--calibration-seed",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Another one chooses others.  [default: 0]",
-)
+@int8_options(without_target="a fixed policy", pictures="other crops of the reference pictures")
 @click.option(
     "--int8-method",
     metavar="METHOD",
@@ -100,18 +82,6 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     default="weights",
     show_default=True,
     help="Compute ONNX text towers in int8, or store only their weights so.",
-)
-@click.option(
-    "--int8-target",
-    metavar="NUMBER=LIMIT,…",
-    help="Leave products in float until int8 reaches cosine=…, centred=… and top1=… on calibration rows.  "
-    "[default: a fixed policy]",
-)
-@click.option(
-    "--latency-table",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What products take on the device, from `edgeclip bench --per-op`.  [default: measured here]",
 )
 @click.option(
     "--accuracy-control",
@@ -162,14 +132,8 @@ def export(
     float_input: bool,
     static_batch: int | None,
     opset: int | None,
-    calibration_data: Path | None,
-    calibration_samples: int | None,
-    calibration_selection: Method | None,
-    calibration_seed: int | None,
     int8_method: str | None,
     int8_text: Literal["full", "weights"],
-    int8_target: str | None,
-    latency_table: Path | None,
     accuracy_control: bool,
     finish_int8: int | None,
     keep_intermediate: Path | None,
@@ -177,6 +141,7 @@ def export(
     limits: tuple[str, ...],
     threads: int | None,
     as_json: bool,
+    **int8: Any,
 ) -> None:
     """Export a model to a bundle: every variant is compared with the float32 model, or nothing is written.
 
@@ -192,14 +157,12 @@ def export(
     from edgeclip.calibration.ranges import RangeMethod
     from edgeclip.export.build import BuildOptions, Int8Settings
     from edgeclip.export.options import (
-        METHOD,
         OPSET,
         Checkpoint,
         ExportSettings,
         Gates,
         GraphOptions,
         LimitChange,
-        References,
     )
     from edgeclip.export.variants import parse_variants
 
@@ -207,7 +170,8 @@ def export(
     notes = Notes()
     if templates is not None and labels is None:
         raise click.UsageError("--templates needs --labels.")
-    if latency_table is not None and int8_target is None:
+    choice = Int8Choice(**int8)
+    if choice.latency_table is not None and choice.int8_target is None:
         raise click.UsageError("--latency-table needs --int8-target.")
     specs = parse_variants(variants or (_DEFAULT_VARIANT,), target=target)
     if accuracy_control and all(spec.form_name != "openvino-int8" for spec in specs):
@@ -220,17 +184,10 @@ def export(
             text=not no_text,
             bake_labels=bake_labels,
         ),
-        references=References(
-            pictures=reference,
-            calibration=calibration_data,
-            calibration_samples=calibration_samples,
-            calibration_selection=calibration_selection or METHOD,
-            calibration_seed=calibration_seed or 0,
-            offered=None if labels is None else _offered(labels, templates),
-        ),
+        references=choice.references(reference, None if labels is None else _offered(labels, templates)),
         build=BuildOptions(
             accuracy_control=accuracy_control,
-            int8=_int8_search(int8_target, latency_table, output, threads),
+            int8=None if choice.int8_target is None else choice.search(_reports_of(output), threads),
             quantization=Int8Settings(
                 None if int8_method is None else RangeMethod.parse(int8_method), text=int8_text
             ),
@@ -258,17 +215,10 @@ def export(
         click.echo(_table(exported.report))
 
 
-def _int8_search(
-    target: str | None, table: Path | None, output: Path, threads: int | None
-) -> Int8Search | None:
-    """Return what is asked of the choice of products that stay float; its reports go beside the bundle."""
-    if target is None:
-        return None
-    from edgeclip.calibration.sensitivity import Int8Target
-    from edgeclip.export.build import Int8Search
-
-    folder = output.resolve().parent / f"{output.resolve().name}-sensitivity"
-    return Int8Search(Int8Target.parse(target), table, folder, threads)
+def _reports_of(bundle: Path) -> Path:
+    """Return the folder beside a bundle for reports of what stays float."""
+    path = bundle.resolve()
+    return path.parent / f"{path.name}-sensitivity"
 
 
 def _offered(said: str, templates: str | None) -> Offered:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ._options import Notes, prepare_stdout, shown
+from ._options import Int8Choice, Notes, int8_options, prepare_stdout, shown
 
 __all__ = ["sensitivity"]
 
@@ -20,17 +21,6 @@ __all__ = ["sensitivity"]
     "--tower", type=click.Choice(["image", "text"]), default="image", show_default=True, help="Which tower."
 )
 @click.option(
-    "--int8-target",
-    metavar="NUMBER=LIMIT,…",
-    help="Also choose what stays float, until cosine=…, centred=… and top1=… are reached.",
-)
-@click.option(
-    "--latency-table",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What products take on the device, from `edgeclip bench --per-op`.  [default: measured here]",
-)
-@click.option(
     "--format",
     "form",
     type=click.Choice(["onnx", "tensorrt"]),
@@ -40,18 +30,7 @@ __all__ = ["sensitivity"]
 )
 @click.option("--target", metavar="TARGET", help="Processor or GPU it is for, such as x86-avx2.")
 @click.option("--model", metavar="NAME", help="Model of a weights file that does not tell which it is.")
-@click.option(
-    "--calibration-data",
-    type=click.Path(path_type=Path),
-    metavar="DIR|FILE",
-    help="Pictures to measure on.  [default: crops of edgeclip's photographs]",
-)
-@click.option(
-    "--calibration-samples",
-    type=click.IntRange(min=16),
-    metavar="N",
-    help="Pictures, or texts, to measure on at most.  [default: 64, or 256]",
-)
+@int8_options(without_target="nothing is chosen", pictures="crops of edgeclip's photographs")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: usable cores]")
 @click.option("--most", type=click.IntRange(min=1), default=20, show_default=True, help="Rows to show.")
 @click.option(
@@ -62,17 +41,14 @@ def sensitivity(
     *,
     checkpoint: str,
     tower: str,
-    int8_target: str | None,
-    latency_table: Path | None,
     form: str,
     target: str | None,
     model: str | None,
-    calibration_data: Path | None,
-    calibration_samples: int | None,
     threads: int | None,
     most: int,
     output: Path | None,
     as_json: bool,
+    **int8: Any,
 ) -> None:
     """Measure what int8 costs a tower: each product and each block, on the embedding.
 
@@ -80,21 +56,14 @@ def sensitivity(
     models list` whose weights were pulled. With a target, says what has to stay float for it. What was
     measured is kept: a run that was stopped goes on where it was. Needs pip install "edgeclip[export]".
     """
-    from edgeclip.calibration.sensitivity import Int8Target
-    from edgeclip.export.build import Int8Search
-    from edgeclip.export.options import Checkpoint, References
+    from edgeclip.export.options import Checkpoint
     from edgeclip.export.variants import parse_variants
 
     prepare_stdout()
     notes = Notes()
     (spec,) = parse_variants([f"{form}-int8"], target=target)
-    asked = Int8Search(
-        target=None if int8_target is None else Int8Target.parse(int8_target),
-        latency_table=latency_table,
-        folder=output,
-        threads=threads,
-    )
-    references = References(calibration=calibration_data, calibration_samples=calibration_samples)
+    choice = Int8Choice(**int8)
+    asked = choice.search(output, threads)
     from edgeclip.export.sensitivity_search import search_checkpoint
 
     try:
@@ -103,7 +72,7 @@ def sensitivity(
             spec,
             asked,
             tower=tower,
-            references=references,
+            references=choice.references(),
             on_step=notes.progress,
         )
     except KeyboardInterrupt:

@@ -55,6 +55,7 @@ def test_it_says_what_int8_costs(capsys: pytest.CaptureFixture[str], pictures: P
         (["--latency-table", "none.json"], 1, "latency table 'none.json' cannot be read"),
         (["--target", "toaster"], 1, "toaster"),
         (["--tower", "sound"], 2, "'sound' is not one of 'image', 'text'"),
+        (["--calibration-selection", "stratified"], 1, "rows are of pictures without a label"),
     ],
 )
 def test_what_cannot_be(
