@@ -1,0 +1,113 @@
+"""How well the small model does, in float32 and as int8, on pictures of kinds it was not trained on.
+
+5-way and 200-way on the stamps (cut-out photographs: the right name, and four drawn from the other 199, or
+all of them), 10-way and all names on emoji of a style nobody trained on. One row a picture. The report half
+of the stamps is looked at only if asked for.
+
+    python benchmarks/nano.py --materials DATA --model BUNDLE --model WORK/run-0/model
+
+A model is a bundle (each of its variants) or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from written import ROOT, write
+
+from edgeclip.evaluate.subjects import Subject, open_bundle
+from edgeclip.export.recipes.nano_eval import judged, pictogram_questions, stamp_questions
+from edgeclip.export.recipes.stamps import candidates, read_stamps
+from edgeclip.fetch import materials
+from edgeclip.runtime.session import RuntimeOptions
+
+LANGUAGES = ("en", "zh")
+
+
+def measured(
+    subject: Subject, data: Path | None, halves: Sequence[str], languages: Sequence[str]
+) -> dict[str, Any]:
+    """Return everything about one model."""
+    stamps = read_stamps(ROOT / "benchmarks/data/stamps.jsonl")
+    package = materials("stamps", data)["tuxpaint-stamps-default"]
+    emojibase = materials("default-model", data)["emojibase-data"]
+    drawings = materials("pictograms", data)["emoji-datasource-twitter"] / "img/twitter/64"
+    found: dict[str, Any] = {}
+    for language in languages:
+        names = candidates(stamps, language)
+        for half in halves:
+            questions = stamp_questions(stamps, package, half)
+            found[f"stamps-{half}-{language}"] = judged(subject, questions, language, 5, names=names)
+        unseen = pictogram_questions(emojibase, drawings)
+        found[f"twitter-{language}"] = judged(subject, unseen, language, 10)
+    return found
+
+
+def opened(path: str, threads: int) -> list[Subject]:
+    """Return the variants of a bundle, or a checkpoint."""
+    if (Path(path) / "config.json").is_file():
+        from edgeclip.distill.eager import open_eager
+
+        return [open_eager(path, threads=threads)]
+    return list(open_bundle(path, options=RuntimeOptions(threads=threads))[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, say it in a table, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--materials", type=Path, help="where `edgeclip data fetch` put its sets")
+    parser.add_argument("--model", action="append", required=True, help="a bundle or a checkpoint; repeat it")
+    parser.add_argument("--half", action="append", choices=("tune", "report"), help="[default: tune]")
+    parser.add_argument("--language", action="append", choices=LANGUAGES, help="[default: both]")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quiet", action="store_true", help="do not write the file")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/nano.json")
+    options = parser.parse_args(arguments)
+    models: list[dict[str, Any]] = []
+    for path in options.model:
+        for subject in opened(path, options.threads):
+            found = measured(
+                subject, options.materials, options.half or ["tune"], options.language or LANGUAGES
+            )
+            about = {key: value for key, value in subject.about.items() if key != "threads"}
+            subject.close()
+            models.append({"name": "/".join(Path(subject.name).parts[-3:]), "about": about, "sets": found})
+            for name, said in found.items():
+                way = next(key for key in said if key.endswith("-way"))
+                print(
+                    f"{models[-1]['name']:40} {name:18} {way} {said[way]:.3f} top-1 {said['top1']:.3f} "
+                    f"top-5 {said['top5']:.3f} (n {said['pictures']}, {said['names']} names)",
+                    file=sys.stderr,
+                )
+    if not options.quiet:
+        write(options.output, {"figures": _spread(models), "models": models})
+    return 0
+
+
+def _spread(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean, least and largest of every figure over the models of one precision."""
+    found: dict[str, Any] = {}
+    for precision in sorted({str(model["about"]["precision"]) for model in models}):
+        of_one = [model["sets"] for model in models if model["about"]["precision"] == precision]
+        for name in of_one[0]:
+            for key, value in of_one[0][name].items():
+                if isinstance(value, float):
+                    values = [sets[name][key] for sets in of_one]
+                    found[f"{precision}/{name}/{key}"] = {
+                        "mean": round(statistics.mean(values), 4),
+                        "least": min(values),
+                        "most": max(values),
+                        "models": len(values),
+                    }
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

