@@ -59,10 +59,13 @@ class Checkpoint:
         path: a checkpoint's directory, a published weights file, or the name of a model of the zoo whose
             weights were pulled.
         model: name of the model, where it is a file that does not tell.
+        materials: where ``edgeclip data fetch default-model -o`` put the packages that a checkpoint may have
+            left weights in; its own directory if not given.
     """
 
     path: str
     model: str | None = None
+    materials: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def open_source(checkpoint: Checkpoint, *, threads: int | None = None) -> Source
     if threads is not None:
         torch.set_num_threads(threads)
     path, model = _locate(checkpoint)
-    loaded = load_model(path, model=model, external=_external(path))
+    loaded = load_model(path, model=model, external=_external(path, checkpoint.materials))
     towers = loaded.model.eval().requires_grad_(False)
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     return Source(
@@ -243,11 +243,11 @@ def _locate(checkpoint: Checkpoint) -> tuple[str, str | None]:
     return str(found), said
 
 
-def _external(path: str) -> Mapping[str, Path] | None:
+def _external(path: str, directory: Path | None) -> Mapping[str, Path] | None:
     """Return where the weights are that a checkpoint left in the packages they came in."""
     if not (Path(path) / "config.json").is_file() or not read_checkpoint_info(path).external_weights:
         return None
-    return materials("default-model")
+    return materials("default-model", directory)
 
 
 def _weights_digest(model: CLIP) -> str:

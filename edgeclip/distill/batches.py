@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from edgeclip.distill.randomness import Randomness, permutation
+from edgeclip.distill.randomness import Randomness, permutation, random_stream
 from edgeclip.distill.samples import Broken, BrokenLimit, Sample, Samples
 from edgeclip.errors import ConfigError, EdgeClipError, InputError
 
@@ -75,6 +75,7 @@ class BatchPlan:
         seed: of the order.
         world: ranks.
         rank: which of them this is.
+        weights: ``(samples,)`` how often each is drawn, relative; all alike if not given.
 
     Raises:
         ConfigError: a batch is larger than the data or cannot be shared equally, or a number is out of range.
@@ -85,6 +86,7 @@ class BatchPlan:
     seed: int = 0
     world: int = 1
     rank: int = 0
+    weights: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.world < 1 or self.batch_size % self.world:
@@ -131,8 +133,19 @@ class BatchPlan:
         return Position(epoch, number * self.batch_size)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the order of an epoch, ``(samples,)`` int64."""
-        return permutation(self.samples, seed=self.seed, epoch=epoch)
+        """Return the order of an epoch, ``(samples,)`` int64.
+
+        With weights a sample is in it as often as its share of them asks for, up to rounding, which differs
+        from epoch to epoch (systematic sampling): the heavy ones several times, some of the light ones not.
+        """
+        order = permutation(self.samples, seed=self.seed, epoch=epoch)
+        if self.weights is None:
+            return order
+        ends = np.cumsum(self.weights)
+        offset = random_stream(self.seed, epoch, 1, "order").random()
+        points = (np.arange(self.samples) + offset) * (ends[-1] / self.samples)
+        drawn: NDArray[np.int64] = np.searchsorted(ends, points, side="right").clip(max=self.samples - 1)
+        return drawn[order]
 
     def requests(self, start: Position = BEGINNING) -> Iterator[tuple[Position, NDArray[np.int64]]]:
         """Yield, without end, where each batch begins and this rank's samples of it.
@@ -343,7 +356,7 @@ class BatchLoader:
             raise ConfigError(f"the plan is for {plan.samples} samples, got {len(samples)}.")
         self.plan = plan
         self.broken: dict[int, Broken] = {}
-        self._work = _Work(samples, prepare, plan.seed)
+        self._work = _Work(samples, prepare, plan)
         self._allowed = (limit or BrokenLimit()).allowed(plan.samples)
         self._workers, self._prefetch = workers, prefetch
         self._pin_memory, self._start_method = pin_memory, start_method
@@ -425,23 +438,33 @@ class _Failed:
 class _Work(Dataset[Any]):
     """Makes whole batches: what a worker does."""
 
-    def __init__(self, samples: Samples, prepare: Prepare, seed: int) -> None:
-        self._samples, self._prepare, self._seed = samples, prepare, seed
+    def __init__(self, samples: Samples, prepare: Prepare, plan: BatchPlan) -> None:
+        self._samples, self._prepare, self._plan = samples, prepare, plan
 
     def __getitem__(self, request: tuple[Position, NDArray[np.int64]]) -> Batch | _Failed:
         position, indices = request
         broken: list[Broken] = []
         try:
-            rows = [self._row(position.epoch, int(index), broken) for index in indices]
+            rows = [
+                self._row(Randomness(self._plan.seed, position.epoch, stream), int(index), broken)
+                for stream, index in zip(self._streams(position, indices), indices, strict=True)
+            ]
             return _collated(position, rows, broken)
         except InputError as error:
             return _Failed(str(error))
 
+    def _streams(self, position: Position, indices: NDArray[np.int64]) -> Sequence[int]:
+        """Return what names each row's chance: its sample, or its place where samples come several times."""
+        if self._plan.weights is None:
+            found: list[int] = indices.tolist()
+            return found
+        first = position.seen + self._plan.rank * len(indices)
+        return range(first, first + len(indices))
+
     def _row(
-        self, epoch: int, index: int, broken: list[Broken]
+        self, randomness: Randomness, index: int, broken: list[Broken]
     ) -> tuple[int, str, Mapping[str, NDArray[Any]]]:
-        randomness = Randomness(self._seed, epoch, index)
-        others = randomness.stream("replace")
+        others: np.random.Generator | None = None
         at = index
         for _ in range(_MAX_IN_A_ROW):
             try:
@@ -449,6 +472,7 @@ class _Work(Dataset[Any]):
                 return at, sample.key, self._prepare(sample, randomness)
             except InputError as error:
                 broken.append(Broken(at, self._samples.key(at), str(error)))
+            others = others or randomness.stream("replace")
             at = int(others.random() * len(self._samples))
         raise InputError(
             f"{_MAX_IN_A_ROW} samples in a row cannot be used, the last one is {broken[-1].key!r} "

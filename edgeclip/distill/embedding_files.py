@@ -27,7 +27,7 @@ from edgeclip.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["EmbeddingFiles", "open_embedding_files"]
+__all__ = ["EmbeddingFiles", "map_rows", "open_embedding_files"]
 
 _DTYPES = ("float16", "float32", "float64")
 
@@ -124,7 +124,7 @@ def open_embedding_files(spec: EmbeddingsTeacher, root: Path) -> EmbeddingFiles:
         ConfigError: a file is missing, or holds anything but an ``(N, d)`` array of floats.
     """
     arrays = {
-        key: None if said is None else _mapped(root / said, f"teacher {spec.name!r}: {key!r}")
+        key: None if said is None else map_rows(root / said, f"teacher {spec.name!r}: {key!r}")
         for key, said in (("image", spec.image), ("text", spec.text))
     }
     file = spec.image or spec.text or ""
@@ -132,7 +132,13 @@ def open_embedding_files(spec: EmbeddingsTeacher, root: Path) -> EmbeddingFiles:
     return EmbeddingFiles(spec, image=arrays["image"], text=arrays["text"], parent=parent)
 
 
-def _mapped(path: Path, where: str) -> NDArray[Any]:
+def map_rows(path: Path, where: str) -> NDArray[Any]:
+    """Return the rows ``(N, d)`` of an ``.npy`` file, mapped and not read.
+
+    Raises:
+        ConfigError: it is missing, or holds anything but an ``(N, d)`` array of floats; begins with
+            ``where``.
+    """
     try:
         rows: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # whatever its parser of headers stumbles over

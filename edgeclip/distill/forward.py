@@ -6,7 +6,7 @@ of their own, since they must not be seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -17,6 +17,7 @@ from edgeclip.distill.batches import Batch, to_float
 from edgeclip.distill.hidden_words import HiddenWords, TokenShapes, hide, hiding_draws, word_places
 from edgeclip.distill.recompute import held_statistics
 from edgeclip.models.fastvit import FastViT
+from edgeclip.models.text import BagTextTower
 from edgeclip.models.text_transformer import TextTransformer
 from edgeclip.models.vit import VisionTransformer
 from edgeclip.tokenizer import SpecialIds
@@ -31,6 +32,7 @@ __all__ = [
     "Words",
     "embed",
     "embed_pixels",
+    "embed_texts",
     "embedded_of",
     "token_shapes",
     "words_of",
@@ -98,6 +100,7 @@ class Wants:
 
 
 EMBEDDINGS = Wants()
+_LENGTHS = 4  # groups of texts of about one length
 
 
 def token_shapes(model: CLIP) -> TokenShapes:
@@ -176,8 +179,7 @@ def embed_pixels(
     ids, shape = tokens.flatten(0, 1), tokens.shape[:2]
     if not wants.tokens and wants.hidden is None:
         pictures: Tensor = model.encode_image(pixels)  # type: ignore[operator]
-        texts: Tensor = model.encode_text(ids)  # type: ignore[operator]
-        return (_wide(pictures), *_each(texts, shape))
+        return (_wide(pictures), *embed_texts(model, tokens))
     image_tower = cast("VisionTransformer | FastViT", model.image_tower)
     text_tower = cast(TextTransformer, model.text_tower)
     pictures, patches = image_tower.forward_with_tokens(pixels)
@@ -200,6 +202,30 @@ def embed_pixels(
             after_layer=lambda layer, x: network.fused(layer, x, seen),
         )
     return (*found, *_each(behind, shape))
+
+
+def embed_texts(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Return the embeddings ``(b, E)`` of each caption, not normalized, in float32.
+
+    A bag of pieces leaves padding out exactly, so texts of about one length go together, without the columns
+    that are padding in all of them: most rows are short.
+
+    Args:
+        model: has ``encode_text``.
+        tokens: ``(b, n, L)``.
+    """
+    ids = tokens.flatten(0, 1)
+    tower = getattr(model, "text_tower", None)
+    encode = cast("Callable[[Tensor], Tensor]", model.encode_text)
+    if not isinstance(tower, BagTextTower) or len(ids) < _LENGTHS:
+        return _each(encode(ids), tokens.shape[:2])
+    lengths = (ids != tower.config.pad_id).sum(dim=1)
+    order = lengths.argsort(stable=True)
+    rows = [
+        encode(ids[some, : max(2, int(lengths[some].max()))])  # products of neighbours need two
+        for some in order.tensor_split(_LENGTHS)
+    ]
+    return _each(torch.cat(rows)[order.argsort()], tokens.shape[:2])
 
 
 def _each(rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeclip.distill.augment import Augmentation, Parameters, RandAugment, RandomResizedCrop, Transform
 from edgeclip.distill.batches import Caption, CaptionMix, choose_captions
+from edgeclip.distill.prompts import Prompted, Prompts
 from edgeclip.distill.randomness import Randomness
 from edgeclip.distill.recipe import DataSpec
 from edgeclip.distill.samples import Sample
@@ -112,7 +113,8 @@ class Inputs:
     Gives ``image`` ``(H, W, 3)`` uint8 and ``tokens`` ``(n, L)`` int32 for the student, and
     ``image:<i>`` ``(3, H, W)`` uint8 and ``tokens:<i>`` for further forms; :meth:`image_name` and
     :meth:`tokens_name` say which array is a model's. With stored views also ``stored-image`` ``(K·d,)`` and
-    ``stored-text`` ``(n, K·d)`` float32, the rows that belong to the view and the captions.
+    ``stored-text`` ``(n, K·d)`` float32, the rows that belong to the view and the captions. Of texts without
+    pictures there is no ``image``, but ``picture``, the number of one the text fits, where it has some.
 
     Attributes:
         augmentation: draws views, and makes the student's.
@@ -120,6 +122,8 @@ class Inputs:
         consumers: the models.
         stored: views are not drawn but chosen among those of the sample.
         max_pixels: larger pictures count as broken.
+        prompts: what is put around captions.
+        of_texts: the samples are texts without pictures.
     """
 
     augmentation: Augmentation
@@ -127,6 +131,8 @@ class Inputs:
     consumers: tuple[Consumer, ...]
     stored: StoredViews | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
+    prompts: Prompts | None = None
+    of_texts: bool = False
 
     @classmethod
     def of(
@@ -136,6 +142,7 @@ class Inputs:
         consumers: Sequence[Consumer],
         *,
         stored: StoredViews | None = None,
+        prompts: Prompts | None = None,
     ) -> Inputs:
         """Return what a stage of the recipe wants.
 
@@ -144,6 +151,7 @@ class Inputs:
             texts: captions a picture.
             consumers: the student first.
             stored: where the samples hold their views.
+            prompts: of these data.
         """
         form = consumers[0].form
         assert form is not None
@@ -153,7 +161,14 @@ class Inputs:
         if data.rand_augment:
             transforms.append(RandAugment(num_ops=data.rand_augment, magnitude=data.rand_augment_magnitude))
         mixes = (CaptionMix(data.captions), *[CaptionMix(data.synthetic)] * (texts - 1))
-        return cls(Augmentation(tuple(transforms)), mixes, tuple(consumers), stored)
+        return cls(
+            Augmentation(tuple(transforms)),
+            mixes,
+            tuple(consumers),
+            stored,
+            prompts=prompts,
+            of_texts=bool(data.texts),
+        )
 
     def image_name(self, consumer: Consumer) -> str:
         """Return the name of the array that holds a model's pictures."""
@@ -183,8 +198,9 @@ class Inputs:
             InputError: the picture cannot be decoded, there is no caption of the kinds asked for, or what is
                 stored cannot be used.
         """
+        if self.of_texts:
+            return self._of_text(sample, randomness)
         chosen = choose_captions(self.captions, sample.captions, randomness.stream("caption"))
-        texts = [caption.text for caption in chosen]
         picture = decode_image(
             sample.image,
             max_pixels=self.max_pixels,
@@ -203,8 +219,33 @@ class Inputs:
             arrays[_name("image", number)] = (
                 view if number == 0 else np.ascontiguousarray(view.transpose(2, 0, 1))
             )
+        return arrays | self._tokens(chosen, randomness.stream("prompt") if self.prompts else None)
+
+    def _of_text(self, sample: Sample, randomness: Randomness) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a text without a picture."""
+        ((kind, (text,)),) = sample.captions.items()
+        # A generator costs more than the rest of a short text.
+        rng = randomness.stream("prompt") if self.prompts or len(sample.pictures) > 1 else None
+        arrays = self._tokens([Caption(kind, 0, text)], rng)
+        if sample.pictures:
+            place = 0 if rng is None else int(rng.random() * len(sample.pictures))
+            arrays["picture"] = np.array(sample.pictures[place], np.int64)
+        return arrays
+
+    def _tokens(self, chosen: Sequence[Caption], rng: np.random.Generator | None) -> dict[str, NDArray[Any]]:
+        """Return captions, in their prompts, as every tokenizer writes them."""
+        if self.prompts is None or rng is None:
+            drawn = [Prompted("", caption.text, "") for caption in chosen]
+        else:
+            drawn = [self.prompts.draw(caption, rng) for caption in chosen]
+        arrays: dict[str, NDArray[Any]] = {}
         for number, tokenizer in enumerate(self._tokenizers().values()):
-            arrays[_name("tokens", number)] = tokenizer(texts, truncate=True)
+            if number == 0 and any(prompted.drop is not None for prompted in drawn):
+                assert isinstance(tokenizer, Tokenizer)  # the student's
+                rows = np.stack([prompted.row(tokenizer) for prompted in drawn])
+            else:
+                rows = tokenizer([prompted.whole for prompted in drawn], truncate=True)
+            arrays[_name("tokens", number)] = rows
         return arrays
 
     def _replay(

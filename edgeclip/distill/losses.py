@@ -27,10 +27,12 @@ __all__ = [
     "affinity_kl",
     "alignment",
     "decoupled_contrastive",
+    "feature_cosine",
     "feature_mse",
     "feature_smooth_l1",
     "info_nce",
     "interactive_contrastive",
+    "picture_match",
     "siglip",
     "uniformity",
 ]
@@ -257,6 +259,30 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor, *, beta: float = 1.0) ->
     """
     _same_shape("feature_smooth_l1", student, teacher)
     return F.smooth_l1_loss(student, teacher.detach(), beta=beta)
+
+
+def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean of one less the cosine of ``(b, D)`` unit embeddings."""
+    _same_shape("feature_cosine", student, teacher)
+    return 1 - (student * teacher.detach()).sum(dim=1).mean()
+
+
+def picture_match(student: Tensor, teacher: Tensor, pictures: Tensor, *, scale: float) -> Tensor:
+    """Return how far texts are from being as similar to some pictures as the teacher says.
+
+    The mean Kullback-Leibler divergence of ``softmax(scale · text · pictures)`` from the teacher's: one
+    direction of :func:`affinity_kl`, with pictures that stand still and need not belong to the texts.
+
+    Args:
+        student: ``(b, D)`` unit embeddings of texts.
+        teacher: what they should be, ``(b, D)``.
+        pictures: ``(k, D)`` unit embeddings.
+        scale: multiplier of cosines.
+    """
+    _same_shape("picture_match", student, teacher)
+    said = (scale * student @ pictures.T).log_softmax(dim=1)
+    wanted = (scale * teacher.detach() @ pictures.T).log_softmax(dim=1)
+    return F.kl_div(said, wanted, reduction="batchmean", log_target=True)
 
 
 def alignment(first: Tensor, second: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from edgeclip.distill.recipe import (
     InteractiveLoss,
     LossSpec,
     MaskedTokensLoss,
+    PictureMatchLoss,
     SigLIPLoss,
     StageSpec,
     TokenAlignmentLoss,
@@ -70,7 +72,10 @@ class Objective(nn.Module):
         self.token_heads = nn.ModuleDict()
         self.hidden_words: HiddenWords | None = None
         self._in_pairs = dict.fromkeys(
-            name for spec in stage.loss if not isinstance(spec, FeatureLoss) for name, _ in _asked(spec)
+            name
+            for spec in stage.loss
+            if not isinstance(spec, FeatureLoss | PictureMatchLoss)
+            for name, _ in _asked(spec)
         )
         for index, spec in enumerate(stage.loss):
             if isinstance(spec, SigLIPLoss):
@@ -91,6 +96,12 @@ class Objective(nn.Module):
                             f"stage {stage.name!r}: the loss {_kind(spec)!r} asks for {tower} embeddings, "
                             f"but the teacher {teacher!r} has no {tower} tower; use kind = 'feature' with "
                             "the tower it has, or another teacher."
+                        )
+                    if isinstance(spec, PictureMatchLoss) and width != embed_dim:
+                        raise ConfigError(
+                            f"stage {stage.name!r}: the loss 'picture-match' compares both with the same "
+                            f"pictures, but the teacher {teacher!r} embeds into {width} dimensions, the "
+                            f"student into {embed_dim}."
                         )
                     key = self._adapter(teacher, tower)
                     if (
@@ -122,6 +133,8 @@ class Objective(nn.Module):
         scale: Tensor,
         progress: float,
         ids: Tensor | None = None,
+        pictures: Tensor | None = None,
+        rng: np.random.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts.
 
@@ -134,18 +147,21 @@ class Objective(nn.Module):
             scale: the student's multiplier of cosines.
             progress: share of the stage that is done, from 0 to 1.
             ids: ``(b,)`` what each pair shows, see :class:`Pairs`.
+            pictures: ``(N, E)`` unit embeddings that ``picture-match`` draws from.
+            rng: of these draws; the same on every rank.
 
         Returns:
             the total, and every term unweighted under ``"<index>-<kind>"``, detached.
         """
-        assert student.image is not None
-        total = student.image.new_zeros(())
+        total = student.texts[0].new_zeros(())
         parts: dict[str, Tensor] = {}
-        views = _pairs(student, ids)
+        views = [] if student.image is None else _pairs(student, ids)
         told = {name: _pairs(teachers[name], ids) for name in self._in_pairs}
         for index, spec in enumerate(self.stage.loss):
             if isinstance(spec, FeatureLoss):
                 value = self._features(spec, student, teachers[spec.teacher])
+            elif isinstance(spec, PictureMatchLoss):
+                value = self._picture_match(spec, student, teachers[spec.teacher], pictures, rng)
             elif isinstance(spec, TokenAlignmentLoss):
                 value = self._token_alignment(index, spec, student.tokens, views, scale)
             elif isinstance(spec, MaskedTokensLoss):
@@ -252,12 +268,33 @@ class Objective(nn.Module):
             ours, theirs = _rows(student, tower), _rows(teacher, tower)
             for mine, other in zip(ours, theirs, strict=True):
                 adapted = self._adapted(spec.teacher, tower, mine)
-                if spec.distance == "mse":
-                    adapted, wanted = F.normalize(adapted, dim=-1), F.normalize(other, dim=-1)
-                    terms.append(losses.feature_mse(adapted, wanted) / len(ours))
-                else:
+                if spec.distance == "smooth-l1":
                     terms.append(losses.feature_smooth_l1(adapted, other, beta=spec.beta) / len(ours))
+                else:
+                    distance = losses.feature_mse if spec.distance == "mse" else losses.feature_cosine
+                    adapted, wanted = F.normalize(adapted, dim=-1), F.normalize(other, dim=-1)
+                    terms.append(distance(adapted, wanted) / len(ours))
         return torch.stack(terms).sum()
+
+    def _picture_match(
+        self,
+        spec: PictureMatchLoss,
+        student: Embedded,
+        teacher: Embedded,
+        pictures: Tensor | None,
+        rng: np.random.Generator | None,
+    ) -> Tensor:
+        assert pictures is not None
+        assert rng is not None
+        drawn = (rng.random(spec.pictures) * len(pictures)).astype(np.int64)
+        some = pictures[torch.from_numpy(drawn).to(pictures.device)]
+        terms = [
+            losses.picture_match(
+                F.normalize(mine, dim=-1), F.normalize(other, dim=-1), some, scale=spec.scale
+            )
+            for mine, other in zip(student.texts, teacher.texts, strict=True)
+        ]
+        return torch.stack(terms).mean()
 
     def _adapted(self, teacher: str, tower: str, rows: Tensor) -> Tensor:
         """Return the student's rows as wide as the teacher's."""
@@ -304,6 +341,8 @@ def _asked(spec: LossSpec) -> list[tuple[str, tuple[str, ...]]]:
             return [(spec.teacher, _TOWERS)]
         case FeatureLoss():
             return [(spec.teacher, _towers(spec))]
+        case PictureMatchLoss():
+            return [(spec.teacher, ("text",))]
         case _:
             return []
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Purpose", "Randomness", "permutation", "random_stream"]
 
-Purpose = Literal["order", "replace", "caption", "view", "model", "other", "hide", "gates"]
+Purpose = Literal[
+    "order", "replace", "caption", "view", "model", "other", "hide", "gates", "prompt", "pictures"
+]
 # The place in this table is part of the stream's name: append only.
 _PURPOSES: dict[str, int] = {name: number for number, name in enumerate(get_args(Purpose))}
 _MAX = (1 << 64) - 1

@@ -65,6 +65,8 @@ __all__ = [
     "MaskedTokensLoss",
     "OpenClipTeacher",
     "OptimizerSpec",
+    "PictureMatchLoss",
+    "PromptSpec",
     "PruneSpec",
     "Recipe",
     "ScheduleSpec",
@@ -111,6 +113,8 @@ class StudentSpec(_Table, frozen=True, kw_only=True):
         inherit_model: name in the model zoo of that file, where its weights alone do not tell.
         inherit_layers: which layers of the larger model are taken.
         tokenizer: directory with a tokenizer's files; the checkpoint's, or CLIP's own, if not given.
+        materials: where ``edgeclip data fetch default-model -o`` put the packages that weights of the
+            checkpoint are left in; its own directory if not given.
     """
 
     model: str | None = None
@@ -120,13 +124,37 @@ class StudentSpec(_Table, frozen=True, kw_only=True):
     inherit_model: str | None = None
     inherit_layers: Literal["even", "first"] = "even"
     tokenizer: str | None = None
+    materials: str | None = None
+
+
+class PromptSpec(_Table, frozen=True, kw_only=True):
+    """What is put around captions of one kind, drawn anew each time; it does not change what they say.
+
+    Attributes:
+        templates: texts with one ``{}``, names of ours such as ``"openai-80"``, or ``.txt`` files with one a
+            line; what stands twice is drawn twice as often.
+        bare: share of captions without a template.
+        before: texts of which one may stand in front of a caption, inside the template.
+        before_share: share of captions that get one.
+        drop: share of captions of three tokens or more that lose one of them, so that no token carries a
+            meaning alone. Teachers with a tokenizer of their own read them whole.
+    """
+
+    templates: tuple[str, ...] = ()
+    bare: Share = 0.0
+    before: tuple[str, ...] = ()
+    before_share: Share = 0.0
+    drop: Share = 0.0
 
 
 class DataSpec(_Table, frozen=True, kw_only=True):
-    """Image-text pairs.
+    """Image-text pairs, or texts without pictures.
 
     Attributes:
         paths: shards, tables or folders.
+        texts: instead of ``paths``, tables of texts (:mod:`edgeclip.distill.texts`).
+        pictures: with ``texts``, an ``.npy`` file with what the frozen image tower makes of pictures.
+        prompts: what is put around captions, by their kind.
         captions: how often each kind of caption is drawn, as weights.
         synthetic: the same for the further captions of a picture, where a stage has ``texts`` above 1.
         crop_scale: share of the picture's area that a random crop keeps; ``[1, 1]`` takes all of it.
@@ -135,7 +163,10 @@ class DataSpec(_Table, frozen=True, kw_only=True):
         max_broken: samples that may fail to decode before training stops.
     """
 
-    paths: Annotated[tuple[str, ...], Meta(min_length=1)]
+    paths: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    texts: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    pictures: str | None = None
+    prompts: dict[str, PromptSpec] = msgspec.field(default_factory=dict)
     captions: Annotated[dict[str, Positive], Meta(min_length=1)] = msgspec.field(
         default_factory=lambda: {"alt": 1.0}
     )
@@ -357,15 +388,32 @@ class FeatureLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="feat
     Attributes:
         teacher: whose.
         tower: of which tower.
-        distance: ``"mse"`` on unit vectors (CLIP-KD's FD) or ``"smooth-l1"`` (DC-CLIP's first stage).
+        distance: ``"mse"`` on unit vectors (CLIP-KD's FD), ``"cosine"``, which is half their squared
+            difference, or ``"smooth-l1"`` (DC-CLIP's first stage).
         beta: of smooth L1.
         weight: of the term.
     """
 
     teacher: str
     tower: Literal["image", "text", "both"] = "both"
-    distance: Literal["mse", "smooth-l1"] = "mse"
+    distance: Literal["mse", "cosine", "smooth-l1"] = "mse"
     beta: Positive = 1.0
+    weight: Positive = 1.0
+
+
+class PictureMatchLoss(_Table, frozen=True, kw_only=True, tag_field="kind", tag="picture-match"):
+    """Texts should be as similar to pictures as the teacher's embeddings of them are.
+
+    Attributes:
+        teacher: whose embeddings of texts; as wide as the student's.
+        pictures: drawn anew each step from the ``pictures`` of the data.
+        scale: multiplier of cosines on both sides.
+        weight: of the term.
+    """
+
+    teacher: str
+    pictures: Count = 256
+    scale: Positive = 20.0
     weight: Positive = 1.0
 
 
@@ -424,6 +472,7 @@ LossSpec: TypeAlias = (
     | AffinityLoss
     | InteractiveLoss
     | FeatureLoss
+    | PictureMatchLoss
     | AlignmentUniformityLoss
     | TokenAlignmentLoss
     | MaskedTokensLoss
@@ -577,6 +626,7 @@ class Recipe(_Table, frozen=True, kw_only=True):
         seed: of weights, order, crops and captions.
         checkpoint_every: steps between two checkpoints; stages end with one.
         licence: of the model that comes out, an SPDX identifier; what it descends from may restrict it.
+        dtype: in which its weights are stored.
     """
 
     name: str
@@ -588,6 +638,7 @@ class Recipe(_Table, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
     checkpoint_every: Count = 1000
     licence: str = "Apache-2.0"
+    dtype: Literal["float32", "float16"] = "float32"
 
 
 def load_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
@@ -714,11 +765,37 @@ def _check(recipe: Recipe, where: str) -> None:
         if entry.kind == "teacher-agreement" and entry.teacher not in teachers:
             raise ConfigError(f"{at}: 'teacher' is {entry.teacher!r}, expected one of {sorted(teachers)}.")
     for name, table in recipe.data.items():
+        _check_data(table, f"{where}: [data.{name}]")
         low, high = table.crop_scale
         if not low <= high <= 1:
             raise ConfigError(
                 f"{where}: [data.{name}]: 'crop_scale' is [{low}, {high}], "
                 "expected two rising shares up to 1."
+            )
+
+
+def _check_data(table: DataSpec, at: str) -> None:
+    if (table.paths is None) is (table.texts is None):
+        raise ConfigError(
+            f"{at}: got {'none' if table.paths is None else 'both'} of 'paths' and 'texts', expected one: "
+            "pairs, or texts without pictures."
+        )
+    if table.pictures is not None and not table.texts:
+        raise ConfigError(
+            f"{at}: 'pictures' is {table.pictures!r}, but the data are pairs, whose pictures are looked at; "
+            "expected it beside 'texts'."
+        )
+    if table.texts:
+        for key, default in _TEXTLESS.items():
+            if getattr(table, key) != default:
+                raise ConfigError(
+                    f"{at}: {key!r} is {getattr(table, key)!r}, but texts have no views and no captions to "
+                    "choose from; leave it out."
+                )
+    for kind, said in table.prompts.items():
+        if said.before_share and not said.before:
+            raise ConfigError(
+                f"{at}: prompts.{kind}: 'before_share' is {said.before_share}, but 'before' is empty."
             )
 
 
@@ -737,13 +814,18 @@ def _check_stored(recipe: Recipe, stage: StageSpec, at: str) -> None:
 
 
 _VIEWS = {field.name: field.default for field in msgspec.structs.fields(DataSpec)}
+_TEXTLESS: dict[str, Any] = {
+    "captions": {"alt": 1.0},
+    "synthetic": {"synthetic": 1.0},
+    **{key: _VIEWS[key] for key in ("crop_scale", "rand_augment", "rand_augment_magnitude")},
+}
 
 
 def teachers_of(loss: LossSpec) -> tuple[str, ...]:
     """Return the teachers a loss term names."""
     if isinstance(loss, AffinityLoss):
         return loss.teachers
-    return (loss.teacher,) if isinstance(loss, InteractiveLoss | FeatureLoss) else ()
+    return (loss.teacher,) if isinstance(loss, InteractiveLoss | FeatureLoss | PictureMatchLoss) else ()
 
 
 def _check_teacher(teacher: TeacherSpec, at: str) -> None:
@@ -759,6 +841,11 @@ def _check_stage(recipe: Recipe, stage: StageSpec, teachers: list[str], at: str)
     if not stage.loss:
         raise ConfigError(f"{at}: expected one [[stage.loss]] or more.")
     _check_stored(recipe, stage, at)
+    if recipe.data[stage.data].texts and (stage.texts > 1 or stage.prune is not None):
+        key, value = ("texts", stage.texts) if stage.texts > 1 else ("prune", "given")
+        raise ConfigError(
+            f"{at}: {key!r} is {value}, but [data.{stage.data}] has texts without pictures; expected pairs."
+        )
     if stage.batch_size % stage.parts:
         raise ConfigError(
             f"{at}: 'batch_size' {stage.batch_size} cannot be cut into 'parts' {stage.parts}; "

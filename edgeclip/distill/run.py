@@ -6,26 +6,39 @@ Also what a dry run does: prepare a batch of every stage and send some of it thr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from edgeclip.distill.batches import BatchLoader, BatchPlan
-from edgeclip.distill.forward import Embedded, embed, embedded_of, token_shapes, words_of
+from edgeclip.distill.batches import Batch, BatchLoader, BatchPlan
+from edgeclip.distill.forward import Embedded, embed, embed_texts, embedded_of, token_shapes, words_of
 from edgeclip.distill.inputs import Inputs, StoredViews
 from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.losses import MAX_MATRIX_BYTES
 from edgeclip.distill.objective import Objective
 from edgeclip.distill.optim import parameter_groups
+from edgeclip.distill.prompts import Prompts, open_prompts
 from edgeclip.distill.randomness import random_stream
 from edgeclip.distill.ranks import ranks
-from edgeclip.distill.recipe import AffinityLoss, Recipe, StageSpec, recipe_digest, teachers_of
+from edgeclip.distill.recipe import (
+    AffinityLoss,
+    FeatureLoss,
+    MaskedTokensLoss,
+    PictureMatchLoss,
+    Recipe,
+    StageSpec,
+    TokenAlignmentLoss,
+    recipe_digest,
+    teachers_of,
+)
 from edgeclip.distill.samples import BrokenLimit, Samples, open_samples
 from edgeclip.distill.sparsity import Sparsity
 from edgeclip.distill.student import Student, open_student
 from edgeclip.distill.teachers import Teacher, open_teacher
+from edgeclip.distill.texts import TextSamples, open_pictures, open_texts
 from edgeclip.distill.token_losses import MATRICES
 from edgeclip.distill.validation import Validation, open_validation
 from edgeclip.errors import ConfigError
@@ -75,6 +88,8 @@ class Run:
         teachers: by name.
         data: pairs by name of their table.
         validations: in order.
+        prompts: what is put around captions, by name of the table, where something is.
+        pictures: ``(N, E)`` unit embeddings of pictures for texts without pictures, likewise.
     """
 
     recipe: Recipe
@@ -82,6 +97,8 @@ class Run:
     teachers: Mapping[str, Teacher]
     data: Mapping[str, Samples]
     validations: tuple[Validation, ...]
+    prompts: Mapping[str, Prompts] = field(default_factory=dict)
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
     def inputs(self, stage: StageSpec) -> Inputs:
         """Return what prepares a stage's samples, for the student and the teachers it needs."""
@@ -89,8 +106,18 @@ class Run:
         asked = [self.teachers[name].consumer for name in needed]
         consumers = [self.student.consumer, *(consumer for consumer in asked if consumer is not None)]
         return Inputs.of(
-            self.recipe.data[stage.data], stage.texts, consumers, stored=self._stored(stage, needed)
+            self.recipe.data[stage.data],
+            stage.texts,
+            consumers,
+            stored=self._stored(stage, needed),
+            prompts=self.prompts.get(stage.data),
         )
+
+    def own_pictures(self, batch: Batch, pictures: Tensor | None) -> Tensor | None:
+        """Return the row of a picture ``(b, E)`` for each text of a batch; ``None`` where they have none."""
+        if pictures is None or "picture" not in batch.arrays:
+            return None
+        return pictures[batch["picture"]]
 
     def _stored(self, stage: StageSpec, needed: Sequence[str]) -> StoredViews | None:
         """Return what the stage's samples hold of their views; ``None``: they are drawn."""
@@ -145,7 +172,9 @@ class Run:
         """
         index = self.recipe.stage.index(stage)
         seed = self.recipe.seed + (index << 32)
-        plan = BatchPlan(len(self.data[stage.data]), stage.batch_size, seed, world, rank)
+        samples = self.data[stage.data]
+        weights = samples.weights if isinstance(samples, TextSamples) else None
+        plan = BatchPlan(len(samples), stage.batch_size, seed, world, rank, weights)
         if (stage.batch_size // world) % stage.parts:
             raise ConfigError(
                 f"stage {stage.name!r}: each of {world} processes takes {stage.batch_size // world} samples "
@@ -173,14 +202,19 @@ class Run:
         model.eval()
         few, wants = batch.head(_PROBE), objective.wants
         words = words_of(few, wants, self.student.tokenizer.config.special, seed=plan.seed)
-        found = embed(
-            model, few["image"], few["tokens"], words.hidden, mean=config.mean, std=config.std, wants=wants
-        )
+        pictures = self.pictures.get(stage.data)
+        if inputs.of_texts:
+            embedded = Embedded(self.own_pictures(few, pictures), embed_texts(model, few["tokens"]))
+        else:
+            images, ids = few["image"], few["tokens"]
+            found = embed(model, images, ids, words.hidden, mean=config.mean, std=config.std, wants=wants)
+            embedded = embedded_of(found, words, wants)
         model.train(was_training)
         told = {name: self.teachers[name].ask(few, inputs) for name in objective.needed_teachers}
-        embedded = embedded_of(found, words, wants)
         if len(few) > 1:
-            objective(embedded, told, scale=model.logit_scale.exp(), progress=0.0)
+            rng = random_stream(plan.seed, 0, 0, "pictures")
+            scale = model.logit_scale.exp()
+            objective(embedded, told, scale=scale, progress=0.0, pictures=pictures, rng=rng)
         trained = {name for group in parameter_groups(model, stage) for name in group.names}
         counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
         moving = sum(counts[name] for name in trained)
@@ -228,11 +262,19 @@ def open_run(recipe: Recipe, root: Path) -> Run:
     """
     student = open_student(recipe, root)
     used = {stage.data for stage in recipe.stage} | {entry.data for entry in recipe.validation}
-    data = {
-        name: open_samples([root / path for path in table.paths])
+    data: dict[str, Samples] = {
+        name: open_texts([root / path for path in table.texts])
+        if table.texts
+        else open_samples([root / path for path in table.paths or ()])
         for name, table in recipe.data.items()
         if name in used
     }
+    prompts = {
+        name: opened
+        for name, table in recipe.data.items()
+        if (opened := open_prompts(table.prompts, root, where=f"[data.{name}]")) is not None
+    }
+    pictures = _open_pictures(recipe, data, root, embed_dim=student.config.embed_dim)
     asked: dict[str, list[StageSpec]] = {}
     for stage in recipe.stage:
         for name in dict.fromkeys(name for spec in stage.loss for name in teachers_of(spec)):
@@ -245,6 +287,9 @@ def open_run(recipe: Recipe, root: Path) -> Run:
     for name, stages in asked.items():
         for stage in stages:
             teachers[name].check(stage, recipe.data[stage.data], data[stage.data])
+    for stage in recipe.stage:
+        if recipe.data[stage.data].texts:
+            _check_texts(stage, student, teachers, data[stage.data], pictures.get(stage.data))
     # Those that are only compared with are no parents of the student.
     watched = {entry.teacher for entry in recipe.validation} - set(teachers)
     compared = dict(teachers) | {
@@ -254,7 +299,76 @@ def open_run(recipe: Recipe, root: Path) -> Run:
         open_validation(entry, recipe.data[entry.data], data[entry.data], root, compared)
         for entry in recipe.validation
     )
-    return Run(recipe, student, teachers, data, validations)
+    return Run(recipe, student, teachers, data, validations, prompts, pictures)
+
+
+def _open_pictures(
+    recipe: Recipe, data: Mapping[str, Samples], root: Path, *, embed_dim: int
+) -> dict[str, Tensor]:
+    """Return the embeddings of pictures of every table of texts that has some."""
+    found: dict[str, Tensor] = {}
+    for name, samples in data.items():
+        if not isinstance(samples, TextSamples):
+            continue
+        said, where = recipe.data[name].pictures, f"[data.{name}]"
+        if said is not None:
+            found[name] = open_pictures(
+                root / said, embed_dim=embed_dim, needed=samples.most_pictures, where=where
+            )
+        elif samples.most_pictures:
+            raise ConfigError(
+                f"{where}: its texts name pictures up to number {samples.most_pictures - 1}; expected "
+                "'pictures', the .npy file of these."
+            )
+    return found
+
+
+def _check_texts(
+    stage: StageSpec,
+    student: Student,
+    teachers: Mapping[str, Teacher],
+    samples: Samples,
+    pictures: Tensor | None,
+) -> None:
+    """Raise where a stage on texts without pictures asks for pictures.
+
+    Raises:
+        ConfigError: the image tower is trained, or a loss or teacher needs pictures there are none of.
+    """
+    where = f"stage {stage.name!r}: [data.{stage.data}] has texts without pictures"
+    moving = [
+        name
+        for group in parameter_groups(student.model, stage)
+        for name in group.names
+        if name.startswith("image_tower.")
+    ]
+    if moving:
+        raise ConfigError(
+            f"{where}, which cannot train {moving[0]!r}; freeze the image tower: [[stage.group]] with "
+            "match = 'image_tower.*' and learning_rate = 0."
+        )
+    paired = isinstance(samples, TextSamples) and samples.most_pictures > 0
+    for index, spec in enumerate(stage.loss):
+        kind = type(spec).__struct_config__.tag
+        if isinstance(spec, PictureMatchLoss):
+            if pictures is None:
+                raise ConfigError(f"{where}: the loss {index} ({kind}) needs 'pictures', an .npy file.")
+        elif isinstance(spec, FeatureLoss):
+            if spec.tower != "text":
+                raise ConfigError(
+                    f"{where}: the loss {index} ({kind}) is of the tower {spec.tower!r}, expected 'text'."
+                )
+        elif isinstance(spec, TokenAlignmentLoss | MaskedTokensLoss):
+            raise ConfigError(f"{where}: the loss {index} ({kind}) needs the pictures themselves.")
+        elif not paired:
+            raise ConfigError(
+                f"{where}: the loss {index} ({kind}) compares texts with pictures; expected 'pictures' in "
+                "every line of the table."
+            )
+    for name in dict.fromkeys(name for spec in stage.loss for name in teachers_of(spec)):
+        asked = teachers[name].consumer
+        if asked is not None and asked.form is not None:
+            raise ConfigError(f"{where}, but the teacher {name!r} looks at pictures; take one of texts.")
 
 
 def dry_run_of(recipe: Recipe, root: Path, *, device: str = "cpu") -> tuple[list[StagePlan], str]:

@@ -74,6 +74,8 @@ class Sample:
         captions: texts by kind; no kind without texts, no empty text.
         name: its key inside its shard; empty for files.
         members: content of the files of a shard's sample by extension, read when asked for.
+        pictures: of a text without a picture of its own (:mod:`edgeclip.distill.texts`): numbers of those it
+            fits.
     """
 
     key: str
@@ -81,6 +83,7 @@ class Sample:
     captions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     name: str = ""
     members: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    pictures: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgeclip.distill.accumulate import backward_in_parts
 from edgeclip.distill.batches import Batch
-from edgeclip.distill.forward import Embedded, Words, embed, embedded_of, words_of
+from edgeclip.distill.forward import Embedded, Words, embed, embed_texts, embedded_of, words_of
 from edgeclip.distill.optim import build_optimizer, learning_rate_factor
 from edgeclip.distill.randomness import random_stream
 from edgeclip.distill.ranks import Ranks
@@ -58,6 +58,9 @@ class Stage:
         self.plan = run.plan(self.spec, world=here.world, rank=here.rank)
         self.inputs = run.inputs(self.spec)
         self.objective = run.objective(self.spec).to(here.device)
+        self._pictures = run.pictures.get(self.spec.data)
+        if self._pictures is not None:
+            self._pictures = self._pictures.to(here.device)
         self._teachers = {name: run.teachers[name] for name in self.objective.needed_teachers}
         self._optimizer = build_optimizer(self._model, self.spec)
         said = self.spec.optimizer
@@ -212,15 +215,23 @@ class Stage:
             with self._statistics():
                 model = self._seen()
                 with self._memory(model), self._precision():
+                    if self.inputs.of_texts:
+                        return embed_texts(model, *part)
                     return embed(model, *part, mean=self._config.mean, std=self._config.std, wants=wants)
 
         def loss(*found: Tensor) -> Tensor:
+            if self.inputs.of_texts:
+                student = Embedded(self._run.own_pictures(batch, self._pictures), found)
+            else:
+                student = embedded_of(found, words, wants)
             total, parts = self.objective(
-                embedded_of(found, words, wants),
+                student,
                 told,
                 scale=self._model.logit_scale.exp(),
                 progress=number / max(1, self.spec.steps - 1),
-                ids=batch.index,
+                ids=batch.arrays.get("picture", batch.index),
+                pictures=self._pictures,
+                rng=random_stream(self.plan.seed, 1 + number, 0, "pictures"),
             )
             if self.sparsity is not None:
                 penalty, shares = self.sparsity.penalty(number)
@@ -229,7 +240,7 @@ class Stage:
             scaled: Tensor = self.scaler.scale(total)
             return scaled
 
-        parts = self._cut(batch["image"], words)
+        parts = self._cut(batch.arrays.get("image"), words)
         if len(parts) == 1:
             loss(*embedded(parts[0])).backward()  # type: ignore[no-untyped-call]
         else:
@@ -244,7 +255,7 @@ class Stage:
                 for name, teacher in self._teachers.items()
             }
 
-    def _cut(self, image: Tensor, words: Words) -> Sequence[tuple[Tensor, ...]]:
+    def _cut(self, image: Tensor | None, words: Words) -> Sequence[tuple[Tensor, ...]]:
         """Return pictures, ids and, where some are, which words are hidden, part by part."""
         whole = [tensor for tensor in (image, words.ids, words.hidden) if tensor is not None]
         return list(zip(*(tensor.chunk(self.spec.parts) for tensor in whole), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ from edgeclip.distill.inputs import Consumer, check_tokenizer, form_of
 from edgeclip.distill.lineage import parent_of
 from edgeclip.distill.recipe import Recipe, StudentSpec
 from edgeclip.errors import ConfigError
-from edgeclip.models.checkpoints import load_model
+from edgeclip.fetch import materials
+from edgeclip.models.checkpoints import (
+    ExternalWeights,
+    load_external_weights,
+    load_model,
+    read_checkpoint_info,
+)
 from edgeclip.models.clip import CLIP, build_clip
 from edgeclip.models.config import CLIPConfig, config_from_dict, config_to_dict
 from edgeclip.models.inherit import inherit
@@ -32,17 +38,33 @@ class Student:
         config: what it was built from.
         tokenizer: its own.
         parents: what it descends from; empty for fresh weights.
+        outside: weights that its checkpoint left in the packages they come from.
+        packages: where these are.
     """
 
     model: CLIP
     config: CLIPConfig
     tokenizer: Tokenizer
     parents: tuple[Mapping[str, Any], ...] = ()
+    outside: tuple[ExternalWeights, ...] = ()
+    packages: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def consumer(self) -> Consumer:
         """What it takes in."""
         return Consumer(form_of(self.config), self.tokenizer)
+
+    def left_outside(self, model: CLIP) -> tuple[ExternalWeights, ...]:
+        """Return which of these weights a trained model still has as they were, to the last bit."""
+        state = model.state_dict()
+        return tuple(
+            entry
+            for entry in self.outside
+            if all(
+                torch.equal(state[key].cpu(), value.to(state[key].dtype))
+                for key, value in load_external_weights(entry, self.packages[entry.package]).items()
+            )
+        )
 
 
 def open_student(recipe: Recipe, root: Path) -> Student:
@@ -59,10 +81,17 @@ def open_student(recipe: Recipe, root: Path) -> Student:
     """
     said = recipe.student
     parents: tuple[Mapping[str, Any], ...] = ()
+    outside: tuple[ExternalWeights, ...] = ()
+    packages: Mapping[str, Path] = {}
     given = said.checkpoint if said.inherit is None else said.inherit
     if given is not None:
         path = root / given
-        loaded = load_model(path, model=said.model if said.inherit is None else said.inherit_model)
+        outside = read_checkpoint_info(path).external_weights if (path / "config.json").is_file() else ()
+        if outside:
+            packages = materials("default-model", None if said.materials is None else root / said.materials)
+        loaded = load_model(
+            path, model=said.model if said.inherit is None else said.inherit_model, external=packages
+        )
         model, config = loaded.model, loaded.config
         own = path if loaded.source == "edgeclip" and (path / "tokenizer.json").is_file() else None
         parents = (parent_of(config.name, "start", loaded.licence, given, loaded.source, loaded.parents),)
@@ -76,7 +105,7 @@ def open_student(recipe: Recipe, root: Path) -> Student:
             model = build_clip(config)
     tokenizer = _tokenizer(said, root, own, config)
     check_tokenizer(config, tokenizer, who="student")
-    return Student(model, config, tokenizer, parents)
+    return Student(model, config, tokenizer, parents, () if said.inherit is not None else outside, packages)
 
 
 def _config(name: str, said: StudentSpec, *, like: CLIPConfig | None = None) -> CLIPConfig:

@@ -433,9 +433,9 @@ class _Trainer:
         assert self._journal is not None
         staged = self._journal.staged_model
         shutil.rmtree(staged, ignore_errors=True)
-        save_checkpoint(
-            self._averaged().cpu(), staged, self._info, tokenizer_files=self._run.student.tokenizer.files
-        )
+        student, model = self._run.student, self._averaged().cpu()
+        info = replace(self._info, dtype=self._recipe.dtype, external_weights=student.left_outside(model))
+        save_checkpoint(model, staged, info, tokenizer_files=student.tokenizer.files)
         staged.rename(self._journal.model)
 
     def _remark(self, text: str) -> None:

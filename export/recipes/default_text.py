@@ -1,9 +1,9 @@
-"""What the default model's text tower learns from, and how: texts with target embeddings, then distillation.
+"""What the default model's text tower learns from: texts with target embeddings.
 
 Every *entry* is a text with the embedding it should have (``default_space.py``) and a weight that says how
-often it is drawn. Entries are put into prompt templates on the fly; the target does not depend on the
-template, so the tower learns to look through it. Chinese comes from MIT-licensed lists only: the 1,000 class
-names and the names of emoji.
+often it is drawn. Training puts entries into prompt templates; the target does not depend on the template, so
+the tower learns to look through it. Chinese comes from MIT-licensed lists, the 1,000 class names and the
+names of emoji, and for ``default-zh`` from CC-CEDICT too.
 """
 
 from __future__ import annotations
@@ -12,32 +12,23 @@ import hashlib
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from edgeclip.errors import InputError
-from edgeclip.label_sets import TEMPLATES
-from edgeclip.models.text import BagTextTower
-from edgeclip.tokenizer import Tokenizer
 
 from .default_space import ClassNames, Concepts, Floats, Space, unit
 from .minilm import MiniLM
 
 __all__ = [
-    "OWN_TEMPLATES",
     "Entries",
     "SentenceCache",
-    "TextRecipe",
     "build_entries",
     "read_emoji_names",
-    "train_text_tower",
 ]
 
 _log = logging.getLogger(__name__)
@@ -100,6 +91,8 @@ class Entries:
         weights: ``(n,)`` how often each is drawn, relative.
         languages: ``"en"`` or ``"zh"`` each; which templates it goes into.
         templated: whether it goes into templates at all (glosses do not).
+        classes: the classes a picture of it would be of, most of what it stands for; empty where it is
+            something else.
     """
 
     texts: tuple[str, ...]
@@ -107,6 +100,7 @@ class Entries:
     weights: Floats
     languages: tuple[str, ...]
     templated: NDArray[np.bool_]
+    classes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -126,8 +120,19 @@ def build_entries(
     emoji: Sequence[tuple[str, str, tuple[str, ...]]],
     space: Space,
     cache: SentenceCache,
+    *,
+    dictionary: Sequence[tuple[str, tuple[str, ...]]] = (),
 ) -> Entries:
-    """Return everything the text tower learns from: names, glosses, class names, emoji names."""
+    """Return everything the text tower learns from: names, glosses, class names, emoji names.
+
+    Args:
+        concepts: with vectors.
+        names: of the classes.
+        emoji: see :func:`read_emoji_names`.
+        space: where texts should go.
+        cache: of the sentence teacher.
+        dictionary: Chinese words with English glosses (:func:`.cedict.read_cedict`).
+    """
     drafts = [
         *_class_drafts(concepts, names),
         *_wordnet_drafts(concepts),
@@ -135,6 +140,10 @@ def build_entries(
         *_gloss_drafts(concepts),
     ]
     meanings = cache.encode([draft.meaning for draft in drafts])
+    if dictionary:
+        more = list(_dictionary_drafts(concepts, dictionary, {draft.text for draft in drafts}))
+        meanings = np.concatenate([meanings, cache.encode([draft.meaning for draft in more])])
+        drafts += more
     glosses = np.stack([draft.gloss for draft in drafts])
     targets = np.empty((len(drafts), space.table.shape[1]), np.float16)
     for start in range(0, len(drafts), 4096):
@@ -147,7 +156,16 @@ def build_entries(
         np.array([draft.weight for draft in drafts], np.float32),
         tuple(draft.language for draft in drafts),
         np.array([draft.templated for draft in drafts]),
+        tuple(_classes(draft) for draft in drafts),
     )
+
+
+def _classes(draft: _Draft) -> tuple[int, ...]:
+    """Return the classes that carry most of a name; none where they do not hold half of it."""
+    if not draft.templated:
+        return ()
+    most = np.flatnonzero(draft.q >= 0.5 * draft.q.max())
+    return tuple(most.tolist()) if draft.q[most].sum() >= 0.5 else ()
 
 
 def _class_drafts(concepts: Concepts, names: ClassNames) -> Iterable[_Draft]:
@@ -244,189 +262,23 @@ def _gloss_drafts(concepts: Concepts) -> Iterable[_Draft]:
         yield _Draft(synsets[offset].gloss, q, text, gloss, 0.5 if covered else 0.1, templated=False)
 
 
-# Training
-# ------------------------------------------------------------------------------------------------------------
+def _dictionary_drafts(
+    concepts: Concepts, dictionary: Sequence[tuple[str, tuple[str, ...]]], known: set[str]
+) -> Iterable[_Draft]:
+    """Yield Chinese words whose English gloss is the name of something that can be seen.
 
-_ADJECTIVES = (
-    "a", "the", "my", "big", "small", "large", "little", "old", "new", "young", "red", "green", "blue",
-    "white", "black", "brown", "yellow", "grey", "orange", "pink", "wild", "wooden", "metal", "plastic",
-    "cute", "beautiful", "single", "two", "three", "some", "many", "fresh", "dirty", "clean", "shiny",
-    "long", "short", "striped", "colorful", "real", "common", "typical", "modern", "antique", "broken",
-    "empty", "baby", "adult", "photo of",
-)  # fmt: skip
-OWN_TEMPLATES = {
-    "en": (
-        "a photo of a {}.",
-        "a picture of a {}.",
-        "an image of a {}.",
-        "a {} on a white background.",
-        "this is a {}.",
-        "there is a {} in the picture.",
-        "a cut-out photo of a {}.",
-        "close-up of {}",
-    ),
-    "zh": ("一张{}的图片。", "白色背景上的{}。", "这是{}。", "图中有一个{}。"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRecipe:
-    """How the text tower is trained.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: texts a step.
-        learning_rate: peak; linear warm-up over 2 %, then a cosine to 2 % of it.
-        weight_decay: decoupled, on everything but norms and biases.
-        bare_share: share of texts without a template.
-        drop_share: share of names of three pieces or more that lose one, so that no piece carries a name
-            alone.
-        adjective_share: share of names with a word before them that does not change their meaning.
-        match_weight: weight of the term that compares similarities to picture vectors.
-        match_scale: multiplier of the cosines in it.
-        match_pictures: picture vectors in it, drawn anew each step.
-        bfloat16: matrix products in bfloat16 (twice as fast where the processor has it).
-        seed: of initialization and of the order of texts.
+    A word with several such glosses is drawn as each of them, so that it ends up between them; words known
+    from elsewhere keep what is said there.
     """
-
-    steps: int = 2500
-    batch_size: int = 1024
-    learning_rate: float = 4e-3
-    weight_decay: float = 1e-4
-    bare_share: float = 0.4
-    drop_share: float = 0.2
-    adjective_share: float = 0.1
-    match_weight: float = 0.1
-    match_scale: float = 20.0
-    match_pictures: int = 256
-    bfloat16: bool = True
-    seed: int = 0
-
-
-class _Sampler:
-    """Draws batches of token rows and targets; templates are put around the ids of a text."""
-
-    def __init__(
-        self, entries: Entries, tokenizer: Tokenizer, recipe: TextRecipe, cn_templates: Sequence[str]
-    ) -> None:
-        self._recipe = recipe
-        self._pad = tokenizer.config.special.pad
-        self._length = tokenizer.context_length
-        self._ids = [tokenizer.encode(text)[: self._length] for text in entries.texts]
-        english = [*TEMPLATES["openai-80"], *OWN_TEMPLATES["en"] * 6]
-        chinese = [*TEMPLATES["zh"] * 4, *OWN_TEMPLATES["zh"] * 4, *cn_templates]
-        self._frames = {
-            language: [
-                tuple(tokenizer.encode(half) for half in template.split("{}")) for template in templates
-            ]
-            for language, templates in (("en", english), ("zh", chinese))
-        }
-        self._adjectives = [tokenizer.encode(word) for word in _ADJECTIVES]
-        self._entries = entries
-        cumulative = np.cumsum(entries.weights.astype(np.float64))
-        self._cumulative = cumulative / cumulative[-1]
-        self._random = np.random.default_rng(recipe.seed)
-
-    def __call__(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return one batch as a few parts of similar length: ``(tokens, targets)`` each."""
-        recipe, random = self._recipe, self._random
-        rows = np.searchsorted(self._cumulative, random.random(recipe.batch_size))
-        chance = random.random((recipe.batch_size, 3))
-        pick = random.integers(0, 1 << 30, (recipe.batch_size, 3))
-        drawn = []
-        for index, row in enumerate(rows.tolist()):
-            ids = self._ids[row]
-            language = self._entries.languages[row]
-            if self._entries.templated[row]:
-                if len(ids) >= 3 and chance[index, 2] < recipe.drop_share:
-                    lost = pick[index, 2] % len(ids)
-                    ids = ids[:lost] + ids[lost + 1 :]
-                if chance[index, 1] < recipe.adjective_share and language == "en":
-                    ids = self._adjectives[pick[index, 1] % len(self._adjectives)] + ids
-                if chance[index, 0] > recipe.bare_share:
-                    frames = self._frames[language]
-                    before, after = frames[pick[index, 0] % len(frames)]
-                    ids = before + ids + after
-            drawn.append((ids[: self._length], row))
-        drawn.sort(key=lambda pair: len(pair[0]))
-        parts = []
-        for part in np.array_split(np.arange(len(drawn)), 2):
-            chosen = [drawn[index] for index in part]
-            tokens = np.full((len(chosen), max(2, len(chosen[-1][0]))), self._pad, np.int64)
-            for index, (ids, _) in enumerate(chosen):
-                tokens[index, : len(ids)] = ids
-            targets = self._entries.targets[[row for _, row in chosen]].astype(np.float32)
-            parts.append((torch.from_numpy(tokens), torch.from_numpy(targets)))
-        return parts
-
-
-def train_text_tower(
-    tower: BagTextTower,
-    entries: Entries,
-    tokenizer: Tokenizer,
-    recipe: TextRecipe,
-    *,
-    pictures: Floats,
-    chinese_templates: Sequence[str] = (),
-    on_eval: Callable[[int], None] | None = None,
-    eval_every: int = 1000,
-) -> None:
-    """Train ``tower`` in place: cosine to targets, equal similarities to ``pictures`` (n, E)."""
-    sampler = _Sampler(entries, tokenizer, recipe, chinese_templates)
-    decayed = [p for p in tower.parameters() if p.ndim > 1]
-    plain = [p for p in tower.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    warm_up = max(1, recipe.steps // 50)
-
-    def schedule(step: int) -> float:
-        progress = step / recipe.steps
-        return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    against = torch.from_numpy(pictures)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    tower.train()
-    started = time.perf_counter()
-    running = [0.0, 0.0]
-    for step in range(1, recipe.steps + 1):
-        optimizer.zero_grad(set_to_none=True)
-        seen = against[torch.randint(len(against), (recipe.match_pictures,), generator=generator)]
-        for tokens, target in sampler():
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-                embedding = tower(tokens)
-            embedding = F.normalize(embedding.float(), dim=-1)
-            distance = 1 - (embedding * target).sum(-1).mean()
-            scale = recipe.match_scale
-            match = F.kl_div(
-                F.log_softmax(scale * embedding @ seen.T, dim=-1),
-                F.log_softmax(scale * target @ seen.T, dim=-1),
-                reduction="batchmean",
-                log_target=True,
-            )
-            share = len(tokens) / recipe.batch_size
-            loss = share * (distance + recipe.match_weight * match)
-            torch.autograd.backward(loss)
-            running[0] += share * distance.item()
-            running[1] += share * match.item()
-        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 100 == 0:
-            _log.info(
-                "step %d: cosine distance %.4f, match %.4f, %.0f texts/s",
-                step,
-                running[0] / 100,
-                running[1] / 100,
-                step * recipe.batch_size / (time.perf_counter() - started),
-            )
-            running = [0.0, 0.0]
-        if on_eval is not None and step % eval_every == 0:
-            tower.eval()
-            on_eval(step)
-            tower.train()
-    tower.eval()
+    for word, glosses in dictionary:
+        if word in known:
+            continue
+        found = [
+            (gloss, q)
+            for gloss in glosses
+            if concepts.meanings(gloss) and (q := concepts.of_name(gloss)) is not None
+        ]
+        for gloss, q in found:
+            covered = any(concepts.covers(kind) for kind, _ in concepts.meanings(gloss))
+            weight = (2.0 if covered else 1.0) / len(found)
+            yield _Draft(word, q, gloss, concepts.gloss_of_name(gloss), weight, language="zh")
