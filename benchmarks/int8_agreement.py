@@ -276,8 +276,8 @@ def default_rows() -> dict[str, NDArray[Any]]:
     }
 
 
-def compare_default(forms: Sequence[str], foolbox: Path | None, options: RuntimeOptions) -> dict[str, Any]:
-    pictures, sets = unlabelled(preprocess_spec()), labelled_sets(preprocess_spec(), foolbox)
+def compare_default(forms: Sequence[str], options: RuntimeOptions) -> dict[str, Any]:
+    pictures, sets = unlabelled(preprocess_spec()), labelled_sets(preprocess_spec())
     texts = list(dict.fromkeys(name for each in sets for name in each.candidates))
     reference = _float_seen(pictures, sets, texts, options)
     rows = default_rows()
@@ -503,7 +503,6 @@ def _probe(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), help=f"of {', '.join(map(repr, FORMS))}")
-    parser.add_argument("--foolbox", type=Path, help="wheel of foolbox 3.3.4")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--probes", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--default", action=argparse.BooleanOptionalAction, default=True)
@@ -514,7 +513,7 @@ def main() -> None:
     options = RuntimeOptions(threads=asked.threads)
     made: dict[str, Any] = {}
     if asked.default:
-        made["default"] = compare_default(asked.forms, asked.foolbox, options)
+        made["default"] = compare_default(asked.forms, options)
     if asked.probes:
         made["probes"] = {"models": compare_probes(asked.forms, options)}
     parts: dict[str, Any] = {}

