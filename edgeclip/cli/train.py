@@ -79,9 +79,9 @@ def train(
 
     RECIPE is a .toml file, whose paths are relative to its folder, or the name of a built-in recipe, whose
     paths are relative to the working directory: plain-clip, mobileclip, mobileclip2, clip-kd, dc-clip,
-    tinyclip, tinyclip-manual, lightclip. DIR/model is the checkpoint that comes out, DIR/log.jsonl says how
-    training went. Ctrl-C and SIGTERM finish the step, save and end with 130. Several processes: torchrun
-    --nproc-per-node 2 -m edgeclip train …
+    tinyclip, tinyclip-manual, lightclip, nano, default. DIR/model is the checkpoint that comes out,
+    DIR/log.jsonl says how training went. Ctrl-C and SIGTERM finish the step, save and end with 130. Several
+    processes: torchrun --nproc-per-node 2 -m edgeclip train …
     """
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("edgeclip train", extra="train", module="torch")

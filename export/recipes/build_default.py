@@ -61,7 +61,7 @@ from ..notices import MIT
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, Offered, References, Step
 from ..variants import parse_variants
 from ..verify import verify_bundle
-from .default_data import LANGUAGES, STAMPS, materials_of, parents_of, write_training_data
+from .default_data import LANGUAGES, NAME, STAMPS, materials_of, parents_of, write_training_data
 from .default_space import ClassNames, read_class_names
 from .stamps import Stamp, candidates, figures, fit_scale, ranks, read_stamps
 
@@ -174,12 +174,12 @@ def _check_out(out: Path) -> None:
 def _recipe(plan: Build) -> tuple[Recipe, str]:
     """Return the recipe with the changes of this build, and its text."""
     content, _, where = find_recipe("default", "edgeclip.distill.recipes")
-    changes = list(plan.changes)
+    changes = [f"name={json.dumps(NAME)}", *plan.changes]
     if plan.data is not None:
         changes.append(f"student.materials={json.dumps(str(plan.data.resolve()))}")
     if plan.cedict:
         licence = json.dumps("CC-BY-SA-4.0")
-        changes += ['name="edgeclip-default-zh"', f"licence={licence}"]
+        changes += [f"name={json.dumps(f'{NAME}-zh')}", f"licence={licence}"]
         changes += [f"teacher.{index}.licence={licence}" for index in range(2)]
     if plan.steps is not None:
         base = parse_recipe(content, where=where)
