@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.parity import (
     Basis,
     Golden,
+    ParityFailure,
     ParityLimits,
     ParityNumbers,
     check_parity,
@@ -194,13 +196,35 @@ def _judge(
     if failures:
         names = yardstick.reference.texts if tower == "text" else yardstick.reference.pictures.names
         where = f"variant {spec.name!r}, {tower} tower" + (f" ({proxy})" if proxy else "")
-        first = failures[0]
-        loosen = "" if first.number == "not_finite" else f", or --limit {precision}:{first.number}=…"
         raise ParityError(
             f"{where}: {'; '.join(map(str, failures))}, over {numbers.n} inputs; the worst input is "
-            f"{names[numbers.worst]!r}. Nothing was written: use another precision{loosen}."
+            f"{names[numbers.worst]!r}. Nothing was written: "
+            f"{_ways_out(spec, tower, failures[0], yardstick.writer.manifest)}."
         )
     return {failure.number: failure.limit for failure in check_parity(numbers, defaults)}
+
+
+def _ways_out(spec: VariantSpec, tower: str, failure: ParityFailure, manifest: Mapping[str, Any]) -> str:
+    """Return what to try, the likeliest to help first, less what was tried already."""
+    ways = []
+    if spec.form.precision == "int8" and tower == "image":
+        said = manifest["variants"][spec.name]["calibration"] or {}
+        ways.append(
+            "give pictures and labels that suit the model (--calibration-data, --reference, --labels)"
+        )
+        target = said.get("choice", {}).get(tower, {}).get("target")
+        asked = ",".join(f"{name}={limit:g}" for name, limit in (target or {}).items())
+        ways.append(
+            f"leave more in float (a higher --int8-target than {asked}, more --calibration-samples)"
+            if asked
+            else "leave more in float (--int8-target cosine=0.995,top1=0.99)"
+        )
+        if "finishing" not in said:
+            ways.append("train it with the rounding inside (--finish-int8 120)")
+    ways.append("use another precision")
+    if failure.number != "not_finite":
+        ways.append(f"set the limit on purpose (--limit {spec.form.precision}:{failure.number}=…)")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}" if len(ways) > 1 else ways[0]
 
 
 def _record(spec: VariantSpec, tower: str, yardstick: Yardstick, report: TowerReport) -> None:

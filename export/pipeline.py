@@ -398,7 +398,10 @@ class _Run:
 
     def _without_bundle(self, error: ParityError) -> PipelineReport:
         """Return the report of a run whose export failed its own gate."""
-        why = f"{error} A recipe sets limits in [export] 'limits'."
+        why = (
+            f"{error} A recipe says so in [export] 'reference', 'labels' and 'limits', and in [calibration] "
+            "'data', 'samples', 'int8_target' and 'finish_int8'."
+        )
         wrong = Finding("export", "failed", "wrong numbers", "within its limits", why)
         unjudged = Finding("bundle", "inconclusive", "no bundle", "a bundle", "its export failed")
         verdicts = [

@@ -163,6 +163,17 @@ def test_a_failed_gate_ends_with_4_in_one_line(export: Run, pictures: Path, tmp_
     assert not (tmp_path / "bundle").exists()
 
 
+def test_where_int8_disagrees_what_to_try_is_said(export: Run, pictures: Path, tmp_path: Path) -> None:
+    done = export(
+        PROBE, "-o", tmp_path / "bundle", "--variant", "onnx-int8", "--reference", pictures, "--threads", 1,
+        "--no-text", "--limit", "int8:cosine_min=1",
+    )  # fmt: skip
+    assert (done.code, done.err.count("\n")) == (4, 1)
+    for option in ("--calibration-data", "--int8-target cosine=0.995,top1=0.99", "--finish-int8 120"):
+        assert option in done.err
+    assert "--limit int8:cosine_min=…" in done.err
+
+
 def test_how_int8_is_made_is_chosen_and_said(export: Run, pictures: Path, tmp_path: Path) -> None:
     said = {}
     for name, options in (

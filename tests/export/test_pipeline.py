@@ -439,7 +439,8 @@ def test_an_export_that_disagrees_is_a_failed_gate_with_artifacts(
     out = workshop / "out"
     summary = (out / "summary.md").read_text()
     assert summary.count("cosine\\_mean is 0.2, expected at least 0.99") == 1
-    assert "A recipe sets limits in \\[export\\] 'limits'" in summary
+    assert "A recipe says so in \\[export\\] 'reference', 'labels' and 'limits'" in summary
+    assert "'int8\\_target' and 'finish\\_int8'" in summary
     assert "| export | failed |" in summary
     assert "<failure" in (out / "junit.xml").read_text()
     assert [(verdict.gate, verdict.status) for verdict in report.verdicts] == [
@@ -725,7 +726,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgeclip.shape_files import write_shapes
 
     root = tmp_path_factory.mktemp("shapes")
-    write_shapes(root / "shapes", train=1, held_out=100)
+    write_shapes(root / "shapes", train=128, held_out=100)
     return root
 
 
@@ -742,6 +743,36 @@ def test_ci_smoke_runs_on_a_probe_and_is_taken_over(shapes: Path, tmp_path: Path
     assert (report.status, {verdict.status for verdict in report.verdicts}) == ("passed", {"passed"})
     assert report.manifest is not None
     assert report.measured["accuracy"]["accuracy"]["value"] > 0.5
+    again = run_pipeline(recipe, PipelineOptions(shapes, tmp_path / "out"))
+    assert [name for name, outcome in outcomes(again).items() if outcome == "done"] == ["checkpoint"]
+
+
+@pytest.mark.slow
+def test_cpu_int8_leaves_in_float_what_a_probe_needs(shapes: Path, tmp_path: Path) -> None:
+    """Calibrated on pictures of the probe's own kind, and judged by labels of their kind."""
+    pytest.importorskip("torch")
+    from importlib.resources import files
+
+    content = files("edgeclip.export.recipes").joinpath("cpu-int8.toml").read_bytes()
+    changes = [
+        f"model.checkpoint={PROBE.parent / 'mobileclip'}",
+        "calibration.data=shapes/images/train",
+        "export.reference=shapes/images/held_out",
+        "export.labels=shapes/labels.json",
+        "bench.threads=1",
+        "bench.samples=5",
+        "gate.3.max_ratio=100",  # other tests run meanwhile
+    ]
+    recipe = parse_pipeline(content, changes=changes)
+    report = run_pipeline(recipe, PipelineOptions(shapes, tmp_path / "out"))
+    assert (report.status, report.exit_code) == ("passed", 0)
+    manifest = json.loads((tmp_path / "out" / "bundle" / "manifest.json").read_text(encoding="utf-8"))
+    variant = manifest["variants"]["onnx-int8@x86-avx2"]
+    choice = variant["calibration"]["choice"]["image"]
+    assert choice["target"] == {"cosine": 0.995, "top1": 0.99}
+    assert 0 < len(choice["kept"]) < choice["products"]
+    assert variant["parity"]["image"]["top1_agreement"] >= 0.98
+    assert [path.suffix for path in sorted((tmp_path / "out" / "sensitivity").iterdir())] == [".json", ".svg"]
     again = run_pipeline(recipe, PipelineOptions(shapes, tmp_path / "out"))
     assert [name for name, outcome in outcomes(again).items() if outcome == "done"] == ["checkpoint"]
 
