@@ -48,7 +48,7 @@ def make_wheel(path: Path, files: dict[str, bytes], *, name: str, version: str) 
     return path
 
 
-SETS = ("photos", "pictograms", "stamps", "samples", "held-out-pictograms", "default-model")
+SETS = ("photos", "pictograms", "stamps", "samples", "held-out-pictograms", "default-model", "cedict")
 USED = {"tiny/a.txt": b"alpha", "tiny/pic.png": b"not really a picture"}
 
 
