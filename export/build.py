@@ -72,7 +72,7 @@ class Int8Settings:
     Attributes:
         method: how ranges are chosen; ``None`` takes what suits the kind of tower.
         correct_biases: add to biases what rounded weights take off on average.
-        text: for ONNX Runtime, compute text towers in int8 (``"full"``), or only store their weights so.
+        text: for CPUs, compute text towers in int8 (``"full"``), or only store their weights so.
     """
 
     method: RangeMethod | None = None
@@ -93,15 +93,12 @@ class BuildOptions:
             (AVX2 without AVX-512); in float32 it would miss the limits of parity.
         external_data: keep weights of ONNX files in a file beside them; ``None`` does so above 2 GB, where
             one file cannot hold them.
-        accuracy_control: for OpenVINO's int8: let NNCF put layers back into float until its accuracy metric
-            (mean cosine to float32) is met.
         int8: choose the products of int8 towers that stay float; ``None`` takes the fixed policy.
         quantization: how int8 is made.
     """
 
     gelu_tanh: bool = True
     external_data: bool | None = None
-    accuracy_control: bool = False
     int8: Int8Search | None = None
     quantization: Int8Settings = DEFAULT_SETTINGS
 
@@ -119,7 +116,7 @@ class BuildOptions:
 
 
 def chooses(spec: VariantSpec) -> bool:
-    """Whether what stays float in a variant can be chosen: in OpenVINO's int8, how many of the first ones."""
+    """Whether what stays float in a variant can be chosen."""
     return spec.form.precision == "int8"
 
 

@@ -283,7 +283,7 @@ def write_provenance(
     settings: ExportSettings,
 ) -> None:
     """Write into the provenance how each variant was made."""
-    installed = {**versions(), **_versions(("onnx", "onnxscript", "onnx-ir", "nncf"))}
+    installed = {**versions(), **_versions(("onnx", "onnxscript", "onnx-ir"))}
     said = {
         "tool": "edgeclip export",
         "source": dict(source.origin),

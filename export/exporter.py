@@ -159,11 +159,8 @@ def default_order(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _needed(variants: Sequence[VariantSpec]) -> Iterator[tuple[str, str]]:
     """Yield packages with their extras: asked before a minute is spent on tracing."""
     yield from _NEEDED.items()
-    precisions = {spec.form.precision for spec in variants if spec.form.format == "openvino"}
-    if precisions:
+    if any(spec.form.format == "openvino" for spec in variants):
         yield "openvino", "openvino"
-    if "int8" in precisions:
-        yield "nncf", "export"
 
 
 @contextlib.contextmanager

@@ -139,6 +139,7 @@ def chosen_policy(
         tower=tower,
         variant=request.spec.name,
         bank=request.bank,
+        backend="openvino" if request.spec.form.format == "openvino" else "ort",
         on_step=request.on_step,
     )
     assert report.choice is not None

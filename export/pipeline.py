@@ -313,7 +313,6 @@ class _Run:
             "text": calibration.text,
             "target": None if target is None else target.to_dict(),
             "latency_table": digests.get(calibration.latency_table or ""),
-            "accuracy_control": calibration.accuracy_control and spec.form.format == "openvino",
         }
         if calibration.finish_int8 is not None:
             # One training serves all of a section, and is for the coarsest weights among them.

@@ -40,7 +40,7 @@ __all__ = [
 CHECKPOINT: Final = "[model] checkpoint"
 """Under which the digest of the weights stands among those of paths: no path of a recipe is called so."""
 
-_TOOLS: Final = ("onnx", "onnx-ir", "onnxscript", "nncf")
+_TOOLS: Final = ("onnx", "onnx-ir", "onnxscript")
 _NOT_IN_A_NAME: Final = re.compile(r"[^A-Za-z0-9._@+-]+")
 _TABLES: Final = (".csv", ".tsv", ".jsonl")
 

@@ -169,13 +169,12 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
         seed: of that choice.
         method: how ranges are chosen, as ``edgeclip export --int8-method`` takes it; what suits the kind of
             tower if not given.
-        text: compute ONNX text towers in int8 (``full``), or store only their ``weights`` so.
+        text: compute text towers in int8 (``full``), or store only their ``weights`` so.
         int8_target: leave products in float until int8 reaches this, as ``edgeclip export --int8-target``
             takes it; a fixed policy if not given.
         latency_table: what products take on the device, from ``edgeclip bench --per-op``; measured on this
             host if not given.
         finish_int8: steps of training that image towers get first, so that int8 costs them less.
-        accuracy_control: let OpenVINO put layers back into float until its metric is met.
     """
 
     data: Word | None = None
@@ -187,7 +186,6 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
     int8_target: Word | None = None
     latency_table: Word | None = None
     finish_int8: Count | None = None
-    accuracy_control: bool = False
 
     def int8(self) -> Int8Settings:
         """Return how ranges are chosen.
@@ -228,7 +226,6 @@ class CalibrationSpec(_Table, frozen=True, kw_only=True):
         search = Int8Search(target, None if table is None else root / table, reports, threads)
         wanted = target is not None and is_int8(specs)
         return BuildOptions(
-            accuracy_control=self.accuracy_control,
             int8=search if wanted else None,
             quantization=self.int8(),
         )
@@ -569,8 +566,6 @@ def _check_calibration(recipe: PipelineRecipe, at: str) -> None:
     if recipe.export is None:
         return
     every = [spec for _, specs in recipe_variants(recipe) for spec in specs]
-    if calibration.accuracy_control and all(spec.form_name != "openvino-int8" for spec in every):
-        raise ConfigError(f"{at}: 'accuracy_control' needs openvino-int8 among [export] 'variants'.")
     build = BuildOptions(int8=None if target is None else Int8Search(target))
     with _within(at):
         ExportSettings(build=build, finish_int8=calibration.finish_int8 or 0).check(every)

@@ -30,7 +30,7 @@ from edgeclip.cache import HostCache
 from edgeclip.calibration.latency_table import LatencyTable, Tensors
 from edgeclip.calibration.ranges import means, observe
 from edgeclip.errors import ExportError
-from edgeclip.quantization import Int8Policy, Ranges, Scheme
+from edgeclip.quantization import TENSORRT, Int8Policy, Ranges, Scheme
 from edgeclip.runtime.rows import run_rows
 from edgeclip.runtime.session import DEFAULT_OPTIONS, OpenSession, RuntimeOptions, open_session
 
@@ -174,15 +174,21 @@ class Quantizable:
         """Return the passes that go before the one that quantizes these products."""
         return [] if self.means is None else [CorrectBiases(tuple(on), self.means, self.scheme)]
 
-    def quantized(self, on: Collection[str]) -> onnx.ModelProto:
-        """Return the graph with these products in int8, the rest as it is stored."""
+    def quantized(self, on: Collection[str], *, stored: bool = True) -> onnx.ModelProto:
+        """Return the graph with these products in int8.
+
+        Args:
+            on: their names.
+            stored: for CPUs, round the rest as files store it.
+        """
         nodes = [name for name in self.nodes if name in set(on)]
         if not nodes:
             return self.graph
         insert = InsertQdq(nodes, self.ranges, self.scheme)
         graph = apply(self.graph, [*self.corrections(nodes), insert, KeepFloat()], what=self.what)
-        if self.scheme.integer_outputs:
-            store_small(graph, tables=CHOSEN.tables, others=CHOSEN.others)
+        if stored and self.scheme != TENSORRT:
+            policy = policy_of(self.graph)
+            store_small(graph, tables=policy.tables, others=policy.others)
         return graph
 
     def embed_exact(
@@ -219,7 +225,9 @@ class Quantizable:
         """
 
         def profile(on: Collection[str]) -> OpProfile:
-            with _written(self.quantized(on), self.what, {}) as files:
+            # Read from ONNX, OpenVINO would compute such weights of linear maps anew in each call.
+            graph = self.quantized(on, stored=self.scheme.integer_outputs)
+            with _written(graph, self.what, {}) as files:
                 return profile_tower(files, options=options, runs=runs, on_run=on_run)
 
         return LatencyTable.of(profile(()), profile(self.nodes), self.tensors)

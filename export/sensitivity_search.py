@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,7 @@ def search(
     variant: str,
     model: str = "",
     bank: NDArray[np.float32] | None = None,
+    backend: str = "ort",
     on_step: Callable[[str], None] = lambda said: None,
 ) -> SensitivityReport:
     """Measure a tower, and choose what stays float where a target was given.
@@ -62,6 +64,7 @@ def search(
         variant: name of the variant.
         model: name of the model.
         bank: ``(N, E)`` label embeddings, for changes of the best label.
+        backend: the engine whose kernels are timed, where no latency table is given.
         on_step: told what is being done.
 
     Raises:
@@ -87,7 +90,7 @@ def search(
         found = Quantizable.of(graph, rows, scheme, settings, what=what, options=options)
     with timed("times"):
         if asked.latency_table is None:
-            table = found.times(options=options)
+            table = found.times(options=replace(options, backend=backend))
         else:
             table = LatencyTable.read(asked.latency_table, found.tensors)
     with SwitchedTower(found, options=options) as board:

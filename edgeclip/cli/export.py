@@ -81,12 +81,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
     type=click.Choice(["full", "weights"]),
     default="weights",
     show_default=True,
-    help="Compute ONNX text towers in int8, or store only their weights so.",
-)
-@click.option(
-    "--accuracy-control",
-    is_flag=True,
-    help="For OpenVINO's int8: let NNCF put layers back into float until the mean cosine holds; slow.",
+    help="Compute text towers in int8 on CPUs, or store only their weights so.",
 )
 @click.option(
     "--finish-int8",
@@ -134,7 +129,6 @@ def export(
     opset: int | None,
     int8_method: str | None,
     int8_text: Literal["full", "weights"],
-    accuracy_control: bool,
     finish_int8: int | None,
     keep_intermediate: Path | None,
     require_verified: bool,
@@ -174,8 +168,6 @@ def export(
     if choice.latency_table is not None and choice.int8_target is None:
         raise click.UsageError("--latency-table needs --int8-target.")
     specs = parse_variants(variants or (_DEFAULT_VARIANT,), target=target)
-    if accuracy_control and all(spec.form_name != "openvino-int8" for spec in specs):
-        raise click.UsageError("--accuracy-control needs --variant openvino-int8.")
     settings = ExportSettings(
         graph=GraphOptions(
             opset=OPSET if opset is None else opset,
@@ -186,7 +178,6 @@ def export(
         ),
         references=choice.references(reference, None if labels is None else _offered(labels, templates)),
         build=BuildOptions(
-            accuracy_control=accuracy_control,
             int8=None if choice.int8_target is None else choice.search(_reports_of(output), threads),
             quantization=Int8Settings(
                 None if int8_method is None else RangeMethod.parse(int8_method), text=int8_text

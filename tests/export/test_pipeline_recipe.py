@@ -29,7 +29,6 @@ KEYS = {
     "int8_text": "text",
     "int8_target": "int8_target",
     "latency_table": "latency_table",
-    "accuracy_control": "accuracy_control",
     "finish_int8": "finish_int8",
 }
 PLAIN = """
@@ -141,7 +140,6 @@ def test_sections_are_further_exports_into_the_same_bundle() -> None:
             ["calibration.finish_int8=4", "export.variants=['onnx-fp32']"],
             r"\[calibration\]: finishing for int8: no int8 variant .* among onnx-fp32; add onnx-int8",
         ),
-        (PLAIN, ["calibration.accuracy_control=true"], "'accuracy_control' needs openvino-int8 among"),
         (PLAIN, ["calibration.selection='best'"], r"\[calibration\]: .*[Ii]nvalid enum value 'best'"),
         (PLAIN, ["calibration.seed=-1"], r"'seed' is -1: expected `int` >= 0"),
         (PLAIN, ["bench.batch=0"], r"'batch' is 0: expected `int` >= 1"),
