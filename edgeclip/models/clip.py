@@ -4,12 +4,14 @@
 then for each part of the embedding ``sqrt(w_i) · normalise(p · table_i)`` with the weights ``w_i`` summing to
 1. The embedding is thus of unit length by construction. One part can carry the posterior itself (random
 orthonormal columns), another the meaning of the classes (ConSE, Norouzi et al. 2014, eq. 2, over the whole
-posterior and not its top 10).
+posterior and not its top 10). Further parts may be linear maps of the pooled features, and one of these may
+be gated: with a gate ``g`` between 0 and 1 it has ``g`` of the squared length, all others ``1 - g``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,40 +48,75 @@ _BACKBONES = {config.name: config for config in (LITE0, LITE1, LITE2)}
 
 
 class PosteriorImageTower(nn.Module):
-    """Classifier, posterior, projection.
+    """Classifier, posterior, projection; where the config asks for it, features beside the posterior.
 
     Args:
-        backbone: gives class logits ``(B, classes)``.
+        backbone: gives pooled features, and class logits ``(B, classes)``.
         config: parts of the embedding.
+
+    Raises:
+        ConfigError: widths and shares do not belong together.
     """
 
     def __init__(self, backbone: EfficientNetLite, config: PosteriorImageConfig) -> None:
         super().__init__()
-        if len(config.part_dims) != len(config.part_weights) or abs(sum(config.part_weights) - 1) > 1e-6:
+        if (
+            len(config.part_dims) != len(config.part_weights)
+            or len(config.feature_dims) != len(config.feature_weights)
+            or abs(sum(config.part_weights) + sum(config.feature_weights) - 1) > 1e-6
+        ):
             raise ConfigError(
-                f"image tower: part_dims {config.part_dims} and part_weights {config.part_weights} "
-                "must be of one "
-                "length, and the weights must sum to 1."
+                f"image tower: part_dims {config.part_dims} and part_weights {config.part_weights}, "
+                f"feature_dims {config.feature_dims} and feature_weights {config.feature_weights} "
+                "must be of one length each, and all weights must sum to 1."
             )
         self.config = config
         self.backbone = backbone
         self.class_table = nn.Parameter(torch.zeros(config.classes, sum(config.part_dims)))
+        if config.feature_columns:
+            self.feature_table = nn.Parameter(torch.zeros(backbone.feature_dim, config.feature_columns))
+            self.feature_bias = nn.Parameter(torch.zeros(config.feature_columns))
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed ``(B, 3, H, W)`` pixels, scaled and normalized, as unit rows ``(B, E)``."""
-        return self.project(self.backbone(image))
+        if not self.config.feature_columns:
+            return self.project(self.backbone(image))
+        features = self.backbone.features(image)
+        return self.project(self.backbone.classifier(features), features)
 
-    def project(self, logits: Tensor) -> Tensor:
-        """Embed class logits ``(B, classes)``."""
-        both = logits.softmax(dim=-1) @ self.class_table  # (B, E)
-        parts = torch.split(both, list(self.config.part_dims), dim=-1)
-        return torch.cat(
-            [
-                F.normalize(part, dim=-1) * math.sqrt(weight)
-                for part, weight in zip(parts, self.config.part_weights, strict=True)
-            ],
-            dim=-1,
-        )
+    def project(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
+        """Embed class logits ``(B, classes)`` and, where the config has parts of them, features ``(B, F)``.
+
+        Raises:
+            ConfigError: the config has parts of features, and none were given.
+        """
+        config = self.config
+        both = logits.softmax(dim=-1) @ self.class_table  # (B, sum of part_dims)
+        parts = list(torch.split(both, list(config.part_dims), dim=-1))
+        weights = [*config.part_weights, *config.feature_weights]
+        if not config.feature_columns:
+            return _joined(parts, weights)
+        if features is None:
+            raise ConfigError(
+                f"image tower: the config has {config.feature_columns} columns of features, got logits alone."
+            )
+        seen = features @ self.feature_table + self.feature_bias  # (B, feature_columns)
+        ends = [config.gated_dim, 1] if config.gated_dim else []
+        columns = torch.split(seen, [*config.feature_dims, *ends], dim=-1)
+        embedding = _joined([*parts, *columns[: len(config.feature_dims)]], weights)
+        if not config.gated_dim:
+            return embedding
+        gate = columns[-1].sigmoid()  # (B, 1)
+        gated = F.normalize(columns[-2], dim=-1)
+        return torch.cat([embedding * (1 - gate).sqrt(), gated * gate.sqrt()], dim=-1)
+
+
+def _joined(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return unit rows whose parts have the given shares of the squared length."""
+    return torch.cat(
+        [F.normalize(part, dim=-1) * math.sqrt(weight) for part, weight in zip(parts, weights, strict=True)],
+        dim=-1,
+    )
 
 
 class CLIP(nn.Module):

@@ -146,8 +146,12 @@ class PosteriorImageConfig:
     Attributes:
         backbone: variant of EfficientNet-Lite, ``"lite0"``, ``"lite1"`` or ``"lite2"``.
         classes: classes of its classifier.
-        part_dims: width of each part of the embedding.
-        part_weights: share of each part in the squared length of the embedding; they sum to 1.
+        part_dims: width of each part of the embedding that is made from the posterior.
+        part_weights: share of each of them in the squared length of the embedding.
+        feature_dims: width of each part that is made from the pooled features.
+        feature_weights: share of each of them; with ``part_weights`` they sum to 1.
+        gated_dim: width of a last part, also from the features, that takes the place of all others as far as
+            a gate says so; 0 for none.
     """
 
     kind: ClassVar[str] = "posterior"
@@ -155,11 +159,19 @@ class PosteriorImageConfig:
     classes: int = 1000
     part_dims: tuple[int, ...] = (384, 128)
     part_weights: tuple[float, ...] = (0.6, 0.4)
+    feature_dims: tuple[int, ...] = ()
+    feature_weights: tuple[float, ...] = ()
+    gated_dim: int = 0
 
     @property
     def embed_dim(self) -> int:
         """Width of the embedding."""
-        return sum(self.part_dims)
+        return sum(self.part_dims) + sum(self.feature_dims) + self.gated_dim
+
+    @property
+    def feature_columns(self) -> int:
+        """Columns of the table that features are multiplied with, the gate's included."""
+        return sum(self.feature_dims) + (self.gated_dim + 1 if self.gated_dim else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from edgeclip.export.trace import (  # noqa: E402
     strip_provenance,
     to_bytes,
     trace,
+    trace_image_tower,
     trace_module,
     trace_text_tower,
 )
@@ -101,6 +103,26 @@ def test_image_graph_equals_eager_with_preprocessing_on_the_host(
     with torch.no_grad():
         wanted = copy.deepcopy(model).double().encode_image(host, normalize=True).numpy()
     got = run(traced.image, image)
+    assert np.abs(got - wanted).max() < TOLERANCE
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
+
+
+def test_parts_of_features_and_their_gate_are_in_the_graph(model: CLIP) -> None:
+    parts = PosteriorImageConfig(
+        part_dims=(6, 2), part_weights=(0.4, 0.1), feature_dims=(4,), feature_weights=(0.5,), gated_dim=4
+    )
+    config = replace(CONFIG, image=parts)
+    torch.manual_seed(0)
+    seeing = build_clip(config)
+    tower = seeing.image_tower
+    tower.backbone.load_state_dict(model.image_tower.backbone.state_dict())
+    for table in (tower.class_table, tower.feature_table, tower.feature_bias):
+        torch.nn.init.normal_(table)
+    image = pixels(3)
+    host = (torch.from_numpy(image).permute(0, 3, 1, 2).double() / 255 - LITE_MEAN[0]) / LITE_STD[0]
+    with torch.no_grad():
+        wanted = copy.deepcopy(seeing.eval()).double().encode_image(host).numpy()
+    got = run(trace_image_tower(tower, config), image)
     assert np.abs(got - wanted).max() < TOLERANCE
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from edgeclip.errors import ConfigError  # noqa: E402
-from edgeclip.models.clip import CLIP, PosteriorImageTower, build_clip  # noqa: E402
+from edgeclip.models.clip import CLIP, PosteriorImageTower, build_clip, build_image_tower  # noqa: E402
 from edgeclip.models.config import (  # noqa: E402
     BagTextConfig,
     CLIPConfig,
@@ -118,3 +118,64 @@ def test_config_names_the_missing_key() -> None:
     del said["text"]["vocab_size"]
     with pytest.raises(ConfigError, match=r"here: 'text': .*missing keys \['vocab_size'\]"):
         config_from_dict(CLIPConfig, said, where="here")
+
+
+SEEING = PosteriorImageConfig(
+    part_dims=(12, 4), part_weights=(0.3, 0.2), feature_dims=(6,), feature_weights=(0.5,), gated_dim=5
+)
+
+
+@pytest.fixture(scope="module")
+def seeing() -> PosteriorImageTower:
+    torch.manual_seed(0)
+    tower = build_image_tower(SEEING).eval()
+    assert isinstance(tower, PosteriorImageTower)
+    for table in (tower.class_table, tower.feature_table, tower.feature_bias):
+        torch.nn.init.normal_(table)
+    return tower
+
+
+def test_features_and_a_gate_equal_numpy(seeing: PosteriorImageTower) -> None:
+    random = np.random.default_rng(0)
+    logits, features = 5 * random.normal(size=(4, 1000)), 0.05 * random.normal(size=(4, 1280))
+    with torch.no_grad():
+        got = seeing.double().project(torch.from_numpy(logits), torch.from_numpy(features)).numpy()
+        table, projection = seeing.class_table.numpy(), seeing.feature_table.numpy()
+        bias = seeing.feature_bias.numpy()
+    seeing.float()
+    posterior = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    both, seen = posterior @ table, features @ projection + bias
+    gate = 1 / (1 + np.exp(-seen[:, 11:]))
+    parts = [(both[:, :12], 0.3), (both[:, 12:], 0.2), (seen[:, :6], 0.5)]
+    expected = [
+        np.sqrt(share * (1 - gate)) * part / np.linalg.norm(part, axis=1, keepdims=True)
+        for part, share in parts
+    ]
+    expected.append(np.sqrt(gate) * seen[:, 6:11] / np.linalg.norm(seen[:, 6:11], axis=1, keepdims=True))
+    np.testing.assert_allclose(got, np.concatenate(expected, axis=1), atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-12)
+    assert SEEING.embed_dim == got.shape[1] == 27
+
+
+def test_the_tower_gives_its_features_to_the_projection(seeing: PosteriorImageTower) -> None:
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = seeing.backbone.features(image)
+        expected = seeing.project(seeing.backbone(image), features)
+        torch.testing.assert_close(seeing(image), expected)
+        with pytest.raises(ConfigError, match="12 columns of features"):
+            seeing.project(seeing.backbone(image))
+
+
+def test_shares_of_all_parts_sum_to_one() -> None:
+    with pytest.raises(ConfigError, match=r"feature_weights \(0\.4,\)"):
+        build_image_tower(replace(SEEING, feature_weights=(0.4,)))
+
+
+def test_a_config_without_the_newer_fields_is_the_older_tower() -> None:
+    said = config_to_dict(PosteriorImageConfig())
+    older = {key: said[key] for key in ("kind", "backbone", "classes", "part_dims", "part_weights")}
+    config = config_from_dict(PosteriorImageConfig, older, where="image")
+    assert config == PosteriorImageConfig()
+    tower = build_image_tower(config)
+    assert sorted(key for key in tower.state_dict() if not key.startswith("backbone.")) == ["class_table"]
