@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from edgeclip.distill.batches import Batch
 from edgeclip.distill.inputs import STORED_IMAGE, STORED_TEXT, Consumer, Inputs, StoredViews
@@ -30,6 +31,7 @@ class OfflineTeacher:
         scale: its own multiplier of cosines.
         views: what is stored, all teachers together.
         parent: what the student's checkpoint records about it.
+        caption_share: how much of a picture's embedding its captions make up, from 0 to 1.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class OfflineTeacher:
         scale: float,
         views: StoredViews,
         parent: Mapping[str, Any],
+        caption_share: float = 0.0,
     ) -> None:
         self.name = name
+        self.caption_share = caption_share
         self.columns, self.scale, self.views = columns, scale, views
         self.image_dim: int | None = columns[1] - columns[0]
         self.text_dim: int | None = self.image_dim
@@ -58,7 +62,11 @@ class OfflineTeacher:
     def ask(self, batch: Batch, inputs: Inputs, *, parts: int = 1) -> Embedded:
         """Return its embeddings of a batch, see :class:`~edgeclip.distill.teachers.Teacher`."""
         own = slice(*self.columns)
-        return Embedded(batch[STORED_IMAGE][:, own], batch[STORED_TEXT][..., own].unbind(1))
+        image, texts = batch[STORED_IMAGE][:, own], batch[STORED_TEXT][..., own]
+        if self.caption_share:
+            said = F.normalize(F.normalize(texts, dim=-1).mean(dim=1), dim=-1)
+            image = torch.lerp(F.normalize(image, dim=-1), said, self.caption_share)
+        return Embedded(image, texts.unbind(1))
 
     def to(self, device: torch.device) -> OfflineTeacher:
         """Return itself: rows arrive with the batch."""
@@ -121,6 +129,7 @@ def _open(spec: StoredTeacher, samples: Samples, what: str) -> OfflineTeacher:
         scale=spec.scale or (record.scale if record is not None else _SCALE),
         views=StoredViews(columns, upright=manifest is not None),
         parent=parent | {"licence": licence},
+        caption_share=spec.caption_share,
     )
 
 

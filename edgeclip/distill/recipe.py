@@ -218,12 +218,15 @@ class StoredTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="st
         name: as losses call it.
         slice: first and last-plus-one column of its part of the stored embeddings; needed for shards of
             others.
+        caption_share: how much of a picture's embedding its captions make up: 0 takes what the teacher saw, 1
+            the mean of what it read. For pictures that it misnames and whose captions are right.
         scale: the teacher's own multiplier of cosines; 100 for shards of others.
         licence: SPDX identifier of its weights' terms; ``NOASSERTION`` for shards of others.
     """
 
     name: str
     slice: tuple[int, int] | None = None
+    caption_share: Share = 0.0
     scale: Positive | None = None
     licence: str | None = None
 
