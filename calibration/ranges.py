@@ -36,6 +36,7 @@ from edgeclip.runtime.rows import fixed_batch
 from edgeclip.runtime.session import Session
 
 __all__ = [
+    "BATCH",
     "METHODS",
     "Entropy",
     "Histogram",
@@ -46,11 +47,14 @@ __all__ = [
     "RangeMethod",
     "Seen",
     "Watch",
+    "batches",
+    "chunks",
     "means",
     "observe",
 ]
 
-_BATCH: Final = 8
+BATCH: Final = 8
+"""Rows that a graph runs at a time, unless it takes a fixed number."""
 _HALF: Final = 1024  # bins on either side of the one around zero
 _MOST_BYTES: Final = 256 << 20  # of tensors that are held at once
 _STEPS: Final = 64  # bounds that MSE tries on either side
@@ -415,7 +419,7 @@ def means(watch: Watch, rows: NDArray[np.generic], names: Sequence[str]) -> dict
     totals: list[NDArray[np.float64]] = []
     count = 0
     with watch.means(names) as session:
-        for feeds, size in _batches(session, rows):
+        for feeds, size in batches(session, rows):
             got = session.run(feeds)
             each = [got[str(place)].astype(np.float64) * size for place in range(len(names))]
             totals = [a + b for a, b in zip(totals, each, strict=True)] if totals else each
@@ -429,7 +433,7 @@ def _extremes(
     """Return what is seen of each tensor without a histogram, and the values it has in a batch."""
     least, most, sizes = [], [], np.zeros(len(names), np.int64)
     with watch.extremes(names) as session:
-        for number, (feeds, _) in enumerate(_batches(session, rows)):
+        for number, (feeds, _) in enumerate(batches(session, rows)):
             got = session.run(feeds)
             low = [float(got[f"{place}:least"]) for place in range(len(names))]
             high = [float(got[f"{place}:most"]) for place in range(len(names))]
@@ -458,9 +462,9 @@ def _with_histograms(
     """Return the same with histograms. The graph runs once for as many tensors as may be held at a time."""
     counts = [np.zeros(2 * _HALF + 1, np.int64) for _ in names]
     bounds = [max(abs(each.least), abs(each.most)) or 1.0 for each, _ in seen]
-    for chosen in _chunks([size for _, size in seen]):
+    for chosen in chunks([size for _, size in seen]):
         with watch.values([names[place] for place in chosen]) as session:
-            for feeds, _ in _batches(session, rows):
+            for feeds, _ in batches(session, rows):
                 got = session.run(feeds)
                 for number, place in enumerate(chosen):
                     counts[place] += _counted(got.pop(str(number)), bounds[place])
@@ -477,7 +481,7 @@ def _counted(values: NDArray[Any], bound: float) -> NDArray[np.int64]:
     return np.bincount(np.clip(places, 0, bins - 1).astype(np.int32), minlength=bins)
 
 
-def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
+def chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
     """Give places of tensors, in order, so many at a time that their values fit."""
     chosen: list[int] = []
     held = 0
@@ -492,10 +496,10 @@ def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _size(session: Session) -> int:
-    return fixed_batch(session) or _BATCH
+    return fixed_batch(session) or BATCH
 
 
-def _batches(
+def batches(
     session: Session, rows: NDArray[np.generic]
 ) -> Iterator[tuple[dict[str, NDArray[np.generic]], int]]:
     """Give feeds and how many of the given rows they hold."""

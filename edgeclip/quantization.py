@@ -27,8 +27,10 @@ __all__ = [
     "Int8Policy",
     "Range",
     "Ranges",
+    "RoundedWeight",
     "Scheme",
     "activation_step",
+    "neighbours",
     "rounded_weight",
     "weight_steps",
 ]
@@ -194,6 +196,46 @@ def rounded_weight(
     """
     wide = steps.astype(np.float64).reshape([-1 if each == axis else 1 for each in range(weight.ndim)])
     return np.asarray(np.rint(weight / wide).clip(-scheme.weight_limit, scheme.weight_limit) * wide)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedWeight:
+    """A weight in integers that somebody chose.
+
+    Attributes:
+        integers: in the shape of the weight.
+        steps: scale of each output channel.
+        axis: of output channels.
+    """
+
+    integers: NDArray[np.int8]
+    steps: NDArray[np.float32]
+    axis: int
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """What int8 makes of the weight, in floating point."""
+        wide = [-1 if each == self.axis else 1 for each in range(self.integers.ndim)]
+        return np.asarray(self.integers * self.steps.astype(np.float64).reshape(wide))
+
+
+def neighbours(channels: int, positions: int) -> NDArray[np.intp]:
+    """Return which terms of a sum meet in 16 bits on processors with AVX2, ``(ways, terms)``; -1 for none.
+
+    Args:
+        channels: that are summed up.
+        positions: of a convolution's window; 1 for linear maps.
+
+    Returns:
+        By terms in the order of a weight: channels, and in each of them positions.
+    """
+    channel, position = np.divmod(np.arange(channels * positions), positions)
+    running = position * channels + channel  # position after position
+    place = np.argsort(running)
+    partner = running ^ 1
+    met = np.where(partner < len(place), place[np.minimum(partner, len(place) - 1)], -1)
+    filled = np.where(channel ^ 1 < channels, (channel ^ 1) * positions + position, -1)
+    return np.stack([met, filled]).astype(np.intp)
 
 
 def _pair_steps(weight: NDArray[np.float32], axis: int) -> NDArray[np.float64]:

@@ -72,11 +72,14 @@ class Int8Settings:
     Attributes:
         method: how ranges are chosen; ``None`` takes what suits the kind of tower.
         correct_biases: add to biases what rounded weights take off on average.
+        rounding: of weights: by the second moments of what they are multiplied with (``"moments"``), or to
+            the nearest level.
         text: for CPUs, compute text towers in int8 (``"full"``), or only store their weights so.
     """
 
     method: RangeMethod | None = None
     correct_biases: bool = True
+    rounding: Literal["moments", "nearest"] = "moments"
     text: Literal["full", "weights"] = "weights"
 
 

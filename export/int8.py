@@ -35,6 +35,7 @@ from edgeclip.quantization import (
     WEIGHTS,
     Int8Policy,
     Ranges,
+    RoundedWeight,
     Scheme,
 )
 
@@ -46,6 +47,7 @@ from .passes.keep_float import KeepFloat
 from .passes.qdq import InsertQdq, is_product, observed, place
 from .passes.sequences import for_onnx_runtime
 from .ranges import GraphWatch, check_rows
+from .rounding import rounded_weights
 from .storage import store_small
 from .to_onnx import built_tower
 
@@ -191,12 +193,15 @@ def quantize(
         method = settings.method or method_of(policy)
         cache = HostCache.open(watch.digest)
         ranges = observe(watch, rows, names, method, scheme=scheme, what=what, cache=cache)
+    sources = corrected(model, nodes) if settings.correct_biases else {}
+    rounded: dict[str, RoundedWeight] = {}
+    if settings.rounding == "moments":
+        rounded = rounded_weights(model, watch, rows, nodes, scheme, corrected=sources, what=what)
     passes: list[ir.passes.PassBase] = []
     if settings.correct_biases:
-        sources = corrected(model, nodes)
         found = means(watch, rows, tuple(dict.fromkeys(sources.values())))
-        passes.append(CorrectBiases(nodes, found, scheme))
-    return apply(shaped, [*passes, InsertQdq(nodes, ranges, scheme), KeepFloat()], what=what)
+        passes.append(CorrectBiases(nodes, found, scheme, rounded))
+    return apply(shaped, [*passes, InsertQdq(nodes, ranges, scheme, rounded), KeepFloat()], what=what)
 
 
 def method_of(policy: Int8Policy) -> RangeMethod:
@@ -245,6 +250,7 @@ def said(
     found: dict[str, Any] = {
         "method": {tower: _method(request, policy) for tower, policy in policies.items()},
         "correct_biases": request.options.quantization.correct_biases,
+        "rounding": request.options.quantization.rounding,
         "rows": {
             tower: len(request.calibration[tower]) for tower, policy in policies.items() if policy != WEIGHTS
         },

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeclip.quantization import CPU, Scheme, rounded_weight
+from edgeclip.quantization import CPU, RoundedWeight, Scheme, rounded_weight
 
 from ._graph import constant, flag, new_constant, readers
 from .qdq import channel_axis, is_product, steps_of
@@ -46,13 +47,18 @@ class CorrectBiases(ir.passes.InPlacePass):
         nodes: outputs of the products that will be quantized.
         means: mean of each channel of what goes into them, by its name; see :func:`corrected`.
         scheme: what int8 means.
+        rounded: weights in integers, by what their product gives; the rest get the nearest levels.
     """
 
     def __init__(
-        self, nodes: Iterable[str], means: Mapping[str, NDArray[np.float64]], scheme: Scheme = CPU
+        self,
+        nodes: Iterable[str],
+        means: Mapping[str, NDArray[np.float64]],
+        scheme: Scheme = CPU,
+        rounded: Mapping[str, RoundedWeight] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.nodes, self.means, self.scheme = tuple(nodes), means, scheme
+        self.nodes, self.means, self.scheme, self.rounded = tuple(nodes), means, scheme, rounded
 
     def requires(self, model: ir.Model) -> None:
         """Ask for the mean of what goes into every product."""
@@ -73,8 +79,12 @@ class CorrectBiases(ir.passes.InPlacePass):
     def _correct(self, node: ir.Node, mean: NDArray[np.float64], graph: ir.Graph) -> None:
         weight, axis = constant(node.inputs[1]), channel_axis(node)
         assert weight is not None
-        steps = steps_of(node, weight, self.scheme)
-        lost = weight.astype(np.float64) - rounded_weight(weight, axis, steps, self.scheme)
+        given = self.rounded.get(node.outputs[0].name or "")
+        if given is None:
+            kept = rounded_weight(weight, axis, steps_of(node, weight, self.scheme), self.scheme)
+        else:
+            kept = given.values
+        lost = weight.astype(np.float64) - kept
         shift = _product(lost, mean, node)
         addition = _addition(node) if node.op_type == "MatMul" else None
         reader, place = (node, 2) if addition is None else addition

@@ -6,13 +6,22 @@ chooses none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeclip.quantization import CPU, Int8Policy, Ranges, Scheme, activation_step, weight_steps
+from edgeclip.quantization import (
+    CPU,
+    Int8Policy,
+    Ranges,
+    RoundedWeight,
+    Scheme,
+    activation_step,
+    weight_steps,
+)
 
 from ._graph import after, constant, drop_unread, flag, fresh_name, new_constant, readers, require_flat
 
@@ -135,11 +144,18 @@ class InsertQdq(ir.passes.InPlacePass):
         nodes: outputs of the nodes to quantize.
         ranges: of every tensor that :func:`observed` names.
         scheme: what int8 means.
+        rounded: weights in integers, by what their product gives; the rest get the nearest levels.
     """
 
-    def __init__(self, nodes: Iterable[str], ranges: Ranges, scheme: Scheme = CPU) -> None:
+    def __init__(
+        self,
+        nodes: Iterable[str],
+        ranges: Ranges,
+        scheme: Scheme = CPU,
+        rounded: Mapping[str, RoundedWeight] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self.nodes, self.ranges, self.scheme = tuple(nodes), ranges, scheme
+        self.nodes, self.ranges, self.scheme, self.rounded = tuple(nodes), ranges, scheme, rounded
         self._pairs: dict[str, ir.Value] = {}
         self._scales: dict[str, np.float32] = {}
         self._weights: dict[tuple[str, int], tuple[ir.Value, NDArray[np.float32]]] = {}
@@ -257,6 +273,10 @@ class InsertQdq(ir.passes.InPlacePass):
         shape = [-1 if each == axis else 1 for each in range(array.ndim)]
         limit = self.scheme.weight_limit
         integers = np.rint(array / scale.reshape(shape)).clip(-limit, limit).astype(np.int8)
+        given = self.rounded.get(node.outputs[0].name or "")
+        if given is not None:
+            same = (given.steps == scale).reshape(shape)  # but where a bias wanted a larger step
+            integers = np.where(same, given.integers, integers)
         return self._dequantized(node, integers, scale, axis, "weight", graph), scale
 
     def _dequantized(
