@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from edgeclip.bundle import PreprocessSpec
 from edgeclip.data import Sample, captions_of, read_samples
 from edgeclip.errors import CalibrationError, ConfigError, InputError
+from edgeclip.labels import write_atomic
 from edgeclip.preprocess import Preprocess
 from edgeclip.tensors import map_tensors, write_tensors
 
@@ -160,7 +161,11 @@ class CalibrationSet:
         return {"source": dict(self.sources), "selection": dict(self.selection)}
 
     def write(self, path: Path) -> None:
-        """Write the set to one safetensors file; equal sets give equal bytes."""
+        """Write the set to one safetensors file; equal sets give equal bytes.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         said = {
             "schema": _SCHEMA,
             "kind": "calibration",
@@ -169,7 +174,7 @@ class CalibrationSet:
             "selection": json.dumps(dict(self.selection), sort_keys=True),
             "tokenizer": self.tokenizer,
         }
-        path.write_bytes(write_tensors(self.rows, said))
+        write_atomic(path, write_tensors(self.rows, said))
 
     @classmethod
     def read(cls, path: Path) -> CalibrationSet:

@@ -462,6 +462,7 @@ class BundleWriter:
         self.where = f"bundle {str(self.path)!r}"
         self._added: dict[str, dict[str, Any]] = {}
         self._created: set[str] = set()
+        self._folders: set[Path] = set()
         self._lock: DirectoryLock | None = None
         self._made_directory = not self.path.exists()
         with self._translated("cannot be written"):
@@ -501,6 +502,8 @@ class BundleWriter:
             ) from error
         folder = self.path.joinpath(*parts[:-1])
         with self._translated(f"the file {name!r} cannot be written"):
+            if not folder.exists():
+                self._folders.add(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if os.path.realpath(folder) != str(Path(os.path.realpath(self.path), *parts[:-1])):
                 raise OSError(errno.EPERM, "its folder is a link")
@@ -572,9 +575,13 @@ class BundleWriter:
             path = self.path.joinpath(*name.split("/"))
             with contextlib.suppress(OSError):
                 path.unlink()
-                while (path := path.parent) != self.path:
-                    path.rmdir()  # ends the loop where something else is in it
+        for folder in self._folders:
+            with contextlib.suppress(OSError):
+                while folder != self.path:
+                    folder.rmdir()  # ends the loop where something is in it
+                    folder = folder.parent
         self._created.clear()
+        self._folders.clear()
         self._lock.release()
         self._lock = None
         if self._made_directory:

@@ -26,6 +26,7 @@ from a ``.txt`` or ``.json`` file of the same name beside them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -459,6 +460,20 @@ def _pool(
             f"label {name!r}: its embedding has no direction; use another name or other templates."
         )
     return vector
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that results go to later, so that one which cannot be written is known at once.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"folder {str(folder)!r} cannot be written: {error.strerror or error}.") from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -22,6 +22,7 @@ import msgspec
 
 from edgeclip.bundle import Bundle, BundleWriter, TensorEntry
 from edgeclip.errors import ConfigError, MissingExtraError, ParityError
+from edgeclip.labels import make_folder, write_atomic
 from edgeclip.runtime.host import peak_rss_bytes
 from edgeclip.storage import TEMPORARY_PREFIX
 
@@ -171,7 +172,7 @@ def _work(bundle: Path, kept: Path | None) -> Iterator[Path]:
     killed, and every later write to the bundle removes it too.
     """
     if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
+        make_folder(kept)
         yield kept
         return
     prefix = f"{TEMPORARY_PREFIX}export-"
@@ -192,8 +193,7 @@ def _trace(
         with steps(f"trace the {tower} tower"):
             graphs[tower] = source.trace(tower, settings.graph)
             if settings.keep_intermediate is not None:
-                path = work / f"{tower}.onnx"
-                path.write_bytes(graphs[tower].SerializeToString(deterministic=True))
+                write_atomic(work / f"{tower}.onnx", graphs[tower].SerializeToString(deterministic=True))
     return graphs
 
 

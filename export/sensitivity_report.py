@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from edgeclip.calibration.latency_table import LatencyTable
 from edgeclip.calibration.sensitivity import Choice, Sensitivity
+from edgeclip.labels import make_folder, write_atomic
 from edgeclip.quantization import Scheme
 from edgeclip.runtime.host import Host, versions
 from edgeclip.tables import aligned
@@ -61,13 +62,15 @@ class SensitivityReport:
         return f"{self.variant}-{self.tower}"
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write the JSON document and the picture, and return where they are."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the JSON document and the picture, and return where they are.
+
+        Raises:
+            InputError: the folder cannot be made or written.
+        """
+        make_folder(folder)
         document, picture = folder / f"{self.stem}.json", folder / f"{self.stem}.svg"
         for path, text in ((document, json.dumps(self.to_dict(), indent=1)), (picture, self.to_svg())):
-            part = path.with_suffix(f"{path.suffix}.part")
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(path)
+            write_atomic(path, f"{text}\n".encode())
         return document, picture
 
     def to_dict(self) -> dict[str, Any]:

@@ -717,6 +717,24 @@ def test_a_bundle_of_an_unknown_major_is_not_overwritten(tiny_bundle: Path) -> N
     assert files_of(tiny_bundle) == before
 
 
+def test_a_full_disk_leaves_no_folder_behind(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("edgeclip.bundle.write_temporary", full)
+    for path in (tiny_bundle, tmp_path / "new"):
+        before = sorted(tiny_bundle.rglob("*"))
+        with (
+            BundleWriter(path) as writer,
+            pytest.raises(BundleError, match=r"'a/b/c.bin' cannot be written: no space left on device"),
+        ):
+            writer.add("a/b/c.bin", b"content")
+        assert sorted(tiny_bundle.rglob("*")) == before
+    assert not (tmp_path / "new").exists()
+
+
 @posix_only
 def test_a_folder_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()

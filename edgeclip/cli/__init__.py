@@ -6,6 +6,7 @@ of help, and the module is imported when the command runs.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import warnings
@@ -20,6 +21,7 @@ from edgeclip.errors import EdgeClipError, InputError
 __all__ = ["cli", "main"]
 
 EXIT_INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("edgeclip.cli.bench:bench", "Say where the time of a bundle goes."),
@@ -171,9 +173,16 @@ def _report(error: EdgeClipError, *, debug: bool) -> int:
 
 def _from_os_error(error: OSError) -> EdgeClipError:
     """Return a one-sentence error for an operating-system failure nobody translated on the way up."""
-    where = f"{error.filename!r}: " if error.filename else ""
-    translated = InputError(
-        f"{where}{error.strerror or error}. Check the path, its permissions and free space."
-    )
+    what = error.strerror or str(error)
+    if error.filename or error.errno not in _NO_ROOM:
+        where = f"{error.filename!r}: " if error.filename else ""
+        translated = InputError(f"{where}{what}. Check the path, its permissions and free space.")
+    else:
+        import tempfile
+
+        translated = InputError(
+            f"a file cannot be written: {what}. Make room where results go, and where files on the way go: "
+            f"{tempfile.gettempdir()!r} (TMPDIR names another place)."
+        )
     translated.__cause__ = error
     return translated

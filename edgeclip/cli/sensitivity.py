@@ -65,6 +65,10 @@ def sensitivity(
     choice = Int8Choice(**int8)
     asked = choice.search(output, threads)
     from edgeclip.export.sensitivity_search import search_checkpoint
+    from edgeclip.labels import make_folder
+
+    if output is not None:
+        make_folder(output)
 
     try:
         report = search_checkpoint(

@@ -18,6 +18,7 @@ from command import Command, Result
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
 from exported import PROBES, manifest_of, shape_pictures, write_pictures  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -314,6 +315,32 @@ def test_labels_that_were_baked_in_do_not_outlive_their_bank(
     assert other.code == 0, other.err
     assert set(manifest_of(slim)["variants"]["onnx-fp32"]["towers"]) == {"image", "text"}
     assert command("verify", slim).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="no such limit")
+@pytest.mark.parametrize(
+    ("most_bytes", "what"),
+    [
+        (40_000, "the file 'golden.safetensors' cannot be written"),
+        (400_000, "image.onnx' cannot be written"),
+    ],
+)
+def test_where_there_is_no_room_nothing_is_left(most_bytes: int, what: str, tmp_path: Path) -> None:
+    bundle, kept = tmp_path / "bundle", tmp_path / "kept"
+    arguments = ["export", str(PROBE), "-o", str(bundle), "--keep-intermediate", str(kept), "--threads", "1"]
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, {most_bytes}))\n"
+        f"from edgeclip.cli import main; main({arguments!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert what in done.stderr
+    assert "file too large" in done.stderr.lower()
+    assert not bundle.exists()
+    for path in (each for each in kept.rglob("*") if each.is_file()):
+        assert path.suffix == ".onnx"
+        onnx.load(path)
 
 
 @pytest.mark.slow

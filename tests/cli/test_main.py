@@ -51,6 +51,8 @@ def test_a_mistyped_command_is_a_syntax_error_with_a_suggestion() -> None:
         ),
         (ParityError("onnx-int8: cosine 0.4, expected at least 0.99"), 4, "cosine 0.4"),
         (PermissionError(13, "Permission denied", "/etc/shadow"), 1, "'/etc/shadow': Permission denied"),
+        (OSError(28, "No space left on device"), 1, "No space left on device. Make room where results go"),
+        (OSError(27, "File too large", "a.onnx"), 1, "'a.onnx': File too large"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

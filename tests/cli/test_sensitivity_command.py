@@ -82,6 +82,15 @@ def test_a_checkpoint_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_
     assert "there is no such file or directory" in done.err
 
 
+def test_a_folder_that_cannot_be_written_is_known_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    done = Command(capsys)("sensitivity", PROBE, "-o", tmp_path / "file" / "report", "--threads", 1)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert f"folder {str(tmp_path / 'file' / 'report')!r} cannot be written: Not a directory" in done.err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_control_c_keeps_what_was_measured(pictures: Path, tmp_path: Path) -> None:
