@@ -18,7 +18,7 @@ import numpy as np
 
 from edgeclip.distill.augment import Augmentation, Parameters, RandAugment, RandomResizedCrop, Transform
 from edgeclip.distill.batches import Caption, CaptionMix, choose_captions
-from edgeclip.distill.prompts import Prompted, Prompts
+from edgeclip.distill.prompts import Prompted, Prompts, Writer
 from edgeclip.distill.randomness import Randomness
 from edgeclip.distill.recipe import DataSpec
 from edgeclip.distill.samples import Sample
@@ -124,6 +124,7 @@ class Inputs:
         max_pixels: larger pictures count as broken.
         prompts: what is put around captions.
         of_texts: the samples are texts without pictures.
+        writer: writes the student's captions, where they have prompts or are all there is.
     """
 
     augmentation: Augmentation
@@ -133,6 +134,7 @@ class Inputs:
     max_pixels: int = DEFAULT_MAX_PIXELS
     prompts: Prompts | None = None
     of_texts: bool = False
+    writer: Writer | None = None
 
     @classmethod
     def of(
@@ -160,6 +162,11 @@ class Inputs:
         ]
         if data.rand_augment:
             transforms.append(RandAugment(num_ops=data.rand_augment, magnitude=data.rand_augment_magnitude))
+        own = consumers[0].tokenizer
+        writer = None
+        if prompts is not None or data.texts is not None:
+            assert isinstance(own, Tokenizer)
+            writer = Writer(own)
         mixes = (CaptionMix(data.captions), *[CaptionMix(data.synthetic)] * (texts - 1))
         return cls(
             Augmentation(tuple(transforms)),
@@ -167,7 +174,8 @@ class Inputs:
             tuple(consumers),
             stored,
             prompts=prompts,
-            of_texts=bool(data.texts),
+            of_texts=data.texts is not None,
+            writer=writer,
         )
 
     def image_name(self, consumer: Consumer) -> str:
@@ -240,9 +248,8 @@ class Inputs:
             drawn = [self.prompts.draw(caption, rng) for caption in chosen]
         arrays: dict[str, NDArray[Any]] = {}
         for number, tokenizer in enumerate(self._tokenizers().values()):
-            if number == 0 and any(prompted.drop is not None for prompted in drawn):
-                assert isinstance(tokenizer, Tokenizer)  # the student's
-                rows = np.stack([prompted.row(tokenizer) for prompted in drawn])
+            if number == 0 and self.writer is not None:
+                rows = np.array([self.writer(prompted) for prompted in drawn])
             else:
                 rows = tokenizer([prompted.whole for prompted in drawn], truncate=True)
             arrays[_name("tokens", number)] = rows

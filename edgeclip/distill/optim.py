@@ -75,7 +75,10 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(model: nn.Module, stage: StageSpec) -> torch.optim.AdamW:
-    """Return AdamW over the groups of a stage; everything else stops requiring gradients."""
+    """Return AdamW over the groups of a stage; everything else stops requiring gradients.
+
+    On the CPU all of a parameter's update is one pass over its memory, a third of the time.
+    """
     groups = parameter_groups(model, stage)
     parameters = dict(model.named_parameters())
     trained = {name for group in groups for name in group.names}
@@ -94,6 +97,7 @@ def build_optimizer(model: nn.Module, stage: StageSpec) -> torch.optim.AdamW:
         ],
         betas=said.betas,
         eps=said.eps,
+        fused=all(parameter.device.type == "cpu" for parameter in parameters.values()),
     )
 
 

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
     from edgeclip.tokenizer import Tokenizer
 
-__all__ = ["Prompted", "Prompts", "open_prompts"]
+__all__ = ["Prompted", "Prompts", "Writer", "open_prompts"]
 
 _SLOT = "{}"
 _LEAST_TOKENS = 3  # of a text that may lose one
+_MAX_REMEMBERED = 1 << 18  # texts, of some 200 bytes
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,67 @@ class Prompted:
         """All of it."""
         return self.before + self.text + self.after
 
-    def row(self, tokenizer: Tokenizer) -> NDArray[np.int32]:
-        """Return the ids ``(L,)`` int32 that the student reads, cut where they are too many."""
-        if self.drop is None:
-            row: NDArray[np.int32] = tokenizer([self.whole], truncate=True)[0]
-            return row
-        ids = tokenizer.encode(self.text)
-        if len(ids) >= _LEAST_TOKENS:
-            del ids[int(self.drop * len(ids))]
-        ids = tokenizer.encode(self.before) + ids + tokenizer.encode(self.after)
+
+class Writer:
+    """Writes prompted captions as ids, and remembers those of captions: texts come back in every epoch.
+
+    Args:
+        tokenizer: the student's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         special = tokenizer.config.special
-        start = [] if special.start is None else [special.start]
-        end = [] if special.end is None else [special.end]
-        ids = start + ids[: tokenizer.context_length - len(start) - len(end)] + end
-        filled = np.full(tokenizer.context_length, special.pad, np.int32)
-        filled[: len(ids)] = ids
-        return filled
+        self._start = [] if special.start is None else [special.start]
+        self._end = [] if special.end is None else [special.end]
+        self._room = tokenizer.context_length - len(self._start) - len(self._end)
+        self._ids: dict[str, list[int]] = {}
+        self._apart: dict[tuple[str, str], bool] = {}
+
+    def __call__(self, prompted: Prompted) -> NDArray[np.int32]:
+        """Return the ids ``(L,)`` int32 that the student reads, cut where they are too many."""
+        before, text, after = prompted.before, prompted.text, prompted.after
+        if prompted.drop is None and not self._stands_apart(before, text, after):
+            ids = self._tokenizer.encode(prompted.whole)
+        else:
+            ids = self._encoded(text)
+            if prompted.drop is not None and len(ids) >= _LEAST_TOKENS:
+                lost = int(prompted.drop * len(ids))
+                ids = ids[:lost] + ids[lost + 1 :]
+            if before or after:
+                ids = self._encoded(before) + ids + self._encoded(after)
+        ids = self._start + ids[: self._room] + self._end
+        row = np.full(self._tokenizer.context_length, self._tokenizer.config.special.pad, np.int32)
+        row[: len(ids)] = ids
+        return row
+
+    def _encoded(self, text: str) -> list[int]:
+        ids = self._ids.get(text)
+        if ids is None:
+            ids = self._tokenizer.encode(text)
+            if len(self._ids) < _MAX_REMEMBERED:
+                self._ids[text] = ids
+        return ids
+
+    def _stands_apart(self, before: str, text: str, after: str) -> bool:
+        """Return whether a caption is cut into the same words inside a prompt as alone.
+
+        Words are cut between kinds of characters, so that a letter, a digit and a Chinese character tell for
+        all captions that begin and end with one of these.
+        """
+        if not before and not after:
+            return True
+        if not (text[:1].isalnum() and text[-1:].isalnum()):
+            return False
+        apart = self._apart.get((before, after))
+        if apart is None:
+            split = self._tokenizer.split
+            apart = all(
+                split(before + probe + after) == [*split(before), *split(probe), *split(after)]
+                for probe in ("a", "7", "狗")
+            )
+            self._apart[before, after] = apart
+        return apart
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from train_runs import assert_same_weights, run_recipe, steps, weights  # noqa: 
 from edgeclip.distill import student as student_module  # noqa: E402
 from edgeclip.distill.batches import BatchLoader, BatchPlan, Caption  # noqa: E402
 from edgeclip.distill.forward import embed_texts  # noqa: E402
-from edgeclip.distill.prompts import Prompted, open_prompts  # noqa: E402
+from edgeclip.distill.prompts import Prompted, Writer, open_prompts  # noqa: E402
 from edgeclip.distill.recipe import PromptSpec, Recipe, parse_recipe  # noqa: E402
 from edgeclip.distill.run import dry_run_of, open_run  # noqa: E402
 from edgeclip.distill.texts import open_texts  # noqa: E402
@@ -283,8 +283,9 @@ def test_one_token_of_the_caption_and_none_of_its_prompt_is_dropped(
     tokenizer = tokenizer or Tokenizer.open(folder / "tokenizer")
     ids = tokenizer.encode("red turquoise star")
     whole = Prompted("see ", "red turquoise star", ".")
-    assert whole.row(tokenizer).tolist() == tokenizer("see red turquoise star.")[0].tolist()
-    found = {tuple(replace(whole, drop=share / 50).row(tokenizer).tolist()) for share in range(50)}
+    write = Writer(tokenizer)
+    assert write(whole).tolist() == tokenizer("see red turquoise star.")[0].tolist()
+    found = {tuple(write(replace(whole, drop=share / 50)).tolist()) for share in range(50)}
     special = tokenizer.config.special
     around = [[] if each is None else [each] for each in (special.start, special.end)]
     expected = set()
@@ -297,9 +298,22 @@ def test_one_token_of_the_caption_and_none_of_its_prompt_is_dropped(
 
 def test_short_texts_and_long_rows_are_safe(folder: Path) -> None:
     tokenizer = Tokenizer.open(folder / "tokenizer")
-    assert Prompted("", "a", "", drop=0.9).row(tokenizer).tolist() == tokenizer("a")[0].tolist()
-    long = Prompted("", "green star " * 30, "", drop=0.0).row(tokenizer)
+    assert Writer(tokenizer)(Prompted("", "a", "", drop=0.9)).tolist() == tokenizer("a")[0].tolist()
+    long = Writer(tokenizer)(Prompted("", "green star " * 30, "", drop=0.0))
     assert long.shape == (tokenizer.context_length,)
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer.clip(), None], ids=["clip", "own"])
+def test_what_is_remembered_is_what_the_tokenizer_writes(tokenizer: Tokenizer | None, folder: Path) -> None:
+    tokenizer = tokenizer or Tokenizer.open(folder / "tokenizer")
+    write = Writer(tokenizer)
+    templates = ("{}", "a photo of a {}.", "{}s", "un{}", "一张{}的图片。", "see {}'s star", "7{}7", "  {} ,")
+    captions = ("red star", "狗", "7", "'s", "don't", "star-", "(blue)", "é", " pink ", "红心7")
+    for _ in range(2):
+        for before, _, after in (template.partition("{}") for template in templates):
+            for caption in captions:
+                row = write(Prompted(before, caption, after))
+                assert row.tolist() == tokenizer(before + caption + after, truncate=True)[0].tolist()
 
 
 # The towers
