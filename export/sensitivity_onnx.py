@@ -30,7 +30,7 @@ from edgeclip.cache import HostCache
 from edgeclip.calibration.latency_table import LatencyTable, Tensors
 from edgeclip.calibration.ranges import means, observe
 from edgeclip.errors import ExportError
-from edgeclip.quantization import TENSORRT, Int8Policy, Ranges, Scheme
+from edgeclip.quantization import TENSORRT, Int8Policy, Ranges, RoundedWeight, Scheme
 from edgeclip.runtime.rows import run_rows
 from edgeclip.runtime.session import DEFAULT_OPTIONS, OpenSession, RuntimeOptions, open_session
 
@@ -43,6 +43,7 @@ from .passes.keep_float import KeepFloat
 from .passes.qdq import InsertQdq, observed, place
 from .passes.switches import SWITCHES, InsertSwitches
 from .ranges import GraphWatch, check_rows
+from .rounding import rounded_weights
 from .storage import store_small
 from .to_onnx import built_tower
 
@@ -67,6 +68,7 @@ class Quantizable:
         nodes: names of what the products give, in the order of the graph.
         ranges: of every tensor that might be rounded.
         means: of the channels of what goes into products whose bias is corrected; ``None`` corrects none.
+        rounded: weights in integers by product; the rest get the nearest levels.
         scheme: what int8 means.
         what: the tower, as messages name it.
     """
@@ -75,6 +77,7 @@ class Quantizable:
     nodes: tuple[str, ...]
     ranges: Ranges
     means: Mapping[str, NDArray[np.float64]] | None
+    rounded: Mapping[str, RoundedWeight]
     scheme: Scheme
     what: str
 
@@ -122,9 +125,13 @@ class Quantizable:
             what=what,
             cache=HostCache.open(watch.digest),
         )
-        sources = tuple(dict.fromkeys(corrected(model, nodes).values()))
-        found = means(watch, rows, sources) if settings.correct_biases else None
-        return cls(shaped, nodes, ranges, found, scheme, what)
+        sources = corrected(model, nodes) if settings.correct_biases else {}
+        rounded: dict[str, RoundedWeight] = {}
+        if settings.rounding == "moments":
+            rounded = rounded_weights(model, watch, rows, nodes, scheme, corrected=sources, what=what)
+        names = tuple(dict.fromkeys(sources.values()))
+        found = means(watch, rows, names) if settings.correct_biases else None
+        return cls(shaped, nodes, ranges, found, rounded, scheme, what)
 
     @cached_property
     def digest(self) -> str:
@@ -132,6 +139,8 @@ class Quantizable:
         digest = hashlib.sha256(self.graph.SerializeToString(deterministic=True))
         shifts = {name: array.tolist() for name, array in (self.means or {}).items()}
         digest.update(json.dumps([self.nodes, self.ranges, shifts, self.scheme.to_dict()]).encode())
+        for name, weight in self.rounded.items():
+            digest.update(name.encode() + weight.integers.tobytes())
         return digest.hexdigest()
 
     @cached_property
@@ -172,7 +181,7 @@ class Quantizable:
 
     def corrections(self, on: Collection[str]) -> list[ir.passes.PassBase]:
         """Return the passes that go before the one that quantizes these products."""
-        return [] if self.means is None else [CorrectBiases(tuple(on), self.means, self.scheme)]
+        return [] if self.means is None else [CorrectBiases(tuple(on), self.means, self.scheme, self.rounded)]
 
     def quantized(self, on: Collection[str], *, stored: bool = True) -> onnx.ModelProto:
         """Return the graph with these products in int8.
@@ -184,7 +193,7 @@ class Quantizable:
         nodes = [name for name in self.nodes if name in set(on)]
         if not nodes:
             return self.graph
-        insert = InsertQdq(nodes, self.ranges, self.scheme)
+        insert = InsertQdq(nodes, self.ranges, self.scheme, self.rounded)
         graph = apply(self.graph, [*self.corrections(nodes), insert, KeepFloat()], what=self.what)
         if stored and self.scheme != TENSORRT:
             policy = policy_of(self.graph)
@@ -266,7 +275,7 @@ class SwitchedTower:
     def __enter__(self) -> SwitchedTower:
         """Open the session."""
         tower = self._tower
-        quantize = InsertQdq(tower.nodes, tower.ranges, tower.scheme)
+        quantize = InsertQdq(tower.nodes, tower.ranges, tower.scheme, tower.rounded)
         switches = InsertSwitches(quantize, before=tower.corrections(tower.nodes))
         graph = apply(tower.graph, [switches], what=tower.what)
         self._session = self._stack.enter_context(_opened(graph, tower.what, _SIMULATED, self._options))

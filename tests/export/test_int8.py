@@ -38,6 +38,7 @@ from edgeclip.export.passes.bias import CorrectBiases, corrected  # noqa: E402
 from edgeclip.export.passes.qdq import InsertQdq, observed, place  # noqa: E402
 from edgeclip.export.passes.watch import WatchTensors  # noqa: E402
 from edgeclip.export.ranges import GraphWatch  # noqa: E402
+from edgeclip.export.rounding import rounded_weights  # noqa: E402
 from edgeclip.export.storage import store_small  # noqa: E402
 from edgeclip.export.variants import VariantSpec  # noqa: E402
 from edgeclip.quantization import (  # noqa: E402
@@ -283,7 +284,7 @@ def test_integers_and_scales_are_those_of_onnx_runtimes_quantizer(tmp_path: Path
         weight_type=QuantType.QInt8,
     )
     theirs = onnx.load(tmp_path / "int8.onnx")
-    plain = Int8Settings(MinMax(), correct_biases=False)
+    plain = Int8Settings(MinMax(), correct_biases=False, rounding="nearest")
     ours = quantize(convolutions(), pictures(), CONVOLUTIONS, scheme_of(bits), plain, what="tower")
     for output in ("maps", "mixed"):
         for index in (1, 2):  # weight and bias: integers, scales, zero points
@@ -381,6 +382,68 @@ def test_corrected_biases_bring_means_back(kind: str) -> None:
     wanted = next(iter(means(GraphWatch(shaped, what="tower"), rows, [output]).values()))
     before, after = (np.abs(mean_of(each) - wanted).max() for each in (shaped, better))
     assert after < 0.01 * before
+
+
+def patches(count: int, seed: int) -> NDArray[np.uint8]:
+    """Return pictures whose neighbours are alike, as they are in pictures."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, SIZE // 4, SIZE // 4, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(coarse, 4, axis=1), 4, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output"), [("convolutions", "maps"), ("convolutions", "mixed"), ("tokens", "wide")]
+)
+@pytest.mark.parametrize("correct_biases", [True, False])
+def test_rounding_by_moments_brings_products_nearer(kind: str, output: str, correct_biases: bool) -> None:
+    """On rows that no weight was rounded by; with the mean of what a bias takes up, and without."""
+    graph, rows, others = (
+        (convolutions(), patches(64, seed=1), patches(64, seed=2))
+        if kind == "convolutions"
+        else (with_bias(tokens()), texts(64), texts(64, seed=2))
+    )
+    shaped = onnx.shape_inference.infer_shapes(graph, data_prop=True)
+    model, watch, scheme = ir.from_proto(shaped), GraphWatch(shaped, what="tower"), Scheme(weight_bits=7)
+    sources = corrected(model, [output])
+    found = means(watch, rows, list(sources.values()))
+    chosen = rounded_weights(
+        model, watch, rows, [output], scheme, corrected=sources if correct_biases else (), what="tower"
+    )
+    seen = "shifted" if kind == "tokens" else output
+
+    def values(each: onnx.ModelProto) -> NDArray[np.float64]:
+        with GraphWatch(each, what="tower").values([seen]) as session:
+            return session.run({next(iter(session.inputs)): others})["0"].astype(np.float64)
+
+    errors = []
+    for rounded in ({}, chosen):
+        passes = [CorrectBiases([output], found, scheme, rounded)] if correct_biases else []
+        each = rounded_to(apply(shaped, passes, what="tower"), (output,))
+        if rounded:
+            weight = made_by(each)[output].input[1]
+            exact = chosen[output].values.astype(np.float32)
+            (tensor,) = [tensor for tensor in each.graph.initializer if tensor.name == weight]
+            tensor.CopyFrom(numpy_helper.from_array(exact, weight))
+        errors.append(np.square(values(each) - values(shaped)).mean())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_integers_chosen_by_moments_are_those_of_the_file() -> None:
+    shaped = onnx.shape_inference.infer_shapes(convolutions(), data_prop=True)
+    model, scheme = ir.from_proto(shaped), scheme_of(fit_pairs=True)
+    nodes, rows = place(model, CONVOLUTIONS), pictures(64)
+    sources = corrected(model, nodes)
+    watch = GraphWatch(shaped, what="tower")
+    chosen = rounded_weights(model, watch, rows, nodes, scheme, corrected=sources, what="tower")
+    assert set(chosen) == set(nodes)
+    made = quantize(convolutions(), rows, CONVOLUTIONS, scheme, what="tower")
+    for output in nodes:
+        integers, scale, _ = parts(made, output, 1)
+        assert np.array_equal(integers, chosen[output].integers)
+        assert np.array_equal(scale.ravel(), chosen[output].steps)
+    nearest = quantize(
+        convolutions(), rows, CONVOLUTIONS, scheme, Int8Settings(rounding="nearest"), what="tower"
+    )
+    assert any((parts(nearest, output, 1)[0] != chosen[output].integers).any() for output in nodes)
 
 
 def test_a_correction_needs_means() -> None:
