@@ -10,7 +10,7 @@ WORK keeps what each stage made, and the same command goes on where it stopped:
 
 ==============  ============================================================================================
 ``data``        texts, targets and the untrained model (``default_data.py``)
-``run``         training, with its states and ``log.jsonl``
+``run-…``       training, with its states and ``log.jsonl``; other data or another recipe get another one
 ``checkpoint``  what came out, its scale fitted on the tuning half; float16, the backbone's weights by sha256
 ``bundle``      the bundle before it goes to its place
 ==============  ============================================================================================
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -71,7 +72,6 @@ _log = logging.getLogger("build_default")
 
 Until: TypeAlias = Literal["data", "train", "checkpoint", "bundle"]
 Accuracy: TypeAlias = Literal["tune", "report", "none"]
-Shown: TypeAlias = Sequence[tuple[str, Stamp]]
 
 BANK, CHINESE_BANK = "imagenet-1k", "imagenet-1k-zh"
 VARIANT = "onnx-int8"
@@ -215,7 +215,9 @@ def _train(plan: Build) -> Path | None:
                 progress.entry["samples_per_s"],
             )
 
-    options = TrainOptions(plan.work / "run", plan.work, recipe_text=text)
+    made_from = (plan.work / "data" / "data.json").read_bytes()  # targets are no part of a recipe's digest
+    key = hashlib.sha256(made_from + recipe_digest(recipe).encode()).hexdigest()
+    options = TrainOptions(plan.work / f"run-{key[:8]}", plan.work, recipe_text=text)
     with _asked_to_stop() as stop:
         result = train(recipe, options, listen=listen, stop=lambda: bool(stop))
     if result.status == "interrupted":
