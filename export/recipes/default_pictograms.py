@@ -191,6 +191,9 @@ def look(backbone: EfficientNetLite, pictures: Iterable[Pixels], keep: Path | No
         backbone: in evaluation mode.
         pictures: what to look at.
         keep: where to keep the features; read from there if the file is there, and no picture is drawn then.
+
+    Raises:
+        InputError: no pictures.
     """
     if keep is not None and keep.is_file():
         kept: Floats = np.load(keep)
@@ -210,6 +213,11 @@ def look(backbone: EfficientNetLite, pictures: Iterable[Pixels], keep: Path | No
             flush()
     if batch:
         flush()
+    if not found:
+        raise InputError(
+            "features: got 0 pictures to look at, expected at least one; free photographs come with "
+            "`edgeclip data fetch photos`."
+        )
     features = np.concatenate(found).astype(np.float32)
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)

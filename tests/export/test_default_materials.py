@@ -394,3 +394,12 @@ def test_the_gate_parts_drawings_from_photographs() -> None:
     # halfway between them still counts as a photograph
     halfway = (drawings.mean(axis=0) + photographs.mean(axis=0)) / 2
     assert 1 / (1 + np.exp(-(halfway @ gate[:-1] + gate[-1]))) < 0.01
+
+
+def test_no_free_photograph_is_an_error() -> None:
+    pytest.importorskip("torch")
+    from edgeclip.export.recipes.default_pictograms import look, photograph_views
+    from edgeclip.models.efficientnet_lite import EfficientNetLite
+
+    with pytest.raises(InputError, match="got 0 pictures to look at"):
+        look(EfficientNetLite().eval(), photograph_views([]))
