@@ -11,8 +11,10 @@ far to follow it, takes back what is not needed, and has the last word from the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -42,6 +44,8 @@ __all__ = [
     "choose",
     "measure",
 ]
+
+_log = logging.getLogger(__name__)
 
 EVERYTHING: Final = "everything"
 _SCHEMA: Final = 1
@@ -278,7 +282,10 @@ def _digest(board: Switchboard, rows: NDArray[Any], bank: NDArray[np.float32] | 
 
 
 class _Journal:
-    """Results on disk, a line each; whatever stops the process, all but the last line are whole."""
+    """Results on disk, a line each; whatever stops the process, all but the last line are whole.
+
+    Where nothing can be kept, on a full disk, measuring goes on without.
+    """
 
     def __init__(self, folder: Path | None, digest: str, known: Mapping[tuple[str, str], Cost]) -> None:
         self._path = None if folder is None else folder / f"{digest[:32]}.jsonl"
@@ -286,25 +293,39 @@ class _Journal:
 
     def __enter__(self) -> _Journal:
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             # Written anew from what is whole: a torn last line would swallow the next one.
             head = json.dumps({"schema": _SCHEMA, "digest": self._digest})
             lines = [head, *(_line(kind, name, cost) for (kind, name), cost in self._known.items())]
             part = self._path.with_suffix(f".{os.getpid()}.part")
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            part.replace(self._path)
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            try:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                part.replace(self._path)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    part.unlink()
+                self._give_up(error)
         return self
 
     def __exit__(self, *args: object) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+            self._descriptor = -1
 
     def add(self, kind: str, name: str, cost: Cost) -> None:
         """Add one result; it is on disk when this returns."""
-        if self._descriptor >= 0:
+        if self._descriptor < 0:
+            return
+        try:
             os.write(self._descriptor, (_line(kind, name, cost) + "\n").encode())
             os.fsync(self._descriptor)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        _log.warning("what is measured cannot be kept in %r: %s", str(self._path), error.strerror or error)
+        self.__exit__()
 
 
 def _line(kind: str, name: str, cost: Cost) -> str:
@@ -315,7 +336,7 @@ def _read(path: Path, digest: str) -> dict[tuple[str, str], Cost]:
     """Return what a file holds for these inputs; whatever cannot be read is measured again."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
+    except OSError:
         return {}
     head, *said = (_parsed(line) for line in lines)
     if (head.get("schema"), head.get("digest")) != (_SCHEMA, digest):

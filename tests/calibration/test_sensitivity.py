@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +136,28 @@ def test_a_torn_line_is_measured_again(tmp_path: Path, torn: str) -> None:
     assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [
         json.loads(line) for line in lines
     ]
+
+
+@pytest.mark.parametrize("writes", [0, 2])
+def test_a_full_disk_keeps_nothing_and_stops_nothing(
+    writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = measure(board_of(**MOVES), rows_of())
+    left = [writes]
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    assert measure(board_of(**MOVES), rows_of(), state=tmp_path) == expected
+    assert caplog.text.count("cannot be kept in") == 1
+    (tmp_path / "file").write_bytes(b"")
+    assert measure(board_of(**MOVES), rows_of(), state=tmp_path / "file") == expected
+    assert caplog.text.count("cannot be kept in") == 2
 
 
 def test_other_inputs_have_another_state(tmp_path: Path) -> None:
