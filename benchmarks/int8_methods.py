@@ -129,6 +129,7 @@ def forms(subject: Subject) -> Iterator[tuple[str, onnx.ModelProto, Mapping[str,
     yield "7 bits", made(weight_bits=7), {}
     for method in METHODS:
         yield method, made(Int8Settings(RangeMethod.parse(method)), fit_pairs=True), {}
+    yield "nearest levels", made(Int8Settings(rounding="nearest"), fit_pairs=True), {}
     yield "biases as they are", made(Int8Settings(correct_biases=False), fit_pairs=True), {}
     yield "all but the stem", made(policy=replace(policy, entry=0), fit_pairs=True), {}
     yield "outputs in float", made(integer_outputs=False, fit_pairs=True), {}

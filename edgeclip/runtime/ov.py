@@ -79,8 +79,8 @@ def without_telemetry() -> Iterator[None]:
     """Make the package ``openvino_telemetry`` impossible to import meanwhile.
 
     ``import openvino`` itself imports the converter of models, which writes an identifier below the home
-    directory and reports the import to its makers; ``import nncf`` does so too. Both do without where the
-    package is not installed, and no environment variable that means this alone says it to them.
+    directory and reports the import to its makers. It does without where the package is not installed, and no
+    environment variable that means this alone says so.
     """
     with _import_lock:
         there = {_TELEMETRY: sys.modules[_TELEMETRY]} if _TELEMETRY in sys.modules else {}
