@@ -204,7 +204,7 @@ def _sparing(network: Any, path: Path) -> Any:
 def _canonical(text: bytes, names: Sequence[str]) -> bytes:
     """Return an IR without what depends on versions, on other exports of the process, or on nothing.
 
-    Layers that OpenVINO makes are called by a counter of the process, and its version and settings stand below
+    Layers that OpenVINO makes are called by a counter of the process; its version and settings stand below
     ``rt_info`` of the network. What ``rt_info`` of a layer says is kept: it tells plugins how to treat it.
     """
     root = ET.fromstring(text)  # noqa: S314  # OpenVINO has written it a moment ago
