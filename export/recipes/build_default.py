@@ -3,7 +3,7 @@
 Every stage is the product's own: `edgeclip train` with the recipe ``default`` and `edgeclip export`. Run with
 the extras ``train`` and ``export``::
 
-    for set in default-model photos stamps; do edgeclip data fetch $set -o DATA; done
+    for set in default-model pictograms photos stamps; do edgeclip data fetch $set -o DATA; done
     python -m edgeclip.export.recipes.build_default --materials DATA --work WORK -o BUNDLE
 
 WORK keeps what each stage made, and the same command goes on where it stopped:
