@@ -405,7 +405,7 @@ def _notice(plan: Build, packages: Mapping[str, Path]) -> bytes:
             f"- {parent['name']}: {parent['package']}, {parent['licence']}; {parent['role']}."
             for parent in parents_of(cedict=plan.cedict)
         ),
-        f"\nThe text tower and the class table: trained by the edgeclip authors, licensed under {licence}.",
+        f"\nThe text tower and the tables of the image tower: made by the edgeclip authors, licensed under {licence}.",
         "Golden pictures: demonstration photographs of edgeclip, public domain or CC0-1.0.",
         "\nWordNet 3.0\n",
         (packages["wordnet-base"] / "usr/share/doc/wordnet-base/copyright").read_text("utf-8"),
@@ -437,8 +437,9 @@ def _card(plan: Build, bundle: Bundle, accuracy: Mapping[str, Mapping[str, Any] 
         f"- Licence: {read_checkpoint_info(plan.work / 'checkpoint').licence}",
         f"- Parameters: image {model.parameters['image']:,}, text {model.parameters['text']:,}",
         f"- Languages: {', '.join(model.languages)}",
-        "- Image tower: EfficientNet-Lite0 with its ImageNet-1k weights, frozen; no other picture was",
-        "  trained on. Text tower: a bag of byte pairs, trained by `edgeclip train default`.",
+        "- Image tower: EfficientNet-Lite0 with its ImageNet-1k weights, frozen, and tables on top of it;",
+        "  one of them learnt from emoji in two styles. Text tower: a bag of byte pairs, trained by",
+        "  `edgeclip train default`.",
         "- Calibration of int8: photographs of Debian packages and scikit-image, unlabelled.",
     ]
     for name, said in accuracy.items():
