@@ -405,7 +405,7 @@ def _notice(plan: Build, packages: Mapping[str, Path]) -> bytes:
             f"- {parent['name']}: {parent['package']}, {parent['licence']}; {parent['role']}."
             for parent in parents_of(cedict=plan.cedict)
         ),
-        f"\nText tower and tables of the image tower: made by the edgeclip authors, licensed under {licence}.",
+        f"\nText tower, and tables of the image tower: by the edgeclip authors, licensed under {licence}.",
         "Golden pictures: demonstration photographs of edgeclip, public domain or CC0-1.0.",
         "\nWordNet 3.0\n",
         (packages["wordnet-base"] / "usr/share/doc/wordnet-base/copyright").read_text("utf-8"),
