@@ -101,7 +101,7 @@ class Plan:
         pictures: that are drawn.
         photo_share: of them, crops of photographs.
         views: that are stored of each.
-        steps: of training; the recipe's if not given.
+        steps: of training, all stages together; the recipe's if not given.
         seed: of the student's weights, and of the order in training. Pictures and views do not depend on it.
         threads: of every engine.
         recipe: a training recipe: one that comes with edgeclip, or a file.
@@ -378,8 +378,12 @@ def read_recipe(plan: Plan) -> Recipe:
     recipe = parse_recipe(content, where=where, changes=changes)
     if plan.steps is None:
         return recipe
-    size = recipe.stage[0].batch_size
-    return parse_recipe(content, where=where, changes=[*changes, f"stage.0.samples={plan.steps * size}"])
+    whole = sum(stage.steps for stage in recipe.stage)
+    for number, stage in enumerate(recipe.stage):
+        steps = max(1, round(plan.steps * stage.steps / whole))
+        changes.append(f"stage.{number}.samples={steps * stage.batch_size}")
+        changes.append(f"stage.{number}.schedule.warmup={min(stage.schedule.warmup, steps // 10)}")
+    return parse_recipe(content, where=where, changes=changes)
 
 
 def train_student(plan: Plan) -> Path:

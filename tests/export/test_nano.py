@@ -247,8 +247,8 @@ def test_a_bundle_from_drawings_and_photographs(
         work=tmp_path / "work",
         checkpoint=teacher,
         pictures=24,
-        steps=3,
-        changes=("stage.0.batch_size=8", "stage.0.schedule.warmup=1"),
+        steps=4,
+        changes=("stage.0.batch_size=8", "stage.1.batch_size=8"),
     )
     bundle = build(plan, found, tmp_path / "bundle")
     assert list(bundle.manifest.variants) == ["onnx-int8"]
