@@ -9,7 +9,7 @@ import torch
 from edgeclip.distill.batches import Batch, Position
 from edgeclip.distill.inputs import STORED_IMAGE, STORED_TEXT, Consumer, Inputs, StoredViews, ViewForm
 from edgeclip.distill.offline import OfflineTeacher
-from edgeclip.distill.recipe import DataSpec, parse_recipe
+from edgeclip.distill.recipe import DataSpec, StoredTeacher, parse_recipe
 from edgeclip.errors import ConfigError
 
 RECIPE = """
@@ -68,7 +68,8 @@ def test_captions_make_up_their_share(share: float) -> None:
 
 
 def test_a_share_is_between_none_and_all() -> None:
-    recipe = parse_recipe(RECIPE.format(share=0.6).encode())
-    assert recipe.teacher[0].caption_share == 0.6
+    (teacher,) = parse_recipe(RECIPE.format(share=0.6).encode()).teacher
+    assert isinstance(teacher, StoredTeacher)
+    assert teacher.caption_share == 0.6
     with pytest.raises(ConfigError, match=r"\[\[teacher\]\] 0.*<= 1"):
         parse_recipe(RECIPE.format(share=1.5).encode())
