@@ -29,7 +29,15 @@ from edgeclip.export.recipes.stamps import candidates, read_stamps
 from edgeclip.fetch import materials, photos
 from edgeclip.preprocess import Preprocess
 
-__all__ = ["Labelled", "Unlabelled", "calibration_pixels", "labelled_sets", "unlabelled"]
+__all__ = [
+    "Labelled",
+    "Unlabelled",
+    "calibration_pixels",
+    "labelled_sets",
+    "on_white",
+    "samples",
+    "unlabelled",
+]
 
 HERE = Path(__file__).parent
 _KEPT = HERE.parent / "build" / "agreement-pictures"
@@ -162,7 +170,7 @@ def _pasted(ground: Image.Image, drawing: Image.Image, draw: random.Random) -> I
 def labelled_sets(spec: PreprocessSpec) -> tuple[Labelled, ...]:
     """Return the sets with names, of pictures as the model wants them."""
     prepare = Preprocess(spec)
-    return (*_stamps(prepare), *_named_pictograms(prepare), *_samples(prepare))
+    return (*_stamps(prepare), *_named_pictograms(prepare), *samples(prepare))
 
 
 def _stamps(prepare: Preprocess) -> list[Labelled]:
@@ -193,20 +201,21 @@ def _named_pictograms(prepare: Preprocess) -> list[Labelled]:
         ("pictograms-named-like-stamps", [name for name in every if name in set(stamps)], stamps),
         ("pictograms", [name for name in every if name not in set(stamps)], every),
     ):
-        pixels = np.stack([prepare.resize(_on_white(named[name])) for name in chosen])
+        pixels = np.stack([prepare.resize(on_white(named[name])) for name in chosen])
         targets = np.array([offered.index(name) for name in chosen], np.intp)
         sets.append(Labelled(title, pixels, targets, offered))
     return sets
 
 
-def _on_white(path: Path) -> Image.Image:
+def on_white(path: Path) -> Image.Image:
+    """Return a drawing on white, with an eighth of its side around it."""
     drawing = Image.open(path).convert("RGBA")
     ground = Image.new("RGB", (drawing.width * 5 // 4, drawing.height * 5 // 4), _WHITE)
     ground.paste(drawing, (drawing.width // 8, drawing.height // 8), drawing)
     return ground
 
 
-def _samples(prepare: Preprocess) -> list[Labelled]:
+def samples(prepare: Preprocess) -> list[Labelled]:
     """Return the ImageNet and CIFAR pictures of foolbox, whose class is in the name of the file."""
     folder = materials("samples")["foolbox"] / "foolbox" / "data"
     packages = materials("default-model")

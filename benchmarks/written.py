@@ -78,8 +78,8 @@ def model(classifier: ZeroShotClassifier) -> dict[str, Any]:
     }
 
 
-def write(output: Path, document: dict[str, Any]) -> None:
-    """Add where and when, write the file, and print it."""
+def write(output: Path, document: dict[str, Any], *, show: bool = True) -> None:
+    """Add where and when, write the file, and print it if it is to be shown."""
     host = Host.here()
     document = {
         "schema": 1,
@@ -92,13 +92,18 @@ def write(output: Path, document: dict[str, Any]) -> None:
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
-    print(text)
+    if show:
+        print(text)
 
 
 def _relative(part: str) -> str:
+    """Name what lies elsewhere on this machine by its last part only."""
     path = Path(part)
-    return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else part
+    if not path.is_absolute():
+        return part
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def commit() -> str:

@@ -27,13 +27,17 @@ _DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Stamp:
-    """One picture: file, names, how ImageNet covers the English name (``kind``), half (``split``)."""
+    """One picture: file, names, how ImageNet covers the English name (``kind``), half (``split``).
+
+    ``coarse`` is the superclass, where it has one.
+    """
 
     file: str
     en: str
     zh: str
     kind: str
     split: str
+    coarse: str | None = None
 
     def name(self, language: str) -> str:
         """Return the name in ``"en"`` or ``"zh"``."""
@@ -52,7 +56,10 @@ def read_stamps(path: Path) -> tuple[Stamp, ...]:
     """
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        return tuple(Stamp(row["file"], row["en"], row["zh"], row["kind"], row["split"]) for row in rows)
+        return tuple(
+            Stamp(row["file"], row["en"], row["zh"], row["kind"], row["split"], row.get("coarse"))
+            for row in rows
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"stamps: {str(path)!r} cannot be read ({error}).") from error
 
