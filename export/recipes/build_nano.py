@@ -66,7 +66,7 @@ from edgeclip.text_encoder import TextEncoder
 from edgeclip.tokenizer import Tokenizer
 
 from ..exporter import export_bundle
-from ..options import Checkpoint, ExportSettings, Offered, References
+from ..options import Checkpoint, ExportSettings, Gates, LimitChange, Offered, References
 from ..variants import parse_variants
 from .default_space import ClassNames, read_class_names
 from .nano_pictures import Named, Pictogram, Scene, photograph, pictogram, read_pictograms, write_table
@@ -88,6 +88,9 @@ _CHECKPOINT = _ROOT / "tests" / "data" / "default-checkpoint"
 _TEACHER_SCALE = 20.0
 _START_SCALE = 20.0
 _PHOTO_PX = 1024
+# Of a thousand labels the first few are near ties to so small a model; what counts is accuracy, which
+# benchmarks/nano.py measures in both forms. The manifest names the default that is missed.
+_SAME_FIRST = 0.85
 _THING_WEIGHT = 3  # how much oftener a thing is drawn than a face, a flag or a sign
 
 
@@ -427,6 +430,7 @@ def make_bundle(
             calibration_samples=256,
             offered=Offered("imagenet-1k", LabelSet.of(list(labels.values())), Templates.of("one")),
         ),
+        gates=Gates((LimitChange("int8", "top1_agreement", _SAME_FIRST),)),
         threads=plan.threads,
     )
     exported = export_bundle(
