@@ -29,6 +29,7 @@ import json
 import logging
 import shutil
 import signal
+import string
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -461,21 +462,7 @@ def _notice(plan: Build, packages: Mapping[str, Path]) -> bytes:
 def _card(plan: Build, bundle: Bundle, accuracy: Mapping[str, Mapping[str, Any] | None]) -> bytes:
     """Return what the model is, for people: the numbers are those of the manifest."""
     model = bundle.manifest.model
-    lines = [
-        f"# {model.name}",
-        "",
-        "Recognises roughly what ImageNet-1k covers under everyday English and Chinese names. It is no",
-        "general CLIP: no scenes, actions, attributes, counting, people, or text in the picture; a score",
-        "says which of the offered labels fits best, not whether any does.",
-        "",
-        f"- Licence: {read_checkpoint_info(plan.work / 'checkpoint').licence}",
-        f"- Parameters: image {model.parameters['image']:,}, text {model.parameters['text']:,}",
-        f"- Languages: {', '.join(model.languages)}",
-        "- Image tower: EfficientNet-Lite0 with its ImageNet-1k weights, frozen, and tables on top of it;",
-        "  one of them learnt from emoji in two styles. Text tower: a bag of byte pairs, trained by",
-        "  `edgeclip train default`.",
-        "- Calibration of int8: photographs of Debian packages and scikit-image, unlabelled.",
-    ]
+    lines = []
     for name, said in accuracy.items():
         for language in LANGUAGES if said else ():
             assert said is not None
@@ -485,7 +472,16 @@ def _card(plan: Build, bundle: Bundle, accuracy: Mapping[str, Mapping[str, Any] 
                 f"- {name}, {language}: top-1 {100 * part['top1']:.0f} % [{low:.0f}, {high:.0f}], top-5 "
                 f"{100 * part['top5']:.0f} % of {part['n']} pictures ({said['dataset']})"
             )
-    return "\n".join([*lines, "", "More: docs/default-model.md.", ""]).encode("utf-8")
+    text = (Path(__file__).parent / "default_card.md").read_text("utf-8")
+    filled = string.Template(text).substitute(
+        name=model.name,
+        licence=read_checkpoint_info(plan.work / "checkpoint").licence,
+        image=f"{model.parameters['image']:,}",
+        text=f"{model.parameters['text']:,}",
+        languages=", ".join(model.languages),
+        figures="\n".join(lines) or "Not measured in this build.",
+    )
+    return filled.encode("utf-8")
 
 
 def _fit(plan: Build, bundle: Bundle) -> Bundle:
