@@ -87,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file=sys.stderr,
                 )
     if not options.quiet:
-        write(options.output, {"figures": _spread(models), "models": models})
+        for model in models:
+            for said in model["sets"].values():
+                said["rows"] = ["\t".join(map(str, row.values())) for row in said["rows"]]
+        columns = "rows: picture, its name, the rank of that among all, share of n-way draws won"
+        write(options.output, {"columns": columns, "figures": _spread(models), "models": models})
     return 0
 
 
