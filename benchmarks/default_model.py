@@ -480,12 +480,14 @@ def of_samples(subject: Subject, prepare: Preprocess) -> tuple[dict[str, Figure]
 def of_pictograms(
     subject: Subject, prepare: Preprocess, style: Style, flags: frozenset[str]
 ) -> tuple[dict[str, Figure], dict[str, str]]:
-    """Return what a form makes of the pictograms of a style; rows as columns of words, for they are many."""
+    """Return what a form makes of the pictograms of a style; rows are columns of words, for they are many.
+
+    They are in the order of the style's emoji.
+    """
     images = embedded(subject, (prepare.resize(on_white(each.files[0])) for each in style.emoji))
     is_flag = np.array([each.code in flags for each in style.emoji])
     is_thing = np.array([each.is_thing for each in style.emoji])
     said: dict[str, Figure] = {}
-    codes = np.array([each.code for each in style.emoji])
     kept: dict[str, str] = {}
     for language in TEMPLATES:
         own_names = [each.english if language == "en" else each.chinese for each in style.emoji]
@@ -505,7 +507,6 @@ def of_pictograms(
                 for what, each in values.items():
                     named = [truth[row] for row in np.flatnonzero(chosen)]
                     said[f"{style.name} {language} {part} {what}"] = mean_figure(each[chosen], named)
-            kept[f"{title}: emoji"] = " ".join(codes[shown])
             kept[f"{title}: rank, {language}"] = " ".join(map(str, rank))
             kept[f"{title}: wins of 10-way, {language}"] = " ".join(
                 map(str, np.rint(_DRAWS * ten).astype(int))
@@ -596,7 +597,10 @@ def exported(checkpoint: Path, work: Path) -> Path:
 
 
 def cost(form: Form, photo: Path) -> dict[str, Any]:
-    """Return sizes, latencies and peak memory of a form; sizes and memory of stored ones alone."""
+    """Return sizes, latencies and peak memory of a form; sizes and memory of stored ones alone.
+
+    Sizes are those of a bundle with this form and no other.
+    """
     spec = form.subject.preprocess
     picture = Preprocess(spec)(photo)[None]
     said: dict[str, Any] = {"threads": 1}
@@ -619,13 +623,16 @@ def cost(form: Form, photo: Path) -> dict[str, Any]:
             (name,) = session.inputs
             said["latency"][tower] = _latency(lambda each=session, key=name, row=feed: each.run({key: row}))
     files = form.bundle.manifest.files
+    others = set(form.bundle.manifest.variants) - {form.variant}
     parts: dict[str, int] = {"manifest": len(form.bundle.manifest_bytes)}
     for name, entry in files.items():
         part = name.split("/")[0] if "/" in name else name.split(".")[0].lower()
-        if part in form.bundle.manifest.variants:
-            part = f"{part} {Path(name).name.split('.')[0]}"
+        if part in others:
+            continue
+        if part == form.variant:
+            part = f"{Path(name).name.split('.')[0]} tower"
         parts[part] = parts.get(part, 0) + entry.size_bytes
-    said["size_bytes"] = {**parts, "bundle": sum(parts.values())}
+    said["size_bytes"] = {**parts, "in all": sum(parts.values())}
     said["peak_rss"] = _peak_rss(form, photo)
     return said
 
@@ -749,7 +756,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "draws": _DRAWS,
         "seed": _SEED,
         "goals": {"half": "report", "least": GOALS},
-        "pictograms": {style.name: style.about for style in asked.styles},
+        "pictograms": {
+            style.name: {
+                "from": style.about,
+                "emoji": " ".join(each.code for each in style.emoji),
+                "flags": " ".join(each.code for each in style.emoji if each.code in asked.flags),
+            }
+            for style in asked.styles
+        },
         "left_out": asked.left_out,
         "forms": found,
     }
