@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             about = {key: value for key, value in subject.about.items() if key != "threads"}
             subject.close()
-            models.append({"name": "/".join(Path(subject.name).parts[-3:]), "about": about, "sets": found})
+            models.append({"name": "/".join(Path(subject.name).parts[-2:]), "about": about, "sets": found})
             for name, said in found.items():
                 way = next(key for key in said if key.endswith("-way"))
                 print(
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in models:
             for said in model["sets"].values():
                 said["rows"] = ["\t".join(map(str, row.values())) for row in said["rows"]]
+        sys.argv[1:] = [Path(each).name if "/" in each else each for each in sys.argv[1:]]
         columns = "rows: picture, its name, the rank of that among all, share of n-way draws won"
         write(options.output, {"columns": columns, "figures": _spread(models), "models": models})
     return 0

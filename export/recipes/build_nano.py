@@ -46,7 +46,7 @@ from edgeclip.distill.shards import write_shards
 from edgeclip.distill.trainer import Progress, TrainOptions, train
 from edgeclip.errors import EdgeClipError
 from edgeclip.fetch import materials, photos
-from edgeclip.label_sets import Label, LabelSet, Templates
+from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import build_bank
 from edgeclip.models.checkpoints import (
     CheckpointInfo,
@@ -66,7 +66,7 @@ from edgeclip.text_encoder import TextEncoder
 from edgeclip.tokenizer import Tokenizer
 
 from ..exporter import export_bundle
-from ..options import Checkpoint, ExportSettings, Gates, LimitChange, Offered, References
+from ..options import Checkpoint, ExportSettings, Gates, LimitChange, References
 from ..variants import parse_variants
 from .default_space import ClassNames, read_class_names
 from .nano_pictures import Named, Pictogram, Scene, photograph, pictogram, read_pictograms, write_table
@@ -88,7 +88,7 @@ _CHECKPOINT = _ROOT / "tests" / "data" / "default-checkpoint"
 _TEACHER_SCALE = 20.0
 _START_SCALE = 20.0
 _PHOTO_PX = 1024
-# Of a thousand labels the first few are near ties to so small a model; what counts is accuracy, which
+# Of many labels the first few are near ties to so small a model; what counts is accuracy, which
 # benchmarks/nano.py measures in both forms. The manifest names the default that is missed.
 _SAME_FIRST = 0.85
 _THING_WEIGHT = 3  # how much oftener a thing is drawn than a face, a flag or a sign
@@ -133,7 +133,7 @@ class Materials:
     """What the model is made of, besides its teacher.
 
     Attributes:
-        names: of the classes that photographs are called by, and that the bundle's labels are.
+        names: of the classes that photographs are called by.
         pictograms: to draw.
         photographs: to cut crops from, RGB.
         external: packages in which weights of the teacher's checkpoint are, by name.
@@ -192,7 +192,7 @@ def build(plan: Plan, found: Materials, out: Path) -> Bundle:
     reinforce_pictures(plan)
     make_start(plan, found)
     train_student(plan)
-    return make_bundle(plan, found, out)
+    return make_bundle(plan, out)
 
 
 # --- the teacher -------------------------------------------------------------------------------------------
@@ -416,20 +416,10 @@ def _listener(every: int) -> Callable[[Progress], None]:
 # --- the bundle --------------------------------------------------------------------------------------------
 
 
-def make_bundle(
-    plan: Plan, found: Materials, out: Path, *, variants: Sequence[str] = ("onnx-int8",)
-) -> Bundle:
-    """Export what training left: folded, quantized, compared, with a bank of the class names."""
-    names = found.names
-    labels: dict[str, Label] = {}
-    for english, chinese in zip(names.english, names.chinese, strict=True):
-        labels.setdefault(english.lower(), Label(english, aliases=(("zh", Label(chinese)),)))
+def make_bundle(plan: Plan, out: Path, *, variants: Sequence[str] = ("onnx-int8",)) -> Bundle:
+    """Export what training left: folded, quantized, compared, with a bank of everyday names."""
     settings = ExportSettings(
-        references=References(
-            calibration=_calibration(plan),
-            calibration_samples=256,
-            offered=Offered("imagenet-1k", LabelSet.of(list(labels.values())), Templates.of("one")),
-        ),
+        references=References(calibration=_calibration(plan), calibration_samples=256),
         gates=Gates((LimitChange("int8", "top1_agreement", _SAME_FIRST),)),
         threads=plan.threads,
     )

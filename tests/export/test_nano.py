@@ -247,12 +247,12 @@ def test_a_bundle_from_drawings_and_photographs(
         work=tmp_path / "work",
         checkpoint=teacher,
         pictures=24,
-        steps=4,
-        changes=("stage.0.batch_size=8", "stage.1.batch_size=8"),
+        steps=5,
+        changes=tuple(f"stage.{number}.batch_size=8" for number in range(3)),
     )
     bundle = build(plan, found, tmp_path / "bundle")
     assert list(bundle.manifest.variants) == ["onnx-int8"]
-    assert bundle.manifest.label_banks["imagenet-1k"].labels == 2
+    assert bundle.manifest.label_banks["everyday"].labels == 100
     assert set(bundle.manifest.model.languages) == {"en", "zh"}
     made = _digests(plan.work)
     stages = {name.split("/")[0] for name in made}
