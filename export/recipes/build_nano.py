@@ -377,7 +377,12 @@ def _text_tower(model: CLIP) -> BagTextTower:
 def read_recipe(plan: Plan) -> Recipe:
     """Return the training recipe, with the plan's seed, start and steps."""
     content, _, where = find_recipe(plan.recipe, "edgeclip.distill.recipes")
-    changes = [f"seed={plan.seed}", f'student.checkpoint="start-{plan.seed}"', *plan.changes]
+    changes = [
+        f'name="{NAME}"',
+        f"seed={plan.seed}",
+        f'student.checkpoint="start-{plan.seed}"',
+        *plan.changes,
+    ]
     recipe = parse_recipe(content, where=where, changes=changes)
     if plan.steps is None:
         return recipe
