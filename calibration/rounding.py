@@ -235,14 +235,8 @@ def round_to_moments(
     exact: NDArray[np.float64] = weight.astype(np.float64)
     wide: NDArray[np.float64] = steps.astype(np.float64)[..., None]
     nearest = np.rint(exact / wide).clip(-limit, limit)
-    groups, _, terms = exact.shape
-    damped = moment + _DAMPING * np.trace(moment, axis1=1, axis2=2)[:, None, None] / terms * np.eye(terms)
-    varied = damped[:, np.arange(terms), np.arange(terms)]
-    damped = damped + np.where(varied > 0, 0.0, 1.0)[:, :, None] * np.eye(terms)
-    order = np.argsort(-varied, axis=1, kind="stable")  # those that matter most first
-    group = np.arange(groups)[:, None]
-    sorted_moment = damped[group[:, :, None], order[:, :, None], order[:, None, :]]
-    factor = np.linalg.cholesky(np.linalg.inv(sorted_moment)).transpose(0, 2, 1)  # upper
+    terms = exact.shape[2]
+    order, factor = _factor(moment)
     left = np.take_along_axis(exact, order[:, None, :], axis=2) / wide
     found = np.zeros_like(left)
     bound = _Bounds(found, order, neighbours, limit, most)
@@ -260,6 +254,27 @@ def round_to_moments(
     rounded = np.take_along_axis(found, back[:, None, :], axis=2)
     is_better = _errors(exact - rounded * wide, moment) <= _errors(exact - nearest * wide, moment)
     return np.where(is_better[..., None], rounded, nearest).astype(np.int8)
+
+
+def _factor(moment: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the order of terms, those that matter most first, and the upper factor of ``H^-1`` in it.
+
+    Inputs that hardly vary but together leave ``H`` singular: more is added to the diagonal until it is not.
+    """
+    groups, terms, _ = moment.shape
+    unit = np.eye(terms)
+    order = np.argsort(-np.diagonal(moment, axis1=1, axis2=2), axis=1, kind="stable")
+    group = np.arange(groups)[:, None, None]
+    sorted_moment = moment[group, order[:, :, None], order[:, None, :]]
+    mean = np.trace(moment, axis1=1, axis2=2)[:, None, None] / terms
+    damping = _DAMPING * np.where(mean > 0, mean, 1.0)
+    while True:
+        try:
+            factor = np.linalg.cholesky(np.linalg.inv(sorted_moment + damping * unit))
+        except np.linalg.LinAlgError:
+            damping = 10 * damping
+            continue
+        return order, factor.transpose(0, 2, 1)
 
 
 class _Bounds:

@@ -278,10 +278,13 @@ def _make(
     """Make, store and compare one variant."""
     folder = work / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    is_int8 = spec.form.precision == "int8"
+    is_int8, options = spec.form.precision == "int8", settings.build
     rows, chosen = calibration if is_int8 else ({}, None)
     if is_int8 and finished is not None:
         graphs = {**graphs, "image": finished.graph}
+        # It has learnt with the nearest levels.
+        nearest = replace(options.quantization, rounding="nearest")
+        options = replace(options, quantization=nearest)
     with steps(f"{spec.name}: make"):
         request = BuildRequest(
             spec,
@@ -289,7 +292,7 @@ def _make(
             folder,
             rows,
             None if chosen is None else chosen.digest,
-            settings.build,
+            options,
             yardstick.bank.embeddings if yardstick.basis == "trained" else None,
             on_step=lambda said: steps.note(f"{spec.name}: {said}"),
         )

@@ -104,6 +104,16 @@ def test_inputs_that_never_vary_do_no_harm() -> None:
     assert np.abs(made).max() <= LIMIT
 
 
+def test_moments_of_low_rank_are_damped_until_they_can_be_inverted() -> None:
+    weight, steps = drawn((1, 4, 60))
+    few = 1e6 * np.ones((1, 60, 1)) + 1e-6 * np.random.default_rng(0).normal(size=(1, 60, 1))
+    moment = few @ few.transpose(0, 2, 1)
+    moment[0, 0, 0] = -1e11  # as rounding leaves it where terms cancel
+    made = round_to_moments(weight, moment, steps, limit=LIMIT)
+    assert np.abs(made).max() <= LIMIT
+    assert np.abs(made - weight / steps.astype(np.float64)[..., None]).max() < 60
+
+
 @pytest.mark.parametrize(("channels", "positions"), [(64, 1), (7, 9), (8, 4)])
 def test_pairs_keep_their_bound(channels: int, positions: int) -> None:
     """Two terms that an engine adds up in 16 bits: 255 times their sum fits."""

@@ -13,7 +13,7 @@ from rank_gradients import CASES, TOWERS  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from edgeclip.distill.ranks import Ranks  # noqa: E402
-from edgeclip.distill.recipe import LossSpec  # noqa: E402
+from edgeclip.distill.recipe import LossSpec, PictureMatchLoss  # noqa: E402
 
 TOOL = Path(__file__).parents[1] / "tools" / "rank_gradients.py"
 TOLERANCE = 1e-9  # the bar is 1e-6; float64 gives 1e-14
@@ -64,7 +64,8 @@ def test_cases_differ_by_more_than_ranks_do(both: tuple[dict[str, Any], dict[str
 
 def test_every_loss_is_compared() -> None:
     compared = {type(term) for terms in CASES.values() for term in terms}
-    assert compared == set(get_args(LossSpec))
+    # A picture match compares rows with pictures that all ranks share: no other rank's rows are in it.
+    assert compared | {PictureMatchLoss} == set(get_args(LossSpec))
 
 
 def test_averages_keep_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_finishing_heals_coarse_int8(repo: Path, tmp_path: Path) -> None:
     size = config.image_size_px[0]
     rows, others = shapes(96, size), shapes(64, size, seed=1)
     policy, scheme = Int8Policy("all", stem=True, pooled=True), Scheme(weight_bits=7)
-    coarse = Int8Settings(method=MinMax(), correct_biases=False)
+    coarse = Int8Settings(method=MinMax(), correct_biases=False, rounding="nearest")
 
     def lost(graph: onnx.ModelProto) -> float:
         path = tmp_path / "int8.onnx"
