@@ -22,13 +22,11 @@ model is and what it can do is written in ``docs/default-model.md``.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
 import logging
 import shutil
-import signal
 import string
 import sys
 import time
@@ -47,7 +45,7 @@ from edgeclip.distill.eager import EagerSubject
 from edgeclip.distill.recipe import Recipe, parse_recipe, recipe_digest
 from edgeclip.distill.recipe_text import find_recipe
 from edgeclip.distill.trainer import Progress, TrainOptions, train
-from edgeclip.errors import BundleError, ConfigError, EdgeClipError, ExportError
+from edgeclip.errors import BundleError, ConfigError, ExportError
 from edgeclip.fetch import materials, photos
 from edgeclip.label_sets import Label, LabelSet, Templates
 from edgeclip.labels import build_bank
@@ -64,6 +62,7 @@ from ..notices import MIT
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, Offered, References, Step
 from ..variants import parse_variants
 from ..verify import verify_bundle
+from .command import asked_to_stop, parser_of, run_build
 from .default_data import LANGUAGES, NAME, STAMPS, materials_of, parents_of, write_training_data
 from .default_pictograms import pictogram_views, read_drawings
 from .default_space import ClassNames, read_class_names
@@ -129,6 +128,11 @@ def build(plan: Build) -> Bundle | None:
     """
     torch.set_num_threads(plan.threads)
     _check_out(plan.out)
+    if plan.checkpoint is not None and plan.checkpoint.resolve() == (plan.work / "checkpoint").resolve():
+        raise ConfigError(
+            f"--checkpoint is {str(plan.checkpoint)!r}, which this build writes itself; copy it, or give "
+            "another --work."
+        )
     trained = plan.checkpoint
     if trained is None:
         with _stage("data"):
@@ -139,7 +143,7 @@ def build(plan: Build) -> Bundle | None:
             return None
         with _stage("train"):
             trained = _train(plan)
-        if trained is None or plan.until == "train":
+        if plan.until == "train":
             return None
     with _stage("checkpoint"):
         _write_checkpoint(plan, trained)
@@ -197,8 +201,12 @@ def _recipe(plan: Build) -> tuple[Recipe, str]:
     return parse_recipe(content, where=where, changes=changes), record + content.decode("utf-8")
 
 
-def _train(plan: Build) -> Path | None:
-    """Train, or go on; return the checkpoint, ``None`` where a signal stopped it."""
+def _train(plan: Build) -> Path:
+    """Train, or go on; return the checkpoint.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped it, and what it had is saved.
+    """
     recipe, text = _recipe(plan)
     last = [time.monotonic()]
 
@@ -222,24 +230,12 @@ def _train(plan: Build) -> Path | None:
     made_from = (plan.work / "data" / "data.json").read_bytes()  # targets are no part of a recipe's digest
     key = hashlib.sha256(made_from + recipe_digest(recipe).encode()).hexdigest()
     options = TrainOptions(plan.work / f"run-{key[:8]}", plan.work, recipe_text=text)
-    with _asked_to_stop() as stop:
+    with asked_to_stop() as stop:
         result = train(recipe, options, listen=listen, stop=lambda: bool(stop))
-    if result.status == "interrupted":
-        _log.info("stopped and saved at step %d of %d; the same command goes on", result.steps, result.of)
+    if result.model is None:
+        _log.info("stopped and saved at step %d of %d", result.steps, result.of)
+        raise KeyboardInterrupt
     return result.model
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """Yield a list that a signal puts something into."""
-    asked: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in kinds}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _write_checkpoint(plan: Build, trained: Path) -> None:
@@ -535,18 +531,10 @@ def _put(bundle: Bundle, out: Path) -> Bundle:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m edgeclip.export.recipes.build_default",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--materials", type=Path, help="where `edgeclip data fetch -o` put its sets")
-    parser.add_argument("--work", type=Path, required=True, help="keeps what each stage makes")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="bundle to write, or to replace")
+    parser = parser_of("edgeclip.export.recipes.build_default", __doc__)
     parser.add_argument("--steps", type=int, help="training steps, a tenth of them in the second stage")
     parser.add_argument("--checkpoint", type=Path, help="a trained checkpoint, instead of data and training")
     parser.add_argument("--cedict", action="store_true", help="learn from CC-CEDICT too: default-zh")
-    parser.add_argument("--set", dest="changes", action="append", default=[], help="change the recipe")
     parser.add_argument("--variant", dest="variants", action="append", help=f"default: {VARIANT}")
     parser.add_argument(
         "--largest-mb", type=float, default=LARGEST_MB, help="limit on the bundle; 0 for none (default: 14)"
@@ -557,12 +545,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="tune",
         help="half of the stamps for the manifest; the report half once, for what ships",
     )
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--until", choices=("data", "train", "checkpoint", "bundle"), default="bundle")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", stream=sys.stderr)
-    for name in (_log.name, "edgeclip"):
-        logging.getLogger(name).setLevel(logging.INFO)
     plan = Build(
         work=options.work,
         out=options.output,
@@ -577,12 +561,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads=options.threads,
         until=options.until,
     )
-    try:
-        build(plan)
-    except EdgeClipError as error:
-        _log.error("%s", error)
-        return error.exit_code
-    return 0
+    return run_build(_log, lambda: build(plan))
 
 
 if __name__ == "__main__":

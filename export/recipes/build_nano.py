@@ -22,7 +22,6 @@ Every stage leaves what it made in WORK; the same command goes on where it was s
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import sys
@@ -44,7 +43,6 @@ from edgeclip.distill.reinforce_plan import ReinforceOptions, open_plan
 from edgeclip.distill.samples import open_samples
 from edgeclip.distill.shards import write_shards
 from edgeclip.distill.trainer import Progress, TrainOptions, train
-from edgeclip.errors import EdgeClipError
 from edgeclip.fetch import materials, photos
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import build_bank
@@ -68,6 +66,7 @@ from edgeclip.tokenizer import Tokenizer
 from ..exporter import export_bundle
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, References
 from ..variants import parse_variants
+from .command import asked_to_stop, parser_of, run_build
 from .default_space import ClassNames, read_class_names
 from .nano_pictures import Named, Pictogram, Scene, photograph, pictogram, read_pictograms, write_table
 
@@ -100,6 +99,7 @@ class Plan:
 
     Attributes:
         work: what stages leave.
+        data: where ``edgeclip data fetch`` put its sets, by default the cache.
         checkpoint: the teacher's.
         pictures: that are drawn.
         photo_share: of them, crops of photographs.
@@ -112,6 +112,7 @@ class Plan:
     """
 
     work: Path
+    data: Path | None = None
     checkpoint: Path = _CHECKPOINT
     pictures: int = 16_000
     photo_share: float = 0.4
@@ -206,7 +207,10 @@ def make_teacher(plan: Plan) -> Bundle:
     _log.info("exporting the teacher")
     variants = parse_variants(["onnx-fp32"], target=None)
     return export_bundle(
-        Checkpoint(str(plan.checkpoint)), variants, path, ExportSettings(threads=plan.threads)
+        Checkpoint(str(plan.checkpoint), materials=plan.data),
+        variants,
+        path,
+        ExportSettings(threads=plan.threads),
     ).bundle
 
 
@@ -395,9 +399,17 @@ def read_recipe(plan: Plan) -> Recipe:
 
 
 def train_student(plan: Plan) -> Path:
-    """Train, or go on where an earlier call was stopped; return the checkpoint."""
-    result = train(read_recipe(plan), TrainOptions(plan.run, plan.work, log_every=10), listen=_listener(100))
-    assert result.model is not None
+    """Train, or go on where an earlier call was stopped; return the checkpoint.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped it, and what it had is saved.
+    """
+    options = TrainOptions(plan.run, plan.work, log_every=10)
+    with asked_to_stop() as stop:
+        result = train(read_recipe(plan), options, listen=_listener(100), stop=lambda: bool(stop))
+    if result.model is None:
+        _log.info("stopped and saved at step %d of %d", result.steps, result.of)
+        raise KeyboardInterrupt
     return result.model
 
 
@@ -465,27 +477,16 @@ def _made(folder: Path) -> Iterator[Path | None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m edgeclip.export.recipes.build_nano",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--materials", type=Path, help="where `edgeclip data fetch` put its sets")
-    parser.add_argument("--work", type=Path, required=True, help="what the stages leave")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="bundle to write")
+    parser = parser_of("edgeclip.export.recipes.build_nano", __doc__)
     parser.add_argument("--checkpoint", type=Path, default=_CHECKPOINT, help="the teacher's")
     parser.add_argument("--pictures", type=int, default=Plan.pictures)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of training")
     parser.add_argument("--recipe", default=Plan.recipe, help="a built-in training recipe, or a file")
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", stream=sys.stderr)
-    for name in (_log.name, "edgeclip"):
-        logging.getLogger(name).setLevel(logging.INFO)
     plan = Plan(
         work=options.work,
+        data=options.materials,
         checkpoint=options.checkpoint,
         pictures=options.pictures,
         steps=options.steps,
@@ -494,12 +495,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe=options.recipe,
         changes=tuple(options.changes),
     )
-    try:
-        build(plan, open_materials(options.materials), options.output)
-    except EdgeClipError as error:
-        _log.error("%s", error)
-        return error.exit_code
-    return 0
+    return run_build(_log, lambda: build(plan, open_materials(options.materials), options.output))
 
 
 if __name__ == "__main__":

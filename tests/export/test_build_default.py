@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from edgeclip.export.recipes.build_default import (  # noqa: E402
     build,
     main,
 )
+from edgeclip.export.recipes.command import asked_to_stop, run_build  # noqa: E402
 from edgeclip.export.recipes.default_data import materials_of, parents_of  # noqa: E402
 from edgeclip.export.verify import verify_bundle  # noqa: E402
 from edgeclip.fetch import data_directory, materials  # noqa: E402
@@ -94,6 +97,27 @@ def test_errors_end_with_their_code(tmp_path: Path, caplog: pytest.LogCaptureFix
     words = ["--materials", str(tmp_path / "none"), "--work", str(tmp_path / "w"), "-o", str(tmp_path / "b")]
     assert main(words) != 0
     assert "set 'default-model' is not complete" in caplog.text
+
+
+def test_the_checkpoint_that_a_build_writes_is_not_its_source(tmp_path: Path) -> None:
+    (tmp_path / "w" / "checkpoint").mkdir(parents=True)
+    mine = tmp_path / "w" / "checkpoint" / "config.json"
+    mine.write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--checkpoint is '.*checkpoint', which this build writes itself"):
+        build(Build(work=tmp_path / "w", out=tmp_path / "b", checkpoint=tmp_path / "w" / "checkpoint"))
+    assert mine.read_text("utf-8") == "{}"
+
+
+def test_a_build_that_was_asked_to_stop_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def stopped() -> None:
+        with asked_to_stop() as asked:
+            signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        raise KeyboardInterrupt
+
+    assert run_build(logging.getLogger("some build"), stopped) == 130
+    assert "interrupted; the same command goes on" in caplog.text
+    assert run_build(logging.getLogger("some build"), lambda: None) == 0
 
 
 @pytest.fixture
