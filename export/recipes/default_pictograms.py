@@ -11,7 +11,6 @@ is used.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from edgeclip.fetch import Photo
 from edgeclip.models.efficientnet_lite import LITE_MEAN, LITE_STD, EfficientNetLite
 
 from .default_space import Floats, Sight, unit
+from .emoji import read_pictograms
 
 __all__ = [
     "Drawing",
@@ -46,7 +46,6 @@ Pixels = NDArray[np.uint8]
 _SIZE_PX = 224
 _BATCH = 32
 _FREE = ("CC0-1.0", "public-domain")
-_GROUPS = (0, 1, 3, 4, 5, 6, 7, 8)  # all but components and flags
 _GATE_MIDDLE, _GATE_SLOPE = 0.3, 60.0
 _SHRINKAGE = 0.3
 
@@ -61,7 +60,7 @@ class Drawing:
 
 
 def read_drawings(emojibase: Path, noto: Path, fluent: Path) -> list[Drawing]:
-    """Return the emoji that both styles draw.
+    """Return the emoji that both styles draw, but no flags.
 
     Args:
         emojibase: unpacked package ``emojibase-data``.
@@ -71,33 +70,8 @@ def read_drawings(emojibase: Path, noto: Path, fluent: Path) -> list[Drawing]:
     Raises:
         InputError: a package is missing or damaged.
     """
-    try:
-        entries = json.loads((emojibase / "en" / "data.json").read_text("utf-8"))
-        folders = [_by_code(noto / "img/google/64", "png"), _by_code(fluent / "assets", "webp")]
-        found = [
-            Drawing(entry["label"], tuple(entry.get("tags", ())), tuple(each[code] for each in folders))
-            for entry in entries
-            if entry.get("group") in _GROUPS
-            and all((code := _code(entry["hexcode"])) in each for each in folders)
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"drawings: cannot read {str(emojibase)!r} ({error}); run `edgeclip data fetch pictograms`."
-        ) from error
-    if not found:
-        raise InputError(
-            f"drawings: none of {len(entries)} emoji is in both {str(noto)!r} and {str(fluent)!r}; "
-            "run `edgeclip data fetch pictograms`."
-        )
-    return found
-
-
-def _code(hexcode: str) -> str:
-    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
-
-
-def _by_code(folder: Path, ending: str) -> dict[str, Path]:
-    return {_code(path.stem): path for path in sorted(folder.glob(f"*.{ending}"))}
+    found = read_pictograms(emojibase, (noto / "img/google/64", fluent / "assets"))
+    return [Drawing(each.english, each.tags, each.files) for each in found if not each.is_flag]
 
 
 # Views

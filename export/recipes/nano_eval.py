@@ -18,7 +18,7 @@ from edgeclip.evaluate.subjects import Subject
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.preprocess import Preprocess
 
-from .nano_pictures import read_pictograms
+from .emoji import read_pictograms
 from .stamps import Stamp
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def pictogram_questions(emojibase: Path, drawings: Path) -> list[Question]:
 
     Args:
         emojibase: the unpacked package ``emojibase-data``.
-        drawings: folder of the set's ``.png`` files.
+        drawings: folder of the set's files.
     """
-    listed = read_pictograms(emojibase, (drawings,), (".png",))
+    listed = read_pictograms(emojibase, (drawings,))
     return [Question(one.files[0], one.code, one.english, one.chinese) for one in listed]
 
 

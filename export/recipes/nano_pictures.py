@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from edgeclip.errors import InputError
+from .emoji import Pictogram
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,18 +27,15 @@ if TYPE_CHECKING:
 __all__ = [
     "SIZE_PX",
     "Named",
-    "Pictogram",
     "Scene",
     "photograph",
     "pictogram",
-    "read_pictograms",
     "write_table",
 ]
 
 SIZE_PX = 160
 """Side of the pictures: the student's views are crops of them."""
 _QUALITY = 92
-_THINGS = frozenset({3, 4, 5, 6, 7})  # animals and nature, food, travel and places, activities, objects
 _FRAMES = (
     "a photo of a {}.",
     "a picture of a {}.",
@@ -47,27 +44,6 @@ _FRAMES = (
     "this is a {}.",
 )
 _CHINESE_FRAMES = ("一张{}的图片。", "一张{}的照片。", "这是{}。", "图中有一个{}。")
-
-
-@dataclass(frozen=True)
-class Pictogram:
-    """An emoji with its names.
-
-    Attributes:
-        code: code points as file names have them.
-        english: its name.
-        chinese: likewise.
-        tags: further words for it, in both languages.
-        is_thing: whether it shows a thing or a being, and no face, person, flag or sign.
-        files: a drawing in each style.
-    """
-
-    code: str
-    english: str
-    chinese: str
-    tags: tuple[str, ...]
-    is_thing: bool
-    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -84,67 +60,6 @@ class Scene:
 
     picture: Image.Image
     named: Named | None
-
-
-def read_pictograms(
-    emojibase: Path, styles: Sequence[Path], suffixes: Sequence[str]
-) -> tuple[Pictogram, ...]:
-    """Return every emoji without skin tone that all styles draw, in the order of the list.
-
-    Args:
-        emojibase: the unpacked package ``emojibase-data``.
-        styles: folders with a drawing a code.
-        suffixes: of their files, one a folder.
-
-    Raises:
-        InputError: the list cannot be read, or no emoji is in all styles.
-    """
-    try:
-        listed = json.loads((emojibase / "en" / "data.json").read_text("utf-8"))
-        chinese = {
-            entry["hexcode"]: entry
-            for entry in json.loads((emojibase / "zh" / "data.json").read_text("utf-8"))
-        }
-        found = []
-        for entry in listed:
-            other = chinese.get(entry["hexcode"])
-            code = str(entry["hexcode"]).lower()
-            files = tuple(
-                _drawing(folder, code, suffix) for folder, suffix in zip(styles, suffixes, strict=True)
-            )
-            if other is None or None in files:
-                continue
-            tags = (*entry.get("tags", ()), *other.get("tags", ()))
-            found.append(
-                Pictogram(
-                    code,
-                    entry["label"],
-                    other["label"],
-                    tuple(tags),
-                    entry.get("group") in _THINGS,
-                    tuple(file for file in files if file is not None),
-                )
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"pictograms: cannot read {str(emojibase)!r} ({error}); run `edgeclip data fetch pictograms` and "
-            "`edgeclip data fetch default-model`."
-        ) from error
-    if not found:
-        raise InputError(
-            f"pictograms: none of {len(listed)} emoji is drawn in all of "
-            f"{[str(folder) for folder in styles]}; "
-            "run `edgeclip data fetch pictograms`."
-        )
-    return tuple(found)
-
-
-def _drawing(folder: Path, code: str, suffix: str) -> Path | None:
-    """Return a drawing; sets differ in whether they write the variation selector."""
-    for name in (code, code.replace("-fe0f", ""), f"{code}-fe0f"):
-        if (path := folder / f"{name}{suffix}").is_file():
-            return path
-    return None
 
 
 # --- drawing -----------------------------------------------------------------------------------------------
@@ -167,7 +82,7 @@ def pictogram(one: Pictogram, draw: random.Random, photographs: Sequence[Image.I
     picture.paste(drawing, (corner[0], corner[1]), drawing)
     if draw.random() < 0.2:
         picture = picture.filter(ImageFilter.GaussianBlur(draw.uniform(0.5, 1.5)))
-    tags = list(one.tags)
+    tags = [*one.tags, *one.chinese_tags]
     draw.shuffle(tags)
     is_chinese = [any("一" <= letter <= "鿿" for letter in tag) for tag in tags]
     english = [tag for tag, han in zip(tags, is_chinese, strict=True) if not han][:1]

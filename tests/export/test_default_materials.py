@@ -311,20 +311,21 @@ def test_drawings_that_were_not_fetched_are_named(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from edgeclip.export.recipes.default_pictograms import read_drawings
 
-    with pytest.raises(InputError, match=f"drawings: cannot read '{tmp_path}'.*data fetch pictograms"):
+    with pytest.raises(InputError, match=f"pictograms: cannot read '{tmp_path}'.*data fetch pictograms"):
         read_drawings(tmp_path, tmp_path, tmp_path)
 
 
 def _emoji_packages(folder: Path) -> tuple[Path, Path, Path]:
     from PIL import Image
 
-    (folder / "emojibase" / "en").mkdir(parents=True)
     entries = [
         {"label": "red dot", "hexcode": "1F534-FE0F", "group": 8, "tags": ["red"]},
         {"label": "flag", "hexcode": "1F534", "group": 9},
         {"label": "one style", "hexcode": "1F535", "group": 8},
     ]
-    (folder / "emojibase" / "en" / "data.json").write_text(json.dumps(entries), encoding="utf-8")
+    for language in ("en", "zh"):
+        (folder / "emojibase" / language).mkdir(parents=True)
+        (folder / "emojibase" / language / "data.json").write_text(json.dumps(entries), encoding="utf-8")
     for path, code in (("noto/img/google/64/1f534.png", 1), ("fluent/assets/1f534-fe0f.webp", 2)):
         file = folder / path
         file.parent.mkdir(parents=True)

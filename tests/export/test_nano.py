@@ -18,14 +18,13 @@ from edgeclip.errors import InputError
 from edgeclip.evaluate.subjects import open_bundle
 from edgeclip.export.recipes.build_nano import Materials, Plan, build, nano_config, narrowed
 from edgeclip.export.recipes.default_space import ClassNames
+from edgeclip.export.recipes.emoji import Pictogram, read_pictograms
 from edgeclip.export.recipes.nano_eval import Question, judged, n_way, pictogram_questions
 from edgeclip.export.recipes.nano_pictures import (
     SIZE_PX,
     Named,
-    Pictogram,
     photograph,
     pictogram,
-    read_pictograms,
     write_table,
 )
 from edgeclip.models.checkpoints import CheckpointInfo, save_checkpoint
@@ -51,9 +50,9 @@ def emojibase(tmp_path: Path) -> Path:
                 "hexcode": code.upper(),
                 "label": names[at],
                 "tags": [f"tag {names[at]}"],
-                "group": 3 + 5 * (at == 9),
+                "group": group,
             }
-            for code, names in listed.items()
+            for (code, names), group in zip(listed.items(), (4, 0, 9, 0), strict=True)
         ]
         (folder / "data.json").write_text(json.dumps(entries), encoding="utf-8")
     return tmp_path / "emojibase"
@@ -72,23 +71,32 @@ def style(tmp_path: Path) -> Path:
 
 
 def test_pictograms_are_those_that_every_style_draws(emojibase: Path, style: Path) -> None:
-    found = read_pictograms(emojibase, (style,), (".png",))
+    found = read_pictograms(emojibase, (style,))
     assert [(one.code, one.english, one.chinese) for one in found] == [
         (code, *names) for code, names in NAMES.items()
     ]
-    assert found[0].tags == ("tag red apple", "tag 红苹果")
+    assert (found[0].tags, found[0].chinese_tags) == (("tag red apple",), ("tag 红苹果",))
     assert found[2].files == (style / "2764.png",)
+    assert [(one.is_thing, one.is_flag) for one in found] == [(True, False), (False, False), (False, True)]
+
+
+def test_drawings_are_found_however_their_names_write_selectors(emojibase: Path, tmp_path: Path) -> None:
+    (tmp_path / "webp").mkdir()
+    for name in ("1f34e-fe0f.webp", "2764-fe0f.webp", "1f438.txt"):
+        (tmp_path / "webp" / name).touch()
+    found = read_pictograms(emojibase, (tmp_path / "webp",))
+    assert [one.files[0].name for one in found] == ["1f34e-fe0f.webp", "2764-fe0f.webp"]
 
 
 def test_pictograms_that_are_not_there_name_the_command(emojibase: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none of 4 emoji .*edgeclip data fetch pictograms"):
-        read_pictograms(emojibase, (tmp_path / "nothing",), (".png",))
+        read_pictograms(emojibase, (tmp_path / "nothing",))
     with pytest.raises(InputError, match=r"cannot read '.*nowhere'"):
-        read_pictograms(tmp_path / "nowhere", (), ())
+        read_pictograms(tmp_path / "nowhere", ())
 
 
 def test_a_pictogram_is_seen_on_its_ground_and_keeps_its_names(emojibase: Path, style: Path) -> None:
-    apple = read_pictograms(emojibase, (style,), (".png",))[0]
+    apple = read_pictograms(emojibase, (style,))[0]
     scenes = [pictogram(apple, random.Random(seed), []) for seed in range(40)]
     assert {scene.picture.size for scene in scenes} == {(SIZE_PX, SIZE_PX)}
     assert scenes[0].named == Named(("red apple", "tag red apple"), ("红苹果", "tag 红苹果"))
@@ -113,7 +121,7 @@ def test_photographs_have_no_name_and_some_are_cut_out() -> None:
 def test_the_table_asks_for_names_in_groups_and_in_order(tmp_path: Path) -> None:
     photo = Image.new("RGB", (64, 64), (10, 60, 200))
     named = pictogram(
-        Pictogram("a", "red apple", "红苹果", (), True, (_red(tmp_path / "a.png"),)), random.Random(0), []
+        Pictogram("a", "red apple", "红苹果", (), (), 4, (_red(tmp_path / "a.png"),)), random.Random(0), []
     )
     scenes = [photograph(photo, random.Random(1), []), named, photograph(photo, random.Random(2), [])]
     asked: list[int] = []
@@ -240,7 +248,7 @@ def test_a_bundle_from_drawings_and_photographs(
     rng = np.random.default_rng(0)
     found = Materials(
         names=ClassNames((1, 2, 3), ("apple", "frog", "frog"), ("苹果", "青蛙", "蛙"), ((), (), ())),
-        pictograms=read_pictograms(emojibase, (style,), (".png",)),
+        pictograms=read_pictograms(emojibase, (style,)),
         photographs=(Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)),),
     )
     plan = Plan(
