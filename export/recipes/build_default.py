@@ -45,7 +45,7 @@ from edgeclip.distill.eager import EagerSubject
 from edgeclip.distill.recipe import Recipe, parse_recipe, recipe_digest
 from edgeclip.distill.recipe_text import find_recipe
 from edgeclip.distill.trainer import Progress, TrainOptions, train
-from edgeclip.errors import BundleError, ConfigError, ExportError
+from edgeclip.errors import ConfigError, ExportError
 from edgeclip.fetch import materials, photos
 from edgeclip.label_sets import Label, LabelSet, Templates
 from edgeclip.labels import build_bank
@@ -62,7 +62,7 @@ from ..notices import MIT
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, Offered, References, Step
 from ..variants import parse_variants
 from ..verify import verify_bundle
-from .command import asked_to_stop, parser_of, run_build
+from .command import asked_to_stop, check_out, parser_of, put_bundle, run_build
 from .default_data import LANGUAGES, NAME, STAMPS, materials_of, parents_of, write_training_data
 from .default_pictograms import pictogram_views, read_drawings
 from .default_space import ClassNames, read_class_names
@@ -127,7 +127,7 @@ def build(plan: Build) -> Bundle | None:
             large or not in order.
     """
     torch.set_num_threads(plan.threads)
-    _check_out(plan.out)
+    check_out(plan.out)
     if plan.checkpoint is not None and plan.checkpoint.resolve() == (plan.work / "checkpoint").resolve():
         raise ConfigError(
             f"--checkpoint is {str(plan.checkpoint)!r}, which this build writes itself; copy it, or give "
@@ -156,7 +156,7 @@ def build(plan: Build) -> Bundle | None:
     with _stage("size and verification"):
         bundle = _fit(plan, bundle)
         verify_bundle(bundle, options=RuntimeOptions(threads=plan.threads)).raise_for(require_verified=True)
-        return _put(bundle, plan.out)
+        return put_bundle(bundle, plan.out)
 
 
 @contextlib.contextmanager
@@ -165,14 +165,6 @@ def _stage(name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     _log.info("%s: %.0f s", name, time.perf_counter() - started)
-
-
-def _check_out(out: Path) -> None:
-    """Raise before anything is done where the bundle could not be put."""
-    if out.exists() and not (out / "manifest.json").is_file() and (out.is_file() or any(out.iterdir())):
-        raise BundleError(
-            f"{str(out)!r} is there and no bundle; name another place, or a bundle to be replaced."
-        )
 
 
 # Training
@@ -514,16 +506,6 @@ def _fit(plan: Build, bundle: Bundle) -> Bundle:
 
 def _size(bundle: Bundle) -> int:
     return sum(entry.size_bytes for entry in bundle.manifest.files.values()) + len(bundle.manifest_bytes)
-
-
-def _put(bundle: Bundle, out: Path) -> Bundle:
-    """Copy the bundle to its place, byte by byte."""
-    for _ in range(2):  # the second time takes away what only the bundle before used
-        with BundleWriter(out, manifest={}) as writer:
-            for name in bundle.manifest.files:
-                writer.add(name, bundle.file(name), exact=True)
-            copy = writer.commit_copy(bundle.manifest_bytes)
-    return copy
 
 
 # --------------------------------------------------------------------------------------------------

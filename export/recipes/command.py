@@ -1,4 +1,4 @@
-"""What the commands that build our own models have in common: options, progress, and being stopped."""
+"""What the commands that build our own models share: options, progress, being stopped, placing the bundle."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edgeclip.errors import EdgeClipError
+from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.errors import BundleError, EdgeClipError
 
-__all__ = ["INTERRUPTED", "asked_to_stop", "parser_of", "run_build"]
+__all__ = ["INTERRUPTED", "asked_to_stop", "check_out", "count", "parser_of", "put_bundle", "run_build"]
 
 INTERRUPTED = 130
 """Exit code of a build that was asked to stop; the same command goes on."""
@@ -41,8 +42,19 @@ def parser_of(module: str, said: str | None) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="change the training recipe, as `edgeclip train --set` does",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of every engine [default: %(default)s]")
+    parser.add_argument("--threads", type=count, default=1, help="of every engine [default: %(default)s]")
     return parser
+
+
+def count(said: str) -> int:
+    """Return a whole number from 1 that an option was given.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not said.isdecimal() or int(said) < 1:
+        raise argparse.ArgumentTypeError(f"got {said!r}, expected a whole number, 1 or more.")
+    return int(said)
 
 
 def run_build(log: logging.Logger, build: Callable[[], object]) -> int:
@@ -50,7 +62,7 @@ def run_build(log: logging.Logger, build: Callable[[], object]) -> int:
 
     Args:
         log: of the build.
-        build: the whole of it; ``None`` says that it was asked to stop.
+        build: the whole of it; it raises ``KeyboardInterrupt`` where it was asked to stop.
     """
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", stream=sys.stderr)
     for name in (log.name, "edgeclip"):
@@ -77,3 +89,29 @@ def asked_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_out(out: Path) -> None:
+    """Raise before anything is done where the bundle could not be put.
+
+    Raises:
+        BundleError: something is there that is no bundle.
+    """
+    if out.exists() and not (out / "manifest.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise BundleError(
+            f"{str(out)!r} is there and no bundle; name another place, or a bundle to be replaced."
+        )
+
+
+def put_bundle(bundle: Bundle, out: Path) -> Bundle:
+    """Copy a bundle to its place, byte by byte, and return the copy.
+
+    Raises:
+        BundleError: it cannot be written.
+    """
+    for _ in range(2):  # the second time takes away what only the bundle before used
+        with BundleWriter(out, manifest={}) as writer:
+            for name in bundle.manifest.files:
+                writer.add(name, bundle.file(name), exact=True)
+            copy = writer.commit_copy(bundle.manifest_bytes)
+    return copy

@@ -20,16 +20,19 @@ from edgeclip.distill.recipe import FeatureLoss, InfoNCELoss, PictureMatchLoss  
 from edgeclip.errors import BundleError, ConfigError, ExportError, InputError  # noqa: E402
 from edgeclip.export.recipes.build_default import (  # noqa: E402
     Build,
-    _check_out,
     _fit,
     _notice,
-    _put,
     _recipe,
     _size,
     build,
     main,
 )
-from edgeclip.export.recipes.command import asked_to_stop, run_build  # noqa: E402
+from edgeclip.export.recipes.command import (  # noqa: E402
+    asked_to_stop,
+    check_out,
+    put_bundle,
+    run_build,
+)
 from edgeclip.export.recipes.default_data import materials_of, parents_of  # noqa: E402
 from edgeclip.export.verify import verify_bundle  # noqa: E402
 from edgeclip.fetch import data_directory, materials  # noqa: E402
@@ -85,18 +88,24 @@ def test_materials_elsewhere_are_found_by_training_too(tmp_path: Path) -> None:
 
 
 def test_what_is_no_bundle_is_not_replaced(tmp_path: Path) -> None:
-    _check_out(tmp_path / "new")
+    check_out(tmp_path / "new")
     (tmp_path / "mine").mkdir()
-    _check_out(tmp_path / "mine")
+    check_out(tmp_path / "mine")
     (tmp_path / "mine" / "thesis.txt").write_text("x", encoding="utf-8")
     with pytest.raises(BundleError, match=r"mine' is there and no bundle"):
-        _check_out(tmp_path / "mine")
+        check_out(tmp_path / "mine")
 
 
 def test_errors_end_with_their_code(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ["--materials", str(tmp_path / "none"), "--work", str(tmp_path / "w"), "-o", str(tmp_path / "b")]
     assert main(words) != 0
     assert "set 'default-model' is not complete" in caplog.text
+
+
+def test_threads_are_at_least_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--work", str(tmp_path), "-o", str(tmp_path / "b"), "--threads", "0"])
+    assert "argument --threads: got '0', expected a whole number, 1 or more." in capsys.readouterr().err
 
 
 def test_the_checkpoint_that_a_build_writes_is_not_its_source(tmp_path: Path) -> None:
@@ -154,11 +163,11 @@ def test_the_bundle_in_its_place_is_the_same_and_nothing_else_is_there(
     bundle: Bundle, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    _put(bundle, out)
+    put_bundle(bundle, out)
     with BundleWriter(out) as writer:
         writer.manifest["model"]["notices"] = [writer.add("OLD.txt", b"of the bundle before")]
         writer.commit()
-    placed = _put(bundle, out)
+    placed = put_bundle(bundle, out)
     assert placed.digest == bundle.digest
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert {name for name in found if not name.startswith(".")} == {*bundle.manifest.files, "manifest.json"}
