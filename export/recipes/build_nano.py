@@ -7,7 +7,8 @@ model's checkpoint. Run with the extras ``train`` and ``export``::
     for set in default-model pictograms photos; do edgeclip data fetch $set -o DATA; done
     python -m edgeclip.export.recipes.build_nano --materials DATA --work WORK -o BUNDLE
 
-Every stage leaves what it made in WORK; the same command goes on where it was stopped:
+Every stage leaves what it made in WORK; the same command goes on where it was stopped. WORK belongs to one
+teacher, its materials and a number of pictures (``made-from.json``): others are refused there.
 
 ==================  =======================================================================================
 ``teacher``         the default model's checkpoint as a bundle in float32 (``edgeclip export``)
@@ -17,25 +18,30 @@ Every stage leaves what it made in WORK; the same command goes on where it was s
 ``start-SEED``      the student before its first step: a fresh image tower, a narrower copy of the text tower
 ``run-SEED``        training (``edgeclip train``, recipe ``nano``)
 ``calibration``     pictures for int8
+``bundle``          the bundle before it goes to its place
 ==================  =======================================================================================
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from edgeclip.bundle import Bundle
+from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.recipe import BundleTeacher, Recipe, parse_recipe
 from edgeclip.distill.recipe_text import find_recipe
 from edgeclip.distill.reinforce import reinforce
@@ -43,9 +49,10 @@ from edgeclip.distill.reinforce_plan import ReinforceOptions, open_plan
 from edgeclip.distill.samples import open_samples
 from edgeclip.distill.shards import write_shards
 from edgeclip.distill.trainer import Progress, TrainOptions, train
+from edgeclip.errors import ConfigError, InputError
 from edgeclip.fetch import materials, photos
 from edgeclip.label_sets import LabelSet, Templates
-from edgeclip.labels import build_bank
+from edgeclip.labels import build_bank, write_atomic
 from edgeclip.models.checkpoints import (
     CheckpointInfo,
     load_checkpoint,
@@ -66,10 +73,10 @@ from edgeclip.tokenizer import Tokenizer
 from ..exporter import export_bundle
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, References
 from ..variants import parse_variants
-from .command import asked_to_stop, parser_of, run_build
+from .command import asked_to_stop, check_out, count, parser_of, put_bundle, run_build
 from .default_space import ClassNames, read_class_names
 from .emoji import Pictogram, read_pictograms
-from .nano_pictures import Named, Scene, photograph, pictogram, write_table
+from .nano_pictures import Named, Scene, photograph, pictogram, whole_folder, write_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,6 +95,7 @@ _CHECKPOINT = _ROOT / "tests" / "data" / "default-checkpoint"
 _TEACHER_SCALE = 20.0
 _START_SCALE = 20.0
 _PHOTO_PX = 1024
+_TOKEN_DIM = 96
 # Of many labels the first few are near ties to so small a model; what counts is accuracy, which
 # benchmarks/nano.py measures in both forms. The manifest names the default that is missed.
 _SAME_FIRST = 0.85
@@ -184,17 +192,85 @@ def build(plan: Plan, found: Materials, out: Path) -> Bundle:
         out: bundle to write.
 
     Raises:
+        BundleError: something is in the bundle's place that is none.
+        ConfigError: the recipe cannot be read, the teacher's text tower cannot be made narrow, or work is
+            there that was made from something else.
         InputError: materials are missing or cannot be read.
         ParityError: int8 is too far from float32.
+        KeyboardInterrupt: a signal stopped training, and what it had is saved.
     """
     torch.set_num_threads(plan.threads)
-    plan.work.mkdir(parents=True, exist_ok=True)
+    check_out(out)
+    read_recipe(plan)
+    _text_config(plan)
+    _check_work(plan, found)
     teacher = make_teacher(plan)
     make_pictures(plan, found, teacher)
     reinforce_pictures(plan)
     make_start(plan, found)
     train_student(plan)
     return make_bundle(plan, out)
+
+
+def _check_work(plan: Plan, found: Materials) -> None:
+    """Write down what the work is made from, or refuse work that is there and was made from something else.
+
+    Raises:
+        ConfigError: it was, or nobody wrote down from what.
+        InputError: the folder cannot be written.
+    """
+    record = plan.work / "made-from.json"
+    made_from = {
+        "teacher": _sha256_of(plan.checkpoint / name for name in ("config.json", "model.safetensors")),
+        "materials": _digest(found),
+        "pictures": plan.pictures,
+        "photo_share": plan.photo_share,
+    }
+    if record.is_file() or any((plan.work / stage).exists() for stage in ("teacher", "pictures")):
+        known = _read_record(record)
+        other = [key for key, value in made_from.items() if known.get(key) != value]
+        if other:
+            raise ConfigError(
+                f"--work {str(plan.work)!r} was made from other {' and '.join(other)}: got "
+                f"{known.get(other[0])!r} for {other[0]!r}, expected {made_from[other[0]]!r}; name another "
+                f"--work, or remove this one: rm -r {plan.work}."
+            )
+        return
+    plan.work.mkdir(parents=True, exist_ok=True)
+    write_atomic(record, (json.dumps(made_from, indent=1) + "\n").encode())
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Return what a folder says it was made from; nothing where it does not."""
+    try:
+        said = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _digest(found: Materials) -> str:
+    """Return a sha256 of names, drawings and photographs."""
+    whole = hashlib.sha256(repr((found.names.english, found.names.chinese)).encode())
+    for one in found.pictograms:
+        whole.update(repr((one.english, one.chinese, one.tags, one.chinese_tags, one.is_thing)).encode())
+        whole.update(_sha256_of(one.files).encode())
+    for photo in found.photographs:
+        whole.update(repr(photo.size).encode() + photo.tobytes())
+    return whole.hexdigest()
+
+
+def _sha256_of(files: Iterable[Path]) -> str:
+    """Return a sha256 of files, one after the other.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    try:
+        each = [hashlib.sha256(path.read_bytes()).digest() for path in files]
+    except OSError as error:
+        raise InputError(f"{error.filename!r} cannot be read ({error.strerror or error}).") from error
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 # --- the teacher -------------------------------------------------------------------------------------------
@@ -227,30 +303,21 @@ class Namer:
     def __init__(self, teacher: Bundle, names: ClassNames, *, threads: int = 1) -> None:
         options = RuntimeOptions(threads=threads)
         variant = teacher.variant("onnx-fp32")
-        self._names = names
         self._preprocess = Preprocess(teacher.manifest.preprocess)
-        encoder = TextEncoder(teacher, variant, options=options)
         # Classes of one everyday name share it; the first stands for both.
-        self._labels = tuple(dict.fromkeys(names.english))
-        self._bank = build_bank(LabelSet.of(self._labels), Templates.of("one"), encoder).embeddings
-        encoder.close()
+        both: dict[str, str] = {}
+        for english, chinese in zip(names.english, names.chinese, strict=True):
+            both.setdefault(english, chinese)
+        self._labels = [Named((english,), (chinese,)) for english, chinese in both.items()]
+        with closing(TextEncoder(teacher, variant, options=options)) as encoder:
+            self._bank = build_bank(LabelSet.of(tuple(both)), Templates.of("one"), encoder).embeddings
         self._session = open_tower(teacher, variant, "image", options)
 
     def __call__(self, pictures: NDArray[np.uint8]) -> list[Named]:
-        """Return the best two names of pictures ``(n, H, W, 3)`` uint8, the best first."""
+        """Return the best name of each picture of ``(n, H, W, 3)`` uint8."""
         prepared = np.stack([self._preprocess.resize(Image.fromarray(each)) for each in pictures])
         rows = run_rows(self._session, prepared, batch=16)
-        best = np.argsort(-(rows @ self._bank.T), axis=1, kind="stable")[:, :2]
-        found = []
-        for row in best:
-            at = [self._names.english.index(self._labels[index]) for index in row]
-            found.append(
-                Named(
-                    tuple(self._names.english[index] for index in at[:1]),
-                    tuple(self._names.chinese[index] for index in at[:1]),
-                )
-            )
-        return found
+        return [self._labels[index] for index in (rows @ self._bank.T).argmax(axis=1)]
 
     def close(self) -> None:
         """Close the engine."""
@@ -265,11 +332,8 @@ def make_pictures(plan: Plan, found: Materials, teacher: Bundle) -> Path:
     path = plan.work / "pictures"
     if not path.is_dir():
         _log.info("drawing %d pictures", plan.pictures)
-        namer = Namer(teacher, found.names, threads=plan.threads)
-        try:
+        with closing(Namer(teacher, found.names, threads=plan.threads)) as namer:
             write_table(path, _scenes(plan, found), namer, seed=0)
-        finally:
-            namer.close()
     return path / "train.jsonl"
 
 
@@ -309,7 +373,7 @@ def _every(count: int, text: str) -> Callable[[int, int], None]:
 # --- training ----------------------------------------------------------------------------------------------
 
 
-def nano_config(text: BagTextConfig, *, token_dim: int = 96, image_size_px: int = 64) -> CLIPConfig:
+def nano_config(text: BagTextConfig, *, token_dim: int = _TOKEN_DIM, image_size_px: int = 64) -> CLIPConfig:
     """Return the student's config: an MCi tower of four stages, and the teacher's text tower made narrow."""
     return CLIPConfig(
         name=NAME,
@@ -337,7 +401,7 @@ def narrowed(teacher: BagTextTower, student: BagTextTower) -> None:
     """Give the student the teacher's weights, the table of pieces as the nearest one of its rank.
 
     Args:
-        teacher: with a table as wide as the tower.
+        teacher: with a table as wide as the tower, and wider than the student's.
         student: the same but for ``token_dim``.
     """
     assert student.widen is not None
@@ -356,22 +420,39 @@ def make_start(plan: Plan, found: Materials) -> Path:
     if not (path / "config.json").is_file():
         info = read_checkpoint_info(plan.checkpoint)
         teacher = load_checkpoint(plan.checkpoint, external=found.external)
-        assert isinstance(info.config.text, BagTextConfig)
-        config = nano_config(info.config.text)
+        config = nano_config(_text_config(plan))
         torch.manual_seed(plan.seed)
         student = build_clip(config, scale=_START_SCALE)
         narrowed(_text_tower(teacher), _text_tower(student))
         tokenizer = Tokenizer.open(plan.checkpoint)
+        parent = {"name": info.config.name, "licence": info.licence, "role": "text tower: its weights"}
         written = CheckpointInfo(
             config=config,
             scale=_START_SCALE,
             tokenizer_digest=tokenizer.digest,
             tokenizer_files={},
-            licence=LICENCE,
-            parents=({"name": info.config.name, "licence": info.licence, "role": "text tower: its weights"},),
+            licence=licence_of(LICENCE, [parent])[0],
+            parents=(parent,),
         )
         save_checkpoint(student, path, written, tokenizer_files=tokenizer.files)
     return path
+
+
+def _text_config(plan: Plan) -> BagTextConfig:
+    """Return what the teacher's text tower is.
+
+    Raises:
+        ConfigError: it cannot be made narrow.
+        InputError: the checkpoint cannot be read.
+    """
+    text = read_checkpoint_info(plan.checkpoint).config.text
+    if not isinstance(text, BagTextConfig) or text.token_dim or text.width <= _TOKEN_DIM:
+        width = text.token_dim or text.width if isinstance(text, BagTextConfig) else text.width
+        raise ConfigError(
+            f"--checkpoint {str(plan.checkpoint)!r} has a text tower {text.kind!r} with a table {width} wide,"
+            f" expected 'bag' with a whole one, wider than {_TOKEN_DIM}; take the default model's."
+        )
+    return text
 
 
 def _text_tower(model: CLIP) -> BagTextTower:
@@ -435,42 +516,38 @@ def _listener(every: int) -> Callable[[Progress], None]:
 
 
 def make_bundle(plan: Plan, out: Path, *, variants: Sequence[str] = ("onnx-int8",)) -> Bundle:
-    """Export what training left: folded, quantized, compared, with a bank of everyday names."""
+    """Export what training left: folded, quantized, compared, with a bank of everyday names.
+
+    Args:
+        plan: of the build.
+        out: where the bundle goes, in place of one that is there.
+        variants: of the bundle.
+    """
     settings = ExportSettings(
         references=References(calibration=_calibration(plan), calibration_samples=256),
         gates=Gates((LimitChange("int8", "top1_agreement", _SAME_FIRST),)),
         threads=plan.threads,
     )
+    folder = plan.work / "bundle"
+    shutil.rmtree(folder, ignore_errors=True)
     exported = export_bundle(
-        Checkpoint(str(plan.run / "model")), parse_variants(list(variants), target=None), out, settings
+        Checkpoint(str(plan.run / "model")), parse_variants(list(variants), target=None), folder, settings
     )
     for name, variant in exported.report.variants.items():
         for tower, said in variant.towers.items():
             _log.info("%s, %s tower: %s", name, tower, said.numbers)
-    return exported.bundle
+    return put_bundle(exported.bundle, out)
 
 
 def _calibration(plan: Plan) -> Path:
     """Return a folder with some of the pictures trained on."""
     folder = plan.work / "calibration"
-    with _made(folder) as unfinished:
-        if unfinished is not None:
-            pictures = sorted((plan.work / "pictures" / "images").iterdir())
+    if not folder.is_dir():
+        pictures = sorted((plan.work / "pictures" / "images").iterdir())
+        with whole_folder(folder) as unfinished:
             for path in pictures[:: max(1, len(pictures) // 512)]:
-                (unfinished / path.name).write_bytes(path.read_bytes())
+                shutil.copyfile(path, unfinished / path.name)
     return folder
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[Path | None]:
-    """Yield a folder to fill, which appears when it is whole; ``None`` where it is there."""
-    if folder.is_dir():
-        yield None
-        return
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    yield unfinished
-    unfinished.rename(folder)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -480,9 +557,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
     parser = parser_of("edgeclip.export.recipes.build_nano", __doc__)
     parser.add_argument("--checkpoint", type=Path, default=_CHECKPOINT, help="the teacher's")
-    parser.add_argument("--pictures", type=int, default=Plan.pictures)
+    parser.add_argument("--pictures", type=count, default=Plan.pictures)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of training")
+    parser.add_argument("--steps", type=count, help="of training")
     parser.add_argument("--recipe", default=Plan.recipe, help="a built-in training recipe, or a file")
     options = parser.parse_args(arguments)
     plan = Plan(

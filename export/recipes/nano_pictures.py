@@ -9,8 +9,10 @@ What is made depends on the materials, the teacher and the seed alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ __all__ = [
     "Scene",
     "photograph",
     "pictogram",
+    "whole_folder",
     "write_table",
 ]
 
@@ -184,10 +187,12 @@ def write_table(
         seed: of the captions' frames.
         batch_size: pictures named at once.
     """
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    (unfinished / "images").mkdir(parents=True, exist_ok=True)
     rows = 0
-    with (unfinished / "train.jsonl").open("w", encoding="utf-8") as table:
+    with (
+        whole_folder(directory) as unfinished,
+        (unfinished / "train.jsonl").open("w", encoding="utf-8") as table,
+    ):
+        (unfinished / "images").mkdir()
         for group in _groups(scenes, batch_size):
             nameless = [scene.picture for scene in group if scene.named is None]
             given = iter(name_all(np.stack([np.asarray(each) for each in nameless])) if nameless else ())
@@ -199,8 +204,17 @@ def write_table(
                 row = {"image": image, **_captions(named, draw)}
                 table.write(json.dumps(row, ensure_ascii=False) + "\n")
                 rows += 1
-    unfinished.rename(directory)
     return rows
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which becomes ``folder`` when that is done."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    unfinished.rename(folder)
 
 
 def _captions(named: Named, draw: random.Random) -> dict[str, list[str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +14,40 @@ import pytest
 import torch
 from PIL import Image
 
+from edgeclip.bundle import Bundle
 from edgeclip.distill.recipe import parse_recipe
 from edgeclip.distill.recipe_text import find_recipe
-from edgeclip.errors import InputError
+from edgeclip.errors import BundleError, ConfigError, InputError
 from edgeclip.evaluate.subjects import open_bundle
-from edgeclip.export.recipes.build_nano import Materials, Plan, build, nano_config, narrowed
+from edgeclip.export.recipes.build_nano import (
+    Materials,
+    Plan,
+    _check_work,
+    build,
+    main,
+    make_start,
+    nano_config,
+    narrowed,
+)
+from edgeclip.export.recipes.command import put_bundle
 from edgeclip.export.recipes.default_space import ClassNames
 from edgeclip.export.recipes.emoji import Pictogram, read_pictograms
 from edgeclip.export.recipes.nano_eval import Question, judged, n_way, pictogram_questions
 from edgeclip.export.recipes.nano_pictures import (
     SIZE_PX,
     Named,
+    Scene,
     photograph,
     pictogram,
     write_table,
 )
-from edgeclip.models.checkpoints import CheckpointInfo, save_checkpoint
+from edgeclip.models.checkpoints import CheckpointInfo, read_checkpoint_info, save_checkpoint
 from edgeclip.models.clip import build_clip
 from edgeclip.models.config import BagTextConfig, CLIPConfig, FastViTConfig
 from edgeclip.models.reparam import reparameterize
 from edgeclip.models.text import BagTextTower
 from edgeclip.runtime.session import RuntimeOptions
-from edgeclip.tokenizer import train_bpe
+from edgeclip.tokenizer import Tokenizer, train_bpe
 
 NAMES = {"1f34e": ("red apple", "红苹果"), "1f438": ("frog", "青蛙"), "2764-fe0f": ("red heart", "红心")}
 
@@ -139,6 +153,21 @@ def test_the_table_asks_for_names_in_groups_and_in_order(tmp_path: Path) -> None
     with Image.open(tmp_path / "made" / rows[2]["image"]) as last:
         assert last.size == (SIZE_PX, SIZE_PX)
     assert not (tmp_path / "made.unfinished").exists()
+
+
+def test_what_a_stopped_run_left_is_no_part_of_the_next(tmp_path: Path) -> None:
+    def scenes() -> Iterator[Scene]:
+        yield photograph(Image.new("RGB", (64, 64)), random.Random(1), [])
+        raise KeyboardInterrupt
+
+    def name_all(pictures: np.ndarray) -> list[Named]:
+        return [Named(("thing",), ("物",))] * len(pictures)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_table(tmp_path / "made", scenes(), name_all, seed=0, batch_size=1)
+    assert (tmp_path / "made.unfinished" / "images" / "000000.jpg").is_file()
+    assert write_table(tmp_path / "made", iter(()), name_all, seed=0) == 0
+    assert list((tmp_path / "made" / "images").iterdir()) == []
 
 
 def _red(path: Path) -> Path:
@@ -266,8 +295,13 @@ def test_a_bundle_from_drawings_and_photographs(
     stages = {name.split("/")[0] for name in made}
     assert stages >= {"teacher", "pictures", "shards", "reinforced", "start-0", "run-0", "calibration"}
 
+    put_bundle(Bundle.open("default"), tmp_path / "again")  # another model, to be replaced
     again = build(plan, found, tmp_path / "again")
     assert _digests(plan.work) == made  # nothing is done twice
+    with pytest.raises(
+        ConfigError, match=r"work' was made from other pictures: got 24 for 'pictures', .* 25"
+    ):
+        build(replace(plan, pictures=25), found, tmp_path / "again")
     files, known = (
         {name: each.sha256 for name, each in one.manifest.files.items()} for one in (again, bundle)
     )
@@ -282,10 +316,81 @@ def test_a_bundle_from_drawings_and_photographs(
     assert all(isinstance(each, Question) for each in questions)
 
 
+@pytest.fixture
+def found(emojibase: Path, style: Path) -> Materials:
+    """Return materials without photographs."""
+    return Materials(
+        names=ClassNames((1, 2), ("apple", "frog"), ("苹果", "青蛙"), ((), ())),
+        pictograms=read_pictograms(emojibase, (style,)),
+        photographs=(),
+    )
+
+
+def test_work_belongs_to_its_teacher_and_materials(tmp_path: Path, teacher: Path, found: Materials) -> None:
+    plan = Plan(work=tmp_path / "work", checkpoint=teacher)
+    _check_work(plan, found)
+    _check_work(replace(plan, seed=3, steps=7), found)
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    fewer = replace(found, pictograms=found.pictograms[1:])
+    with pytest.raises(ConfigError, match=r"made from other teacher and materials: got .*rm -r .*work"):
+        _check_work(plan, fewer)
+    (plan.work / "pictures").mkdir()
+    (plan.work / "made-from.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"other teacher and materials and pictures and photo_share: got None"
+    ):
+        _check_work(plan, found)
+    with pytest.raises(InputError, match=r"nowhere.config.json' cannot be read"):
+        _check_work(replace(plan, checkpoint=tmp_path / "nowhere"), found)
+
+
+def test_what_cannot_be_built_is_refused_before_anything_is_made(
+    tmp_path: Path, teacher: Path, found: Materials
+) -> None:
+    plan = Plan(work=tmp_path / "work", checkpoint=teacher)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").touch()
+    with pytest.raises(BundleError, match=r"mine' is there and no bundle"):
+        build(plan, found, mine)
+    with pytest.raises(ConfigError, match=r"seed.*-1"):
+        build(replace(plan, seed=-1), found, tmp_path / "bundle")
+    info = read_checkpoint_info(teacher)
+    assert isinstance(info.config.text, BagTextConfig)
+    narrow = replace(info, config=replace(info.config, text=replace(info.config.text, token_dim=8)))
+    tokenizer = Tokenizer.open(teacher)
+    save_checkpoint(build_clip(narrow.config), tmp_path / "narrow", narrow, tokenizer_files=tokenizer.files)
+    with pytest.raises(ConfigError, match=r"narrow' has a text tower 'bag' with a table 8 wide, expected"):
+        build(replace(plan, checkpoint=tmp_path / "narrow"), found, tmp_path / "bundle")
+    assert not plan.work.exists()
+
+
+def test_the_start_is_under_the_terms_of_its_text_tower(
+    tmp_path: Path, teacher: Path, found: Materials
+) -> None:
+    config = json.loads((teacher / "config.json").read_text("utf-8"))
+    (teacher / "config.json").write_text(json.dumps(config | {"licence": "CC-BY-SA-4.0"}), encoding="utf-8")
+    start = make_start(Plan(work=tmp_path / "work", checkpoint=teacher), found)
+    info = read_checkpoint_info(start)
+    assert info.licence == "Apache-2.0 AND CC-BY-SA-4.0"
+    assert [parent["licence"] for parent in info.parents] == ["CC-BY-SA-4.0"]
+
+
+@pytest.mark.parametrize("option", ["--pictures", "--steps"])
+def test_none_of_something_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--work", "w", "-o", "b", option, "0"])
+    assert f"argument {option}: got '0', expected a whole number, 1 or more." in capsys.readouterr().err
+
+
 def _digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file that a stage leaves; logs say when."""
+    """Return the sha256 of every file that a stage leaves; logs and the bundle's manifest say when."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix not in (".jsonl", ".lock") and ".edgeclip" not in path.name
+        if path.is_file()
+        and path.suffix not in (".jsonl", ".lock")
+        and ".edgeclip" not in path.name
+        and path.parent.name != "bundle"
     }
