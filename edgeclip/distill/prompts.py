@@ -150,7 +150,8 @@ def open_prompts(said: Mapping[str, PromptSpec], root: Path, *, where: str) -> P
         where: names the data in errors.
 
     Raises:
-        ConfigError: a file of templates cannot be read, a name is unknown, or a template has no ``{}``.
+        ConfigError: a file of templates cannot be read or is empty, a name is unknown, or a template has no
+            ``{}``.
     """
     if not said:
         return None
@@ -187,6 +188,9 @@ def _templates(spec: PromptSpec, root: Path, where: str) -> list[tuple[str, str]
 
 def _lines(path: Path, where: str) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {str(path)!r} cannot be read ({error}).") from error
+    if not lines:
+        raise ConfigError(f"{where}: {str(path)!r} holds no line, expected a template with {_SLOT} in each.")
+    return lines

@@ -763,6 +763,8 @@ def _check(recipe: Recipe, where: str) -> None:
         at = f"{where}: [[validation]] {index}"
         if entry.data not in recipe.data:
             raise ConfigError(f"{at}: 'data' is {entry.data!r}, expected one of {sorted(recipe.data)}.")
+        if recipe.data[entry.data].texts:
+            raise ConfigError(f"{at}: [data.{entry.data}] has texts without pictures; expected pairs.")
         if entry.kind == "zero-shot" and entry.labels is None:
             raise ConfigError(f"{at}: kind = 'zero-shot' needs 'labels', a file with one label a line.")
         if entry.kind == "teacher-agreement" and entry.teacher not in teachers:

@@ -272,7 +272,7 @@ def open_run(recipe: Recipe, root: Path) -> Run:
     prompts = {
         name: opened
         for name, table in recipe.data.items()
-        if (opened := open_prompts(table.prompts, root, where=f"[data.{name}]")) is not None
+        if name in used and (opened := open_prompts(table.prompts, root, where=f"[data.{name}]")) is not None
     }
     pictures = _open_pictures(recipe, data, root, embed_dim=student.config.embed_dim)
     asked: dict[str, list[StageSpec]] = {}

@@ -125,7 +125,7 @@ def _row(line: bytes, where: str) -> _Row:
             f"texts {where}: {error}; expected an object with 'text' and, if wanted, 'kind', 'weight' and "
             "'pictures'."
         ) from error
-    if not row.text or not 0 < row.weight < math.inf or any(number < 0 for number in row.pictures):
+    if not row.text.strip() or not 0 < row.weight < math.inf or any(number < 0 for number in row.pictures):
         raise InputError(
             f"texts {where}: got the text {row.text[:40]!r}, the weight {row.weight} and the pictures "
             f"{list(row.pictures)[:4]}, expected a text, a positive number, and rows from 0."

@@ -44,7 +44,17 @@ COLOURS = (
     "pink",
 )  # fmt: skip
 THINGS = ("circle", "triangle", "hexagon", "star", "heart")
-RECIPE = """
+# A stage in which the image tower stands still.
+STILL = """batch_size = 32
+optimizer = {{ learning_rate = 1e-2, weight_decay = 0.0 }}
+train_scale = false
+[[stage.group]]
+match = "image_tower.*"
+learning_rate = 0
+[[stage.loss]]
+"""
+RECIPE = (
+    """
 schema = 1
 kind = "train"
 name = "bag"
@@ -91,13 +101,9 @@ text = "targets.npy"
 name = "targets"
 data = "texts"
 samples = 1280
-batch_size = 32
-optimizer = {{ learning_rate = 1e-2, weight_decay = 0.0 }}
-train_scale = false
-[[stage.group]]
-match = "image_tower.*"
-learning_rate = 0
-[[stage.loss]]
+"""
+    + STILL
+    + """
 kind = "feature"
 teacher = "t"
 tower = "text"
@@ -108,20 +114,19 @@ teacher = "t"
 pictures = 8
 weight = 0.1
 """
-ALIGN = """
+)
+ALIGN = (
+    """
 [[stage]]
 name = "alignment"
 data = "pairs"
 samples = 640
-batch_size = 32
-optimizer = {{ learning_rate = 1e-2, weight_decay = 0.0 }}
-train_scale = false
-[[stage.group]]
-match = "image_tower.*"
-learning_rate = 0
-[[stage.loss]]
+"""
+    + STILL
+    + """
 kind = "info-nce"
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +187,7 @@ def test_texts_of_one_weight_have_none(tmp_path: Path) -> None:
     [
         ([{"text": "a"}, {"txt": "b"}], r"a.jsonl', line 2: .*txt"),
         ([{"text": ""}], r"line 1: got the text ''"),
+        ([{"text": " "}], r"line 1: got the text ' '"),
         ([{"text": "a", "weight": 0}], r"line 1: got the text 'a', the weight 0.0"),
         ([{"text": "a", "pictures": [3, -1]}], r"the pictures \[3, -1\]"),
         ([{"text": "a", "pictures": [3]}, {"text": "b"}], r"'a.jsonl:2' has no 'pictures'"),
@@ -269,11 +275,13 @@ def test_templates_are_read_from_files(tmp_path: Path) -> None:
         (("openai-81",), r"\[data.x\]: prompts.en: 'openai-81' is no template"),
         (("{} and {}",), r"'{} and {}' has 2 places"),
         (("gone.txt",), r"gone.txt' cannot be read"),
+        (("empty.txt",), r"empty.txt' holds no line"),
     ],
 )
-def test_templates_that_are_none_are_named(templates: tuple[str, ...], message: str) -> None:
+def test_templates_that_are_none_are_named(templates: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        prompts(templates=templates)
+        open_prompts({"en": PromptSpec(templates=templates)}, tmp_path, where="[data.x]")
 
 
 @pytest.mark.parametrize("tokenizer", [Tokenizer.clip(), None], ids=["clip", "own"])
@@ -408,6 +416,7 @@ def test_a_dry_run_tells_what_moves(folder: Path) -> None:
         (('data.pairs.pictures="few.npy"',), ALIGN, r"2 rows of 16, expected at least 12 rows of 16"),
         (('teacher.0.text="wide.npy"',), "", r"the teacher 't' embeds into 20 dimensions"),
         (("data.texts.prompts.alt.before=[]",), "", r"prompts.alt: 'before_share' is 0.2"),
+        (('validation=[{name="v", data="texts"}]',), "", r"\[\[validation\]\] 0: \[data.texts\] has texts"),
     ],
 )
 def test_what_texts_cannot_have_is_refused(
@@ -419,6 +428,12 @@ def test_what_texts_cannot_have_is_refused(
     (folder / "targets.txt").write_text("1 2", encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         dry_run_of(recipe(folder, *changes, more=more), folder)
+
+
+def test_prompts_of_data_that_nothing_uses_are_not_read(folder: Path) -> None:
+    unused = '{texts = ["gone.jsonl"], prompts = {alt = {templates = ["gone.txt"]}}}'
+    plans, _ = dry_run_of(recipe(folder, f"data.unused={unused}"), folder)
+    assert len(plans) == 1
 
 
 def test_pictures_that_texts_name_must_be_said(folder: Path) -> None:
