@@ -142,7 +142,8 @@ class _Sum:
         self.second, self.first = np.zeros((groups, terms, terms)), np.zeros((groups, terms))
 
     def add(self, terms: NDArray[np.float32]) -> None:
-        self.second += np.matmul(terms, terms.transpose(0, 2, 1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.second += np.matmul(terms, terms.transpose(0, 2, 1))
         self.first += terms.sum(axis=2, dtype=np.float64)
         self.count += terms.shape[2]
 
@@ -163,7 +164,7 @@ def moments(
 
     Raises:
         BackendError: the graph cannot be run.
-        CalibrationError: a tensor is not finite for some rows.
+        CalibrationError: a tensor is not finite for some rows, or its squares are not.
     """
     unique = tuple(dict.fromkeys(windows))
     held = [BATCH * math.prod(each.shape) + 2 * each.groups * each.terms**2 for each in unique]
@@ -184,7 +185,13 @@ def moments(
                         )
                     each.add(each.windows.drawn(values, _share(each.windows, size, len(rows)), draw))
         for each in sums:
-            yield each.windows, Moments(each.second / each.count, each.first / each.count)
+            found = Moments(each.second / each.count, each.first / each.count)
+            if not np.isfinite(found.second).all():  # which no damping would ever let be inverted
+                raise CalibrationError(
+                    f"{what}: {each.windows.source!r} is so large for the calibration rows that its squares "
+                    "exceed float32; its float32 form is broken, or the rows are."
+                )
+            yield each.windows, found
 
 
 def _share(windows: Windows, size: int, rows: int) -> int:

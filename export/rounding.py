@@ -48,7 +48,7 @@ def rounded_weights(
 
     Raises:
         BackendError: the graph cannot be run.
-        CalibrationError: a tensor is not finite for some rows.
+        CalibrationError: a tensor is not finite for some rows, or its squares are not.
     """
     chosen = set(nodes)
     products = [node for node in model.graph if node.outputs[0].name in chosen]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeclip.calibration.rounding import Moments, Windows, round_to_moments
+from edgeclip.bundle import TensorEntry
+from edgeclip.calibration.rounding import Moments, Windows, moments, round_to_moments
+from edgeclip.errors import CalibrationError
 from edgeclip.quantization import Scheme, neighbours, weight_steps
 
 LIMIT = 127
@@ -157,3 +162,36 @@ def test_centred_moments_are_covariances() -> None:
     values = np.random.default_rng(0).normal(2, 1, size=(1, 5, 400))
     seen = Moments(values @ values.transpose(0, 2, 1) / 400, values.mean(axis=2))
     assert np.allclose(seen.centred[0], np.cov(values[0], bias=True))
+
+
+class _Same:
+    """A graph that gives its input back, and the session of it."""
+
+    digest = "same"
+    inputs: ClassVar[dict[str, TensorEntry]] = {
+        "x": TensorEntry(name="x", dtype="float32", shape=("batch", 4))
+    }
+
+    @contextlib.contextmanager
+    def values(self, names: Sequence[str]) -> Iterator[_Same]:
+        assert list(names) == ["x"]
+        yield self
+
+    def run(self, feeds: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        return {"0": feeds["x"].ravel()}
+
+
+def test_moments_are_means_over_rows() -> None:
+    rows = np.random.default_rng(0).normal(size=(37, 4)).astype(np.float32)
+    ((windows, found),) = moments(_Same(), rows, [Windows("x", (4,))] * 2, what="tower")  # type: ignore[arg-type]
+    assert windows.terms == 4
+    np.testing.assert_allclose(found.second[0], rows.T @ rows / 37, rtol=1e-5)
+    np.testing.assert_allclose(found.first[0], rows.mean(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "message"), [(1e25, "'x' is so large"), (np.inf, "'x' is not finite")])
+def test_moments_that_are_not_finite_are_an_error(value: float, message: str) -> None:
+    rows = np.ones((9, 4), np.float32)
+    rows[5, 2] = value
+    with pytest.raises(CalibrationError, match=f"tower: {message} for the calibration rows"):
+        list(moments(_Same(), rows, [Windows("x", (4,))], what="tower"))  # type: ignore[arg-type]
