@@ -28,7 +28,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +60,7 @@ from edgeclip.evaluate.subjects import Subject, open_bundle
 from edgeclip.evaluate.zero_shot import rank_pictures
 from edgeclip.export.recipes.emoji import Pictogram, read_pictograms
 from edgeclip.export.recipes.nano_eval import n_way
-from edgeclip.export.recipes.stamps import Stamp, candidates, ranks, read_stamps
+from edgeclip.export.recipes.stamps import Stamp, candidates, of_half, ranks, read_stamps
 from edgeclip.fetch import data_directory, materials, photos
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.preprocess import Preprocess
@@ -337,16 +336,11 @@ def rendered_openmoji() -> tuple[Path, str]:
     Raises:
         InputError: the set was not fetched, or nothing is there to draw it.
     """
-    found = openmoji.drawings()
-    if shutil.which("rsvg-convert") is None:
-        raise InputError("rsvg-convert is not installed; run `apt-get install librsvg2-bin`.")
-    version = subprocess.run(["rsvg-convert", "--version"], check=True, capture_output=True, text=True)
-    renderer = version.stdout.strip()
+    found, renderer = openmoji.drawings(), openmoji.renderer()
     folder = ROOT / "build" / f"openmoji-{_EMOJI_PX}-{renderer.split()[-1]}"
     if not (folder / "done").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        for code, (_, svg) in found.items():
-            openmoji.render(svg, folder / f"{code.lower()}.png", _EMOJI_PX)
+        openmoji.render(found, folder, _EMOJI_PX)
         (folder / "done").touch()
     return folder, renderer
 
@@ -393,7 +387,8 @@ def of_stamps(
     said: dict[str, Figure] = {}
     kept: dict[str, Any] = {}
     for language in TEMPLATES:
-        judged = judged_rows(asked.stamps, half, language)
+        chosen_stamps = set(of_half(asked.stamps, half, language))
+        judged = [row for row, stamp in enumerate(shown) if stamp in chosen_stamps]
         stamps = [shown[row] for row in judged]
         names = candidates(asked.stamps, language)
         texts = bank(subject, names, TEMPLATES[language])
@@ -438,17 +433,6 @@ def of_stamps(
         for row, column in zip(chosen, best, strict=True)
     ]
     return said, kept
-
-
-def judged_rows(stamps: Sequence[Stamp], half: str, language: str) -> list[int]:
-    """Return the rows of a half's pictures that are judged.
-
-    A Chinese name that stands for pictures of both halves was seen in the tuning half: its pictures are left
-    out of the report half.
-    """
-    elsewhere = {stamp.name(language) for stamp in stamps if stamp.split != half}
-    shown = [stamp for stamp in stamps if stamp.split == half]
-    return [row for row, stamp in enumerate(shown) if half == "tune" or stamp.name(language) not in elsewhere]
 
 
 def of_samples(subject: Subject, prepare: Preprocess) -> tuple[dict[str, Figure], dict[str, Any]]:
@@ -537,9 +521,8 @@ def _forms(bundle: str, checkpoint: Path | None, options: RuntimeOptions, work: 
     yield from _of_bundle(bundle, ["onnx-int8"], options)
     if checkpoint is None:
         return
-    subject = eager(checkpoint)
-    yield Form("eager float32", subject)
-    subject.close()
+    with contextlib.closing(eager(checkpoint)) as subject:
+        yield Form("eager float32", subject)
     del subject
     yield from _of_bundle(str(exported(checkpoint, work)), ["onnx-fp32", "openvino-int8"], options)
 
@@ -547,8 +530,8 @@ def _forms(bundle: str, checkpoint: Path | None, options: RuntimeOptions, work: 
 def _of_bundle(path: str, variants: Sequence[str], options: RuntimeOptions) -> Iterator[Form]:
     for variant in variants:
         (subject,), _ = open_bundle(path, variants=[variant], options=options)
-        yield Form(variant, subject, Bundle.open(path), variant)
-        subject.close()
+        with contextlib.closing(subject):
+            yield Form(variant, subject, Bundle.open(path), variant)
 
 
 def eager(checkpoint: Path) -> Subject:

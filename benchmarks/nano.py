@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def measured(
     for language in languages:
         names = candidates(stamps, language)
         for half in halves:
-            questions = stamp_questions(stamps, package, half)
+            questions = stamp_questions(stamps, package, half, language)
             found[f"stamps-{half}-{language}"] = judged(subject, questions, language, 5, names=names)
         unseen = pictogram_questions(emojibase, drawings)
         found[f"twitter-{language}"] = judged(subject, unseen, language, 10)
@@ -73,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models: list[dict[str, Any]] = []
     for path in options.model:
         for subject in opened(path, options.threads):
-            found = measured(
-                subject, options.materials, options.half or ["tune"], options.language or LANGUAGES
-            )
+            with closing(subject):
+                found = measured(
+                    subject, options.materials, options.half or ["tune"], options.language or LANGUAGES
+                )
             about = {key: value for key, value in subject.about.items() if key != "threads"}
-            subject.close()
             models.append({"name": "/".join(Path(subject.name).parts[-2:]), "about": about, "sets": found})
             for name, said in found.items():
                 way = next(key for key in said if key.endswith("-way"))
@@ -90,7 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in models:
             for said in model["sets"].values():
                 said["rows"] = ["\t".join(map(str, row.values())) for row in said["rows"]]
-        sys.argv[1:] = [Path(each).name if "/" in each else each for each in sys.argv[1:]]
         columns = "rows: picture, its name, the rank of that among all, share of n-way draws won"
         write(options.output, {"columns": columns, "figures": _spread(models), "models": models})
     return 0

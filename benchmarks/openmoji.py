@@ -19,9 +19,10 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from edgeclip.errors import InputError
 from edgeclip.fetch import materials
 
-__all__ = ["drawings", "render"]
+__all__ = ["drawings", "render", "renderer"]
 
 _RENDERER = "rsvg-convert"
 
@@ -38,11 +39,24 @@ def drawings() -> Mapping[str, tuple[str, Path]]:
     }
 
 
-def render(svg: Path, png: Path, size_px: int) -> None:
-    """Draw an SVG file as a square PNG."""
+def renderer() -> str:
+    """Return name and version of what draws.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if shutil.which(_RENDERER) is None:
+        raise InputError(f"{_RENDERER} is not installed; run `apt-get install librsvg2-bin`.")
+    version = subprocess.run([_RENDERER, "--version"], check=True, capture_output=True, text=True)
+    return version.stdout.strip()
+
+
+def render(found: Mapping[str, tuple[str, Path]], folder: Path, size_px: int) -> None:
+    """Draw emoji as square PNG files, called by their code in lower case."""
     size = str(size_px)
     command = [_RENDERER, "--width", size, "--height", size, "--keep-aspect-ratio", "--output"]
-    subprocess.run([*command, str(png), str(svg)], check=True)
+    for code, (_, svg) in found.items():
+        subprocess.run([*command, str(folder / f"{code.lower()}.png"), str(svg)], check=True)
 
 
 def main() -> None:
@@ -51,15 +65,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--limit", type=int, help="only so many of them")
     asked = parser.parse_args()
-    if shutil.which(_RENDERER) is None:
-        raise SystemExit(f"{_RENDERER} is not installed: run apt-get install librsvg2-bin.")
-    version = subprocess.run([_RENDERER, "--version"], check=True, capture_output=True, text=True).stdout
-    asked.output.mkdir(parents=True, exist_ok=True)
+    said = {"renderer": renderer(), "size_px": asked.size, "licence": "CC-BY-SA-4.0"}
     found = dict(sorted(drawings().items())[: asked.limit])
-    for code, (_, svg) in found.items():
-        render(svg, asked.output / f"{code}.png", asked.size)
-    said = {"renderer": version.strip(), "size_px": asked.size, "licence": "CC-BY-SA-4.0"}
-    names = {code: name for code, (name, _) in found.items()}
+    asked.output.mkdir(parents=True, exist_ok=True)
+    render(found, asked.output, asked.size)
+    names = {code.lower(): name for code, (name, _) in found.items()}
     (asked.output / "names.json").write_text(
         json.dumps({**said, "names": names}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )

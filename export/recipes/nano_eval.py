@@ -19,7 +19,7 @@ from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.preprocess import Preprocess
 
 from .emoji import read_pictograms
-from .stamps import Stamp
+from .stamps import Stamp, of_half
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,18 +51,18 @@ class Question:
         return self.english if language == "en" else self.chinese
 
 
-def stamp_questions(stamps: Sequence[Stamp], package: Path, split: str) -> list[Question]:
-    """Return the pictures of one half.
+def stamp_questions(stamps: Sequence[Stamp], package: Path, half: str, language: str) -> list[Question]:
+    """Return the pictures of one half that are judged in a language.
 
     Args:
         stamps: all of them.
         package: the unpacked package.
-        split: ``"tune"`` or ``"report"``.
+        half: ``"tune"`` or ``"report"``.
+        language: of the names.
     """
     return [
         Question(stamp.path(package), stamp.file, stamp.en, stamp.zh)
-        for stamp in stamps
-        if stamp.split == split
+        for stamp in of_half(stamps, half, language)
     ]
 
 

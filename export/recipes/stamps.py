@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import InputError
 
-__all__ = ["Stamp", "candidates", "figures", "fit_scale", "ranks", "read_stamps"]
+__all__ = ["Stamp", "candidates", "figures", "fit_scale", "of_half", "ranks", "read_stamps"]
 
 _FOLDER = "usr/share/tuxpaint"
 _DRAWS = 10_000
@@ -64,6 +64,16 @@ def read_stamps(path: Path) -> tuple[Stamp, ...]:
         raise InputError(f"stamps: {str(path)!r} cannot be read ({error}).") from error
 
 
+def of_half(stamps: Sequence[Stamp], half: str, language: str) -> list[Stamp]:
+    """Return the pictures of a half that are judged.
+
+    A name that stands for pictures of both halves, as some Chinese ones do, was seen in the half ``tune``:
+    its pictures are left out of the half ``report``.
+    """
+    seen = {stamp.name(language) for stamp in stamps if stamp.split != half} if half == "report" else set()
+    return [stamp for stamp in stamps if stamp.split == half and stamp.name(language) not in seen]
+
+
 def candidates(stamps: Iterable[Stamp], language: str) -> tuple[str, ...]:
     """Return the different names in one language, sorted."""
     return tuple(sorted({stamp.name(language) for stamp in stamps}))
@@ -84,20 +94,14 @@ def figures(
 ) -> dict[str, Any]:
     """Return top-1 and top-5 by half and kind of name, with 95 % intervals (bootstrap over names).
 
-    Chinese names that stand for pictures of both halves are left out of the half ``report``.
+    Which pictures of a half are judged is told by :func:`of_half`.
     """
-    halves = defaultdict(set)
-    for stamp in stamps:
-        halves[stamp.name(language)].add(stamp.split)
     result: dict[str, Any] = {}
     for split in ("tune", "report"):
+        judged = set(of_half(stamps, split, language))
         for kind in ("all", "exact", "ancestor", "outside"):
             chosen = [
-                index
-                for index, stamp in enumerate(stamps)
-                if stamp.split == split
-                and kind in ("all", stamp.kind)
-                and not (split == "report" and len(halves[stamp.name(language)]) > 1)
+                index for index, stamp in enumerate(stamps) if stamp in judged and kind in ("all", stamp.kind)
             ]
             names = [stamps[index].name(language) for index in chosen]
             result[f"{split}/{kind}"] = _with_interval(rank[chosen], names, seed=seed)

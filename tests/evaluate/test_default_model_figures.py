@@ -15,7 +15,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import openmoji
 from default_model import (
     calibration_figure,
-    judged_rows,
     mean_figure,
     rejection_figure,
     rejection_scores,
@@ -23,7 +22,7 @@ from default_model import (
 )
 
 from edgeclip.errors import InputError
-from edgeclip.export.recipes.stamps import Stamp, figures
+from edgeclip.export.recipes.stamps import Stamp, figures, of_half
 
 NAMES = ["ant", "ant", "bee", "cow", "cow", "cow", "dog", "elk"]
 
@@ -113,6 +112,6 @@ def test_names_of_both_halves_are_left_out_of_the_report_half_alone() -> None:
         Stamp("b.png", "ibex", "山羊", "exact", "report"),
         Stamp("c.png", "koala", "考拉", "exact", "report"),
     ]
-    assert judged_rows(stamps, "tune", "zh") == [0]
-    assert judged_rows(stamps, "report", "zh") == [1]
-    assert judged_rows(stamps, "report", "en") == [0, 1]
+    assert of_half(stamps, "tune", "zh") == stamps[:1]
+    assert of_half(stamps, "report", "zh") == stamps[2:]
+    assert of_half(stamps, "report", "en") == stamps[1:]

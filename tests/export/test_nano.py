@@ -32,7 +32,13 @@ from edgeclip.export.recipes.build_nano import (
 from edgeclip.export.recipes.command import put_bundle
 from edgeclip.export.recipes.default_space import ClassNames
 from edgeclip.export.recipes.emoji import Pictogram, read_pictograms
-from edgeclip.export.recipes.nano_eval import Question, judged, n_way, pictogram_questions
+from edgeclip.export.recipes.nano_eval import (
+    Question,
+    judged,
+    n_way,
+    pictogram_questions,
+    stamp_questions,
+)
 from edgeclip.export.recipes.nano_pictures import (
     SIZE_PX,
     Named,
@@ -41,6 +47,7 @@ from edgeclip.export.recipes.nano_pictures import (
     pictogram,
     write_table,
 )
+from edgeclip.export.recipes.stamps import Stamp
 from edgeclip.models.checkpoints import CheckpointInfo, read_checkpoint_info, save_checkpoint
 from edgeclip.models.clip import build_clip
 from edgeclip.models.config import BagTextConfig, CLIPConfig, FastViTConfig
@@ -193,6 +200,16 @@ def test_n_way_counts_ties_as_lost_and_refuses_too_few_names() -> None:
     assert n_way(np.zeros((2, 3), np.float32), np.array([0, 1]), 2).tolist() == [0, 0]
     with pytest.raises(InputError, match="5-way: got 3 names"):
         n_way(np.zeros((2, 3), np.float32), np.array([0, 1]), 5)
+
+
+def test_pictures_are_judged_under_names_of_their_own_half() -> None:
+    stamps = [
+        Stamp("a.png", "goat", "山羊", "exact", "tune"),
+        Stamp("b.png", "ibex", "山羊", "exact", "report"),
+    ]
+    assert [each.key for each in stamp_questions(stamps, Path("p"), "report", "en")] == ["b.png"]
+    assert stamp_questions(stamps, Path("p"), "report", "zh") == []
+    assert [each.key for each in stamp_questions(stamps, Path("p"), "tune", "zh")] == ["a.png"]
 
 
 # --- the student -------------------------------------------------------------------------------------------
