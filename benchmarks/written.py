@@ -20,6 +20,7 @@ from edgeclip.runtime.latency import RatioInterval
 
 ROOT = Path(__file__).parent.parent
 _DRAWS = 10_000
+_PACKAGE = ("edgeclip", "export", "calibration")
 
 
 def arguments(description: str, output: str) -> argparse.ArgumentParser:
@@ -113,7 +114,7 @@ def commit() -> str:
         [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no", "--", "edgeclip"],
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", *_PACKAGE],
         capture_output=True,
         text=True,
         check=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import openmoji
+import written
 from default_model import (
     calibration_figure,
     mean_figure,
@@ -115,3 +117,23 @@ def test_names_of_both_halves_are_left_out_of_the_report_half_alone() -> None:
     assert of_half(stamps, "tune", "zh") == stamps[:1]
     assert of_half(stamps, "report", "zh") == stamps[2:]
     assert of_half(stamps, "report", "en") == stamps[1:]
+
+
+@pytest.mark.parametrize("part", ["edgeclip", "export", "calibration"])
+def test_a_result_of_code_that_was_not_committed_says_so(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    for name in ("edgeclip", "export", "calibration", "docs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").touch()
+    git("add", ".")
+    git("commit", "--quiet", "--message", "a")
+    monkeypatch.setattr(written, "ROOT", tmp_path)
+    (tmp_path / "docs" / "a.py").write_text("changed", encoding="utf-8")
+    assert len(written.commit()) == 40
+    (tmp_path / part / "a.py").write_text("changed", encoding="utf-8")
+    assert written.commit().endswith("-dirty")
