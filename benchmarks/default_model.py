@@ -549,7 +549,7 @@ def eager(checkpoint: Path) -> Subject:
 
 
 def exported(checkpoint: Path, work: Path) -> Path:
-    """Export a checkpoint in its other forms, calibrated as the recipe does, whatever they lose."""
+    """Export a checkpoint in its other forms, calibrated on the photographs for it, whatever they lose."""
     from edgeclip.export.exporter import export_bundle
     from edgeclip.export.options import Checkpoint, ExportSettings, Gates, LimitChange, References
     from edgeclip.export.variants import parse_variants
