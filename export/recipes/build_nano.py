@@ -28,6 +28,7 @@ import hashlib
 import json
 import logging
 import random
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ from edgeclip.distill.trainer import Progress, TrainOptions, train
 from edgeclip.errors import ConfigError, InputError
 from edgeclip.fetch import materials, photos
 from edgeclip.label_sets import LabelSet, Templates
-from edgeclip.labels import build_bank, write_atomic
+from edgeclip.labels import build_bank, make_folder, write_atomic
 from edgeclip.models.checkpoints import (
     CheckpointInfo,
     load_checkpoint,
@@ -233,10 +234,10 @@ def _check_work(plan: Plan, found: Materials) -> None:
             raise ConfigError(
                 f"--work {str(plan.work)!r} was made from other {' and '.join(other)}: got "
                 f"{known.get(other[0])!r} for {other[0]!r}, expected {made_from[other[0]]!r}; name another "
-                f"--work, or remove this one: rm -r {plan.work}."
+                f"--work, or remove this one: rm -r {shlex.quote(str(plan.work))}."
             )
         return
-    plan.work.mkdir(parents=True, exist_ok=True)
+    make_folder(plan.work)
     write_atomic(record, (json.dumps(made_from, indent=1) + "\n").encode())
 
 

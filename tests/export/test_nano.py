@@ -358,6 +358,9 @@ def test_work_belongs_to_its_teacher_and_materials(tmp_path: Path, teacher: Path
         ConfigError, match=r"other teacher and materials and pictures and photo_share: got None"
     ):
         _check_work(plan, found)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file' cannot be written: File exists"):
+        _check_work(replace(plan, work=tmp_path / "file"), found)
     with pytest.raises(InputError, match=r"nowhere.config.json' cannot be read"):
         _check_work(replace(plan, checkpoint=tmp_path / "nowhere"), found)
 
