@@ -5,11 +5,13 @@ Also what a dry run does: prepare a batch of every stage and send some of it thr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +101,22 @@ class Run:
     validations: tuple[Validation, ...]
     prompts: Mapping[str, Prompts] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of each table of data, with the pictures and templates beside it, by name."""
+        return {name: self._digest(name, samples.digest) for name, samples in self.data.items()}
+
+    def _digest(self, name: str, table: str) -> str:
+        pictures, prompts = self.pictures.get(name), self.prompts.get(name)
+        if pictures is None and prompts is None:
+            return table
+        kinds = {} if prompts is None else prompts.kinds
+        templates = sorted((kind, each.templates) for kind, each in kinds.items())
+        whole = hashlib.sha256(f"{table} {templates}".encode())
+        if pictures is not None:
+            whole.update(np.ascontiguousarray(pictures.numpy()).data)
+        return whole.hexdigest()
 
     def inputs(self, stage: StageSpec) -> Inputs:
         """Return what prepares a stage's samples, for the student and the teachers it needs."""

@@ -150,14 +150,14 @@ def train(
             run.objective(stage)
             run.sparsity(stage)
             parameter_groups(run.student.model, stage)
-        tables = sorted((name, samples.digest) for name, samples in run.data.items())
-        here.check_same("recipe and data", f"{recipe_digest(recipe)} {tables}".encode())
+        tables = run.digests
+        here.check_same("recipe and data", f"{recipe_digest(recipe)} {sorted(tables.items())}".encode())
         journal: Journal | None = None
         if here.is_first:
             journal = Journal(
                 options.output,
                 recipe_digest=recipe_digest(recipe),
-                data={name: samples.digest for name, samples in run.data.items()},
+                data=tables,
                 recipe=options.recipe_text,
                 restart=options.restart,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -383,6 +384,24 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(folder: Path, tmp_path: 
         assert result.status == "interrupted"
     assert run_recipe(asked, folder, tmp_path / "cut")[0].status == "finished"
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", ["pictures.npy", "mine.txt"])
+def test_a_run_does_not_go_on_with_other_pictures_or_templates(
+    changed: str, folder: Path, tmp_path: Path
+) -> None:
+    beside = tmp_path / "data"
+    shutil.copytree(folder, beside)
+    (beside / "mine.txt").write_text("see {}", encoding="utf-8")
+    made = recipe(beside, 'data.texts.prompts.alt.templates=["mine.txt"]', "stage.0.samples=64")
+    run_recipe(made, beside, tmp_path / "run")
+    run_recipe(made, beside, tmp_path / "run")
+    (beside / "mine.txt").write_text("look, {}", encoding="utf-8")
+    if changed == "pictures.npy":
+        (beside / "mine.txt").write_text("see {}", encoding="utf-8")
+        np.save(beside / changed, np.load(beside / changed)[::-1])
+    with pytest.raises(ConfigError, match=r"the data \['texts'\] are others than when it began"):
+        run_recipe(made, beside, tmp_path / "run")
 
 
 def test_parts_give_the_gradient_of_the_whole_batch(folder: Path, tmp_path: Path) -> None:
