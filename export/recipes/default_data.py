@@ -42,6 +42,7 @@ from edgeclip.models.checkpoints import (
 from edgeclip.models.clip import PosteriorImageTower, build_clip
 from edgeclip.models.config import BagTextConfig, CLIPConfig, PosteriorImageConfig
 from edgeclip.models.efficientnet_lite import LITE0, LITE_MEAN, LITE_STD, EfficientNetLite
+from edgeclip.models.text import BagTextTower
 from edgeclip.tokenizer import Tokenizer, train_bpe
 from edgeclip.words import build_words
 
@@ -57,6 +58,7 @@ from .default_space import (
     read_class_names,
     unit,
 )
+from .default_start import start_from_targets
 from .default_text import Entries, SentenceCache, build_entries, read_emoji_names
 from .minilm import MiniLM
 from .stamps import candidates, read_stamps
@@ -78,17 +80,22 @@ _log = logging.getLogger(__name__)
 NAME = "edgeclip-default"
 LANGUAGES = ("en", "zh")
 CONTEXT_LENGTH = 32
-VOCAB_SIZE = 13_500  # with it the bundle takes 13.9 MB; each further thousand pieces add 0.26
+VOCAB_SIZE = int(
+    __import__("os").environ.get("EC_VOCAB", "13500")
+)  # with it the bundle takes 13.9 MB; each further thousand pieces add 0.26
 STAMPS = Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "stamps.jsonl"
 _SCALE_BEFORE_FIT = 20.0
 _SOURCES = (
     "cedict.py",
     "default_data.py",
+    "default_chinese.toml",
     "default_features.py",
     "default_look_alikes.toml",
     "default_pictograms.py",
     "default_space.py",
+    "default_start.py",
     "default_text.py",
+    "emoji.py",
     "minilm.py",
     "stamps.py",
     "wordnet.py",
@@ -232,7 +239,7 @@ def write_training_data(
     Raises:
         InputError: something was not fetched, or cannot be read or written.
     """
-    space_config = space_config or SpaceConfig()
+    space_config = space_config or SpaceConfig(**json.loads(__import__("os").environ.get("EC_SPACE", "{}")))
     packages = materials_of(directory, cedict=cedict)
     pictograms = materials("pictograms", directory)
     photographs = photos(directory, use="calibration")
@@ -293,6 +300,7 @@ def write_training_data(
         backbone=backbone,
         cedict=cedict,
         seed=seed,
+        entries=entries,
     )
     said = {"made_from": made_from, "texts": len(entries.texts), "pairs": len(pairs)}
     record.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
@@ -377,6 +385,9 @@ def _config(space: SpaceConfig, tokenizer: Tokenizer) -> CLIPConfig:
             context_length=tokenizer.context_length,
             pad_id=tokenizer.config.special.pad,
             embed_dim=image.embed_dim,
+            width=int(__import__("os").environ.get("EC_WIDTH", "256")),
+            hidden_dim=int(__import__("os").environ.get("EC_HIDDEN", "768")),
+            token_dim=int(__import__("os").environ.get("EC_TOKEN", "0")),
         ),
         resize="squash",
         crop="none",
@@ -443,12 +454,18 @@ def _write_start(
     backbone: dict[str, torch.Tensor],
     cedict: bool,
     seed: int,
+    entries: Entries,
 ) -> None:
     """Write the model before its first step; the backbone's weights stay in their package."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_clip(config, scale=_SCALE_BEFORE_FIT)
     assert isinstance(model.image_tower, PosteriorImageTower)
+    assert isinstance(model.text_tower, BagTextTower)
+    explained = start_from_targets(
+        model.text_tower, tokenizer, entries.texts, entries.targets.astype(np.float32), entries.weights
+    )
+    _log.info("the start explains %.0f %% of the targets' variance", 100 * explained)
     with torch.no_grad():
         model.image_tower.class_table.copy_(torch.from_numpy(space.table))
         model.image_tower.feature_table.copy_(torch.from_numpy(space.feature_table))

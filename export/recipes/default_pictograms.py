@@ -11,7 +11,7 @@ is used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ __all__ = [
     "Drawing",
     "HeadRecipe",
     "PictogramCodes",
+    "PictogramNames",
     "fit_gate",
     "fit_head",
     "learn_sight",
@@ -40,6 +41,7 @@ __all__ = [
     "photograph_views",
     "pictogram_views",
     "read_drawings",
+    "rows_of_names",
 ]
 
 Pixels = NDArray[np.uint8]
@@ -48,6 +50,7 @@ _BATCH = 32
 _FREE = ("CC0-1.0", "public-domain")
 _GATE_MIDDLE, _GATE_SLOPE = 0.3, 60.0
 _SHRINKAGE = 0.3
+_MOST_OF_A_TAG = 2
 
 
 @dataclass(frozen=True)
@@ -239,25 +242,59 @@ class PictogramCodes:
     Attributes:
         table: features to the part ``(F, P)``.
         bias: ``(P,)``.
-        names: of the drawings learnt from, and their codes ``(n, P)``.
-        centre: mean sentence vector of the names ``(D,)``.
+        known: codes of the drawings learnt from ``(n, P)``.
+        centre: mean sentence vector of their names ``(D,)``.
         text_table: sentence vectors to the part ``(D, P)``, for other names.
     """
 
     table: Floats
     bias: Floats
-    names: dict[str, int]
     known: Floats
     centre: Floats
     text_table: Floats
 
+
+@dataclass(frozen=True)
+class PictogramNames:
+    """What drawings say about names: where such a drawing lies, and what it looks like.
+
+    Attributes:
+        rows: of the drawings that a name means: one by its own name, else the few that have it as a tag.
+        head: the pictogram part.
+        looks: mean features of each drawing ``(n, F)``, less the mean of its style: what is left of a style
+            is then mostly gone, and what it shows is not.
+    """
+
+    rows: Mapping[str, tuple[int, ...]]
+    head: PictogramCodes
+    looks: Floats
+
     def codes(self, names: Sequence[str], vectors: Floats) -> Floats:
         """Return unit codes ``(n, P)`` of names with these unit sentence vectors ``(n, D)``."""
-        found = unit(unit(vectors - self.centre) @ self.text_table)
+        head = self.head
+        found = unit(unit(vectors - head.centre) @ head.text_table)
         for row, name in enumerate(names):
-            if (known := self.names.get(name.lower())) is not None:
-                found[row] = self.known[known]
+            if known := self.rows.get(name.lower()):
+                found[row] = unit(head.known[list(known)].mean(axis=0, keepdims=True))[0]
         return found
+
+    def drawn(self, names: Sequence[str]) -> Floats:
+        """Return what drawings of names look like ``(n, F)``, zeros where none is meant."""
+        found = np.zeros((len(names), self.looks.shape[1]), np.float32)
+        for row, name in enumerate(names):
+            if known := self.rows.get(name.lower()):
+                found[row] = self.looks[list(known)].mean(axis=0)
+        return found
+
+
+def rows_of_names(drawings: Sequence[Drawing]) -> dict[str, tuple[int, ...]]:
+    """Return which drawings each name means; a tag of more than two is a topic and means none."""
+    tagged: dict[str, list[int]] = {}
+    for row, drawing in enumerate(drawings):
+        for tag in drawing.tags:
+            tagged.setdefault(tag.lower(), []).append(row)
+    found = {tag: tuple(rows) for tag, rows in tagged.items() if len(rows) <= _MOST_OF_A_TAG}
+    return found | {drawing.name.lower(): (row,) for row, drawing in enumerate(drawings)}
 
 
 def fit_head(
@@ -316,7 +353,6 @@ def fit_head(
         return PictogramCodes(
             weight.numpy(),
             bias.numpy(),
-            {name.lower(): row for row, name in enumerate(names)},
             codes().numpy(),
             centre,
             text.weight.T.contiguous().numpy(),
@@ -347,7 +383,7 @@ def learn_sight(
     recipe: HeadRecipe,
     *,
     views: int = 3,
-) -> tuple[Sight, PictogramCodes]:
+) -> tuple[Sight, PictogramNames]:
     """Look at drawings and photographs, and return what the space needs of them.
 
     Args:
@@ -378,10 +414,11 @@ def learn_sight(
     names = [drawing.name for drawing in drawings]
     tagged = [", ".join([drawing.name, *drawing.tags[:5]]) for drawing in drawings]
     head = fit_head(styles, names, unit(encode(names) + encode(tagged)), recipe)
+    looks = np.mean([[view - view.mean(axis=0) for view in each] for each in styles], axis=(0, 1))
     gate = fit_gate(np.concatenate([view for each in styles for view in each]), free)
     return Sight(
         free.reshape(-1, 6, free.shape[1])[:, :2].mean(axis=(0, 1)), head.table, head.bias, gate
-    ), head
+    ), PictogramNames(rows_of_names(drawings), head, looks)
 
 
 def _kept(folder: Path, name: str, paths: Sequence[Path]) -> Path:

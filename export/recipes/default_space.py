@@ -5,15 +5,16 @@ text stands for a distribution ``q`` over the same classes ("which classes would
 picture?") and for a direction ``m`` among sentence vectors (MiniLM). An embedding has these parts, each of
 unit length before weighting:
 
-- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C = K^(1/2)·R``, ``R`` (1000 × 256)
+- *posterior match*: ``normalise(p·C)`` against ``normalise(q·C)`` with ``C = K^(1/2)·R``, ``R`` (1000 × 192)
   random orthonormal columns, so that the product is the cosine of ``p`` and ``q`` under the kernel ``K`` up
   to a small error (Johnson-Lindenstrauss); ``K`` is the identity plus what the classifier's own weights say
   about look-alikes;
-- *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 64
+- *meaning*: ``normalise(p·S)`` against the text's own vector, ``S`` the centred class vectors on their 16
   main axes (ConSE, Norouzi et al. 2014);
 - *features*: ``normalise((f - centre)·A)`` against ``normalise(q·W·A)``, ``W`` the classifier's centred
-  weights and ``A`` their 192 main axes: a classifier for the name, put together from those of what it looks
-  like (Changpinyo et al. 2016);
+  weights and ``A`` their 128 main axes: a classifier for the name, put together from those of what it looks
+  like (Changpinyo et al. 2016); names with drawings take two fifths from the drawings' own features, less
+  what all drawings share;
 - *pictogram*: features of drawings against a code of the name (``default_pictograms.py``); a gate that looks
   at the picture alone puts it in the place of all the others.
 
@@ -65,6 +66,7 @@ class SpaceConfig:
         part_weights: their shares in the squared length.
         feature_dim: width of the part made from features.
         feature_weight: its share; with ``part_weights`` they sum to 1.
+        drawn_share: what drawings of a name add to its part made from features; the rest is from ``q``.
         pictogram_dim: width of the pictogram part.
         pictogram_share: its share in the squared length of a text.
         gloss_temperature: softness of the neighbours by gloss.
@@ -77,10 +79,11 @@ class SpaceConfig:
         seed: of the random columns.
     """
 
-    part_dims: tuple[int, int] = (256, 64)
+    part_dims: tuple[int, int] = (192, 16)
     part_weights: tuple[float, float] = (0.4, 0.1)
-    feature_dim: int = 192
+    feature_dim: int = 128
     feature_weight: float = 0.5
+    drawn_share: float = 0.4
     pictogram_dim: int = 128
     pictogram_share: float = 0.35
     gloss_temperature: float = 0.03
@@ -149,6 +152,9 @@ _PARENTHESIS = re.compile(r"\s*\([^)]*\)")
 class Concepts:
     """Names and synsets as distributions over the classes; :meth:`set_vectors` comes first.
 
+    Attributes:
+        everyday: names of the list of look-alikes.
+
     Args:
         wordnet: WordNet.
         names: the classes.
@@ -166,6 +172,7 @@ class Concepts:
         self.wordnet = wordnet
         self.names = names
         self.config = config
+        self.everyday = tuple(look_alikes or {})
         self._class_of = {offset: index for index, offset in enumerate(names.offsets)}
         self._below: dict[int, list[int]] = defaultdict(list)
         for index, offset in enumerate(names.offsets):
@@ -384,18 +391,23 @@ class Space:
         """Width of an embedding."""
         return sum(self.config.part_dims) + self.config.feature_dim + self.config.pictogram_dim
 
-    def embed_texts(self, q: Floats, vectors: Floats, pictograms: Floats) -> Floats:
+    def embed_texts(self, q: Floats, vectors: Floats, pictograms: Floats, drawn: Floats) -> Floats:
         """Return targets ``(n, E)``.
 
         Args:
             q: distributions ``(n, 1000)``.
             vectors: unit sentence vectors ``(n, D)``.
-            pictograms: codes ``(n, P)`` of a drawing of it (:meth:`.default_pictograms.Pictograms.codes`).
+            pictograms: codes ``(n, P)`` of a drawing of it
+                (:meth:`.default_pictograms.PictogramNames.codes`).
+            drawn: what drawings of it look like ``(n, F)``, zeros where there are none.
         """
-        parts = [q @ self._codes, (vectors - self._offset) @ self._axes, q @ self._weights]
-        share = self.config.pictogram_share
-        seen = np.sqrt(1 - share) * _joined(parts, self._shares)
-        return np.concatenate([seen, np.sqrt(share) * unit(pictograms)], axis=1).astype(np.float32)
+        axes = self.feature_table[:, : self.config.feature_dim]
+        share = self.config.drawn_share * drawn.any(axis=1, keepdims=True).astype(np.float32)
+        features = (1 - share) * unit(q @ self._weights) + share * unit(drawn @ axes)
+        parts = [q @ self._codes, (vectors - self._offset) @ self._axes, features]
+        pictogram = self.config.pictogram_share
+        seen = np.sqrt(1 - pictogram) * _joined(parts, self._shares)
+        return np.concatenate([seen, np.sqrt(pictogram) * unit(pictograms)], axis=1).astype(np.float32)
 
     def embed_pictures(self, features: Floats, logits: Floats) -> Floats:
         """Return embeddings ``(n, E)`` of features ``(n, F)`` and logits ``(n, 1000)``, as the tower does."""

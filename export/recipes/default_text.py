@@ -8,11 +8,11 @@ names of emoji, and for ``default-zh`` from CC-CEDICT too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,43 +21,83 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import InputError
 
-from .default_pictograms import PictogramCodes
+from .default_pictograms import PictogramNames
 from .default_space import ClassNames, Concepts, Floats, Space, unit
 from .minilm import MiniLM
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = [
     "Entries",
     "SentenceCache",
     "build_entries",
+    "read_chinese",
     "read_emoji_names",
 ]
 
 _log = logging.getLogger(__name__)
 
+CHINESE = Path(__file__).with_name("default_chinese.toml")
+# How often a name is drawn, where a rare noun is drawn once.
+_CLASS = 12.0
+_EVERYDAY = 15.0
+_EVERYDAY_CHINESE = 12.0
+_EMOJI = 10.0
+_LATER_NAME = 0.5  # of a Chinese name that is not the usual one, against the usual one
+
 
 class SentenceCache:
-    """Sentence vectors kept in a directory: the teacher takes ten minutes."""
+    """Sentence vectors kept in a directory: the teacher takes ten minutes for all of them.
+
+    Every call that meets new texts adds a pair of files, ``sentences-<n>.npy`` and the texts of its rows,
+    ``sentences-<n>.json``, which is written last.
+
+    Raises:
+        InputError: a pair cannot be read.
+    """
 
     def __init__(self, directory: Path, teacher: Callable[[], MiniLM]) -> None:
         self._directory = directory
         self._make_teacher = teacher
         self._teacher: MiniLM | None = None
+        self._vectors = np.empty((0, 0), np.float16)
+        self._rows: dict[str, int] = {}
+        for path in sorted(directory.glob("sentences-*.json")):
+            self._read(path)
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """Return unit vectors ``(n, 384)`` of texts."""
-        unique = sorted(set(texts))
-        key = hashlib.sha256("\0".join(unique).encode()).hexdigest()[:16]
-        path = self._directory / f"minilm-{key}.npy"
-        if path.is_file():
-            vectors: Floats = np.load(path)
-        else:
+        new = sorted({text for text in texts if text not in self._rows})
+        if new:
             self._teacher = self._teacher or self._make_teacher()
-            _log.info("running the teacher on %d texts", len(unique))
-            vectors = self._teacher.encode(unique)
+            _log.info("running the teacher on %d texts", len(new))
+            vectors = self._teacher.encode(new).astype(np.float16)
             self._directory.mkdir(parents=True, exist_ok=True)
-            np.save(path, vectors.astype(np.float16))
-        row = {text: index for index, text in enumerate(unique)}
-        return unit(np.asarray(vectors, np.float32)[[row[text] for text in texts]])
+            path = self._directory / f"sentences-{len(self._rows):06}.json"
+            np.save(path.with_suffix(".npy"), vectors)
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(new, ensure_ascii=False), encoding="utf-8")
+            unfinished.replace(path)
+            self._add(new, vectors)
+        return unit(np.asarray(self._vectors[[self._rows[text] for text in texts]], np.float32))
+
+    def _read(self, path: Path) -> None:
+        try:
+            self._add(json.loads(path.read_text("utf-8")), np.load(path.with_suffix(".npy")))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"sentence vectors {str(path)!r} cannot be read ({error}); delete {path.stem}.json."
+            ) from error
+
+    def _add(self, texts: Sequence[str], vectors: NDArray[np.float16]) -> None:
+        if len(texts) != len(vectors):
+            raise ValueError(f"{len(texts)} texts for {len(vectors)} vectors")
+        first = len(self._rows)
+        self._rows |= {text: first + place for place, text in enumerate(texts)}
+        self._vectors = np.concatenate([self._vectors, vectors]) if first else vectors
 
 
 def read_emoji_names(emojibase: Path) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -120,7 +160,7 @@ def build_entries(
     names: ClassNames,
     emoji: Sequence[tuple[str, str, tuple[str, ...]]],
     space: Space,
-    pictograms: PictogramCodes,
+    pictograms: PictogramNames,
     cache: SentenceCache,
     *,
     dictionary: Sequence[tuple[str, tuple[str, ...]]] = (),
@@ -140,6 +180,8 @@ def build_entries(
         *_class_drafts(concepts, names),
         *_wordnet_drafts(concepts),
         *_emoji_drafts(concepts, emoji, cache),
+        *_everyday_drafts(concepts),
+        *_chinese_drafts(concepts, read_chinese()),
         *_gloss_drafts(concepts),
     ]
     meanings = cache.encode([draft.meaning for draft in drafts])
@@ -153,8 +195,10 @@ def build_entries(
         part = slice(start, start + 4096)
         q = np.stack([draft.q for draft in drafts[part]])
         vectors = unit(meanings[part] + 0.3 * glosses[part])
-        codes = pictograms.codes([draft.meaning for draft in drafts[part]], meanings[part])
-        targets[part] = space.embed_texts(q, vectors, codes)
+        said = [draft.meaning for draft in drafts[part]]
+        targets[part] = space.embed_texts(
+            q, vectors, pictograms.codes(said, meanings[part]), pictograms.drawn(said)
+        )
     return Entries(
         tuple(draft.text for draft in drafts),
         targets,
@@ -179,11 +223,17 @@ def _class_drafts(concepts: Concepts, names: ClassNames) -> Iterable[_Draft]:
         q[index] = 1
         gloss = concepts.gloss_of_synset(names.offsets[index])
         shared = concepts.of_name(english)  # two classes of one name share it
-        yield _Draft(english, q if shared is None else shared, english, gloss, 8.0)
+        yield _Draft(
+            english,
+            q if shared is None else shared,
+            english,
+            gloss,
+            _CLASS,
+        )
         for other in names.others[index]:
             if other.lower() != english.lower() and concepts.of_name(other) is None:
                 yield _Draft(other, q, other, gloss, 3.0)
-        yield _Draft(names.chinese[index], q, english, gloss, 10.0, language="zh")
+        yield _Draft(names.chinese[index], q, english, gloss, _CLASS, language="zh")
 
 
 def _wordnet_drafts(concepts: Concepts) -> Iterable[_Draft]:
@@ -245,8 +295,14 @@ def _emoji_drafts(
         q = concepts.of_name(english)
         if q is None:
             q = concepts.of_vector(vector)
-            yield _Draft(english, q, english, np.zeros_like(vector), 2.0)
-        yield _Draft(chinese, q, english, concepts.gloss_of_name(english), 8.0, language="zh")
+        yield _Draft(
+            english,
+            q,
+            english,
+            concepts.gloss_of_name(english),
+            _EMOJI,
+        )
+        yield _Draft(chinese, q, english, concepts.gloss_of_name(english), _EMOJI, language="zh")
         for tag in tags:
             tagged.setdefault(tag, []).append((q, english))
     named = {chinese for _, chinese, _ in emoji}
@@ -256,6 +312,49 @@ def _emoji_drafts(
         for q, english in found:
             gloss = concepts.gloss_of_name(english)
             yield _Draft(tag, q, english, gloss, 3.0 / len(found), language="zh")
+
+
+def _everyday_drafts(concepts: Concepts) -> Iterable[_Draft]:
+    """Yield the names of the list of look-alikes: what people ask for most, and WordNet has no all of it."""
+    for name in concepts.everyday:
+        q = concepts.of_name(name)
+        if q is None:
+            continue
+        gloss = concepts.gloss_of_name(name)
+        yield _Draft(name, q, name, gloss, _EVERYDAY)
+        if not name.endswith("s"):
+            yield _Draft(_plural(name), q, name, gloss, 0.1 * _EVERYDAY)
+
+
+def read_chinese(path: Path = CHINESE) -> dict[str, tuple[str, ...]]:
+    """Return Chinese names of everyday things by their English names, the usual one first.
+
+    Raises:
+        InputError: the list cannot be read.
+    """
+    try:
+        lines = tomllib.loads(path.read_text("utf-8"))
+        return {english: tuple(chinese) for english, chinese in lines.items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"Chinese names: {str(path)!r} cannot be read ({error}).") from error
+
+
+def _chinese_drafts(concepts: Concepts, chinese: Mapping[str, Sequence[str]]) -> Iterable[_Draft]:
+    """Yield Chinese names; one that stands for several English ones is a mixture of them."""
+    meant: dict[str, list[tuple[float, str, Floats]]] = {}
+    for english, names in chinese.items():
+        q = concepts.of_name(english)
+        if q is None:
+            continue
+        for place, name in enumerate(names):
+            meant.setdefault(name, []).append((_LATER_NAME if place else 1.0, english, q))
+    for name, found in meant.items():
+        total = sum(share for share, _, _ in found)
+        q = np.asarray(sum(share / total * each for share, _, each in found), np.float32)
+        share, english, _ = max(found, key=lambda one: one[0])
+        yield _Draft(
+            name, q, english, concepts.gloss_of_name(english), _EVERYDAY_CHINESE * share, language="zh"
+        )
 
 
 def _gloss_drafts(concepts: Concepts) -> Iterable[_Draft]:

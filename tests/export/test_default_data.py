@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from edgeclip.corpus import load_corpus  # noqa: E402
 from edgeclip.distill.texts import open_texts  # noqa: E402
-from edgeclip.errors import InputError  # noqa: E402
+from edgeclip.errors import ConfigError, InputError  # noqa: E402
 from edgeclip.export.recipes.cedict import read_cedict  # noqa: E402
 from edgeclip.export.recipes.default_data import (  # noqa: E402
     _write_texts,
@@ -22,8 +22,20 @@ from edgeclip.export.recipes.default_data import (  # noqa: E402
     parents_of,
     write_training_data,
 )
-from edgeclip.export.recipes.default_text import Entries, SentenceCache, _classes, _Draft  # noqa: E402
+from edgeclip.export.recipes.default_space import Concepts, unit  # noqa: E402
+from edgeclip.export.recipes.default_start import start_from_targets  # noqa: E402
+from edgeclip.export.recipes.default_text import (  # noqa: E402
+    Entries,
+    SentenceCache,
+    _chinese_drafts,
+    _classes,
+    _Draft,
+    read_chinese,
+)
 from edgeclip.fetch import data_directory, materials  # noqa: E402
+from edgeclip.models.config import BagTextConfig  # noqa: E402
+from edgeclip.models.text import BagTextTower  # noqa: E402
+from edgeclip.tokenizer import train_bpe  # noqa: E402
 
 CEDICT = """\
 # CC-CEDICT
@@ -152,6 +164,114 @@ def test_sentences_are_asked_about_once(tmp_path: Path) -> None:
     assert teacher.asked == ["a", "bb"]
     np.testing.assert_allclose(first[[1, 0]], again, atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-3)
+    SentenceCache(tmp_path, lambda: teacher).encode(["ccc", "a"])  # type: ignore[arg-type, return-value]
+    assert teacher.asked == ["a", "bb", "ccc"]
+    kept = SentenceCache(tmp_path, lambda: teacher)  # type: ignore[arg-type, return-value]
+    np.testing.assert_allclose(kept.encode(["ccc"]), [[3 / 10**0.5, 1 / 10**0.5]], atol=1e-3)
+
+
+def test_damaged_sentence_vectors_are_named(tmp_path: Path) -> None:
+    SentenceCache(tmp_path, _Teacher).encode(["a", "b"])  # type: ignore[arg-type]
+    (tmp_path / "sentences-000000.json").write_text('["a"]', encoding="utf-8")
+    with pytest.raises(InputError, match=r"sentences-000000\.json' cannot be read \(1 texts for 2 vectors\)"):
+        SentenceCache(tmp_path, _Teacher)  # type: ignore[arg-type]
+
+
+# Chinese names and the start
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_chinese_names_are_those_of_things() -> None:
+    chinese = read_chinese()
+    assert chinese["giraffe"][0] == "长颈鹿"
+    for english, names in chinese.items():
+        assert len(set(names)) == len(names) > 0, english
+        assert all(any("\u4e00" <= each <= "\u9fff" for each in name) or name.isupper() for name in names)
+
+
+def test_a_damaged_list_of_chinese_names_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text('"cat" = [', encoding="utf-8")
+    with pytest.raises(InputError, match=r"broken\.toml' cannot be read"):
+        read_chinese(tmp_path / "broken.toml")
+
+
+def test_a_chinese_name_of_several_things_is_between_them(small_world: Concepts) -> None:
+    drafts = {
+        draft.text: draft
+        for draft in _chinese_drafts(
+            small_world, {"fox": ("狐狸", "狐"), "dog": ("狗", "狐"), "nothing": ("无",)}
+        )
+    }
+    assert set(drafts) == {"狐狸", "狐", "狗"}
+    np.testing.assert_allclose(drafts["狐"].q, (drafts["狐狸"].q + drafts["狗"].q) / 2)
+    assert drafts["狐"].weight == drafts["狗"].weight / 2
+    assert {draft.language for draft in drafts.values()} == {"zh"}
+
+
+@pytest.fixture
+def small_world() -> Concepts:
+    class World:
+        def of_name(self, name: str) -> np.ndarray | None:
+            row = {"fox": 3, "dog": 5}.get(name)
+            return None if row is None else np.eye(8, dtype=np.float32)[row]
+
+        def gloss_of_name(self, name: str) -> np.ndarray:
+            return np.zeros(4, np.float32)
+
+    return World()  # type: ignore[return-value]
+
+
+def test_the_start_is_the_best_linear_bag() -> None:
+    """Compared with scikit-learn's ridge regression; the tower's answers follow it before any training."""
+    linear = pytest.importorskip("sklearn.linear_model")
+    words = ["fox", "red", "dog", "small", "house", "tree", "big", "fish"]
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(words, random.integers(1, 4), replace=False)) for _ in range(200)]
+    tokenizer = train_bpe(words, vocab_size=540, context_length=8, min_count=1)
+    pieces = np.zeros((len(texts), tokenizer.vocab_size))
+    for row, text in enumerate(texts):
+        ids = tokenizer.encode(text)
+        np.add.at(pieces[row], ids, 1 / len(ids))
+    targets = (pieces @ random.normal(size=(pieces.shape[1], 16))).astype(np.float32)
+    targets = unit(targets + 0.1 * random.normal(size=targets.shape).astype(np.float32))
+    weights = random.uniform(0.5, 2, len(texts)).astype(np.float32)
+    tower = BagTextTower(
+        BagTextConfig(
+            vocab_size=tokenizer.vocab_size,
+            context_length=8,
+            pad_id=tokenizer.config.special.pad,
+            embed_dim=16,
+            width=16,
+            heads=4,
+            hidden_dim=32,
+        )
+    ).eval()
+    explained = start_from_targets(tower, tokenizer, texts, targets, weights)
+    mean = np.average(targets, axis=0, weights=weights)
+    ridge = linear.Ridge(alpha=weights.sum() / len(texts), fit_intercept=False)
+    fitted = ridge.fit(pieces, targets - mean, sample_weight=weights).predict(pieces)
+    error = np.average((targets - mean - fitted) ** 2, axis=0, weights=weights).sum()
+    variance = np.average((targets - mean) ** 2, axis=0, weights=weights).sum()
+    assert explained == pytest.approx(1 - error / variance, abs=1e-3)
+    padded = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(tokenizer.encode(text)) for text in texts],
+        batch_first=True,
+        padding_value=tokenizer.config.special.pad,
+    )
+    with torch.no_grad():
+        found = tower(padded).numpy()
+    assert (unit(found - mean) * unit(fitted)).sum(axis=1).mean() > 0.8
+
+
+def test_a_tower_that_cannot_take_the_start_is_refused() -> None:
+    tokenizer = train_bpe(["fox"], vocab_size=513, context_length=8)
+    config = BagTextConfig(
+        vocab_size=tokenizer.vocab_size, context_length=8, pad_id=0, embed_dim=8, width=16, heads=4
+    )
+    with pytest.raises(ConfigError, match=r"width 16 and token_dim 0 cannot take over a map to 8 numbers"):
+        start_from_targets(
+            BagTextTower(config), tokenizer, ["fox"], np.ones((1, 8), np.float32), np.ones(1, np.float32)
+        )
 
 
 DATA = data_directory()  # tests have a cache of their own

@@ -257,6 +257,7 @@ def test_embeddings_of_both_sides_are_of_one_width_and_unit_length(space: Space)
         random.dirichlet(np.ones(1000), 5).astype(np.float32),
         unit(random.normal(size=(5, 16))),
         unit(random.normal(size=(5, 6))),
+        np.concatenate([random.normal(size=(3, 40)), np.zeros((2, 40))]).astype(np.float32),
     )
     features, logits = (3 * random.normal(size=(4, n)).astype(np.float32) for n in (40, 1000))
     pictures = space.embed_pictures(features, logits)
@@ -271,10 +272,24 @@ def test_embeddings_of_both_sides_are_of_one_width_and_unit_length(space: Space)
 def test_a_class_fits_its_own_posterior_best(space: Space) -> None:
     classes = np.eye(1000, dtype=np.float32)[:50]
     vectors = unit(np.random.default_rng(0).normal(size=(1000, 16)))[:50]
-    found = (
-        space.embed_classes(classes) @ space.embed_texts(classes, vectors, np.zeros((50, 6), np.float32)).T
-    )
+    none = np.zeros((50, 6), np.float32), np.zeros((50, 40), np.float32)
+    found = space.embed_classes(classes) @ space.embed_texts(classes, vectors, *none).T
     assert (found.argmax(axis=1) == np.arange(50)).all()
+
+
+def test_names_take_a_share_of_their_features_from_drawings(space: Space) -> None:
+    random = np.random.default_rng(3)
+    q, vectors = np.eye(1000, dtype=np.float32)[:2], unit(random.normal(size=(2, 16)))
+    codes, drawn = np.zeros((2, 6), np.float32), np.zeros((2, 40), np.float32)
+    drawn[1] = random.normal(size=40)
+    plain, mixed = (space.embed_texts(q, vectors, codes, each) for each in (0 * drawn, drawn))
+    np.testing.assert_array_equal(plain[0], mixed[0])
+    features = slice(32, 44)
+    np.testing.assert_allclose(plain[1, :32], mixed[1, :32], atol=1e-6)  # the other parts stay
+    said, seen = unit(plain[1:, features])[0], unit(drawn[1:] @ space.feature_table[:, :12])[0]
+    share = SMALL.drawn_share
+    expected = unit(((1 - share) * said + share * seen)[None])[0]
+    np.testing.assert_allclose(unit(mixed[1:, features])[0], expected, atol=1e-5)
 
 
 def test_the_image_tower_computes_what_the_space_says(space: Space) -> None:
@@ -355,7 +370,7 @@ def test_drawings_are_those_both_styles_have_and_views_are_drawn(tmp_path: Path)
 
 def test_the_pictogram_part_finds_drawings_of_a_style_it_never_saw() -> None:
     pytest.importorskip("torch")
-    from edgeclip.export.recipes.default_pictograms import HeadRecipe, fit_head
+    from edgeclip.export.recipes.default_pictograms import HeadRecipe, PictogramNames, fit_head
 
     random = np.random.default_rng(0)
     content = random.normal(size=(40, 60))  # what is drawn; a style adds a constant and noise
@@ -370,13 +385,37 @@ def test_the_pictogram_part_finds_drawings_of_a_style_it_never_saw() -> None:
     names = [f"Drawing {row}" for row in range(40)]
     recipe = HeadRecipe(dim=16, steps=150, batch_size=64)
     codes = fit_head([[view[:30] for view in views] for views in styles], names[:30], vectors[:30], recipe)
+    rows = {name.lower(): (row,) for row, name in enumerate(names[:30])}
+    known = PictogramNames(rows, codes, np.zeros((30, 60), np.float32))
     unseen = (content + 0.5 * random.normal(size=60) + 0.3 * random.normal(size=(40, 60))).astype(np.float32)
     found = unit(unseen @ codes.table + codes.bias)
-    said = codes.codes([name.lower() for name in names], vectors)
+    said = known.codes([name.lower() for name in names], vectors)
     assert ((found @ said.T).argmax(axis=1)[:30] == np.arange(30)).mean() > 0.8
     # names it never saw are placed by their sentence vectors: better than one in ten
     assert ((found[30:] @ said[30:].T).argmax(axis=1) == np.arange(10)).mean() > 0.3
-    np.testing.assert_array_equal(codes.codes(names[:3], -vectors[:3]), codes.known[:3])
+    np.testing.assert_allclose(known.codes(names[:3], -vectors[:3]), codes.known[:3], atol=1e-6)
+
+
+def test_a_name_means_its_own_drawing_else_the_few_that_have_it_as_a_tag() -> None:
+    pytest.importorskip("torch")
+    from edgeclip.export.recipes.default_pictograms import (
+        Drawing,
+        PictogramCodes,
+        PictogramNames,
+        rows_of_names,
+    )
+
+    tagged = {"Ox": ("bull", "animal"), "cow face": ("ox", "animal"), "cow": ("bull", "animal"), "ant": ()}
+    rows = rows_of_names([Drawing(name, tags, ()) for name, tags in tagged.items()])
+    assert rows == {"ox": (0,), "cow face": (1,), "cow": (2,), "ant": (3,), "bull": (0, 2)}
+    looks = np.arange(8, dtype=np.float32).reshape(4, 2)
+    nothing = np.zeros((2, 2), np.float32)
+    head = PictogramCodes(nothing, nothing[0], unit(looks + 1), np.zeros(3, np.float32), np.ones((3, 2)))
+    names = PictogramNames(rows, head, looks)
+    np.testing.assert_array_equal(names.drawn(["Bull", "animal", "ant"]), [[2, 3], [0, 0], [6, 7]])
+    codes = names.codes(["bull", "animal"], np.ones((2, 3), np.float32))
+    np.testing.assert_allclose(codes[0], unit((head.known[:1] + head.known[2:3]) / 2)[0], atol=1e-6)
+    np.testing.assert_allclose(codes[1], [0.5**0.5, 0.5**0.5], atol=1e-6)
 
 
 def test_the_gate_parts_drawings_from_photographs() -> None:
