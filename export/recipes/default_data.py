@@ -2,7 +2,7 @@
 
 ::
 
-    texts.jsonl, targets.npy        112,000 texts with weights, and what each should embed to
+    texts.jsonl, targets.npy        119,000 texts with weights, and what each should embed to
     pairs.jsonl, pair-targets.npy   those of them that name classes of the classifier, with their pictures
     pictures.npy                    what the image tower makes of the classes, and of mixtures of two
     templates-en.txt, -zh.txt       prompts; what stands twice is drawn twice as often
@@ -59,7 +59,8 @@ from .default_space import (
     unit,
 )
 from .default_start import start_from_targets
-from .default_text import Entries, SentenceCache, build_entries, read_emoji_names
+from .default_text import Entries, SentenceCache, build_entries
+from .emoji import read_pictograms
 from .minilm import MiniLM
 from .stamps import candidates, read_stamps
 
@@ -80,9 +81,8 @@ _log = logging.getLogger(__name__)
 NAME = "edgeclip-default"
 LANGUAGES = ("en", "zh")
 CONTEXT_LENGTH = 32
-VOCAB_SIZE = int(
-    __import__("os").environ.get("EC_VOCAB", "13500")
-)  # with it the bundle takes 13.9 MB; each further thousand pieces add 0.26
+VOCAB_SIZE = 13_500  # with both the bundle takes 13.9 MB; each further thousand pieces add 0.32
+WIDTH = 320
 STAMPS = Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "stamps.jsonl"
 _SCALE_BEFORE_FIT = 20.0
 _SOURCES = (
@@ -239,7 +239,7 @@ def write_training_data(
     Raises:
         InputError: something was not fetched, or cannot be read or written.
     """
-    space_config = space_config or SpaceConfig(**json.loads(__import__("os").environ.get("EC_SPACE", "{}")))
+    space_config = space_config or SpaceConfig()
     packages = materials_of(directory, cedict=cedict)
     pictograms = materials("pictograms", directory)
     photographs = photos(directory, use="calibration")
@@ -276,7 +276,7 @@ def write_training_data(
     entries = build_entries(
         concepts,
         names,
-        read_emoji_names(packages["emojibase-data"]),
+        read_pictograms(packages["emojibase-data"], ()),
         space,
         codes,
         vectors,
@@ -385,9 +385,7 @@ def _config(space: SpaceConfig, tokenizer: Tokenizer) -> CLIPConfig:
             context_length=tokenizer.context_length,
             pad_id=tokenizer.config.special.pad,
             embed_dim=image.embed_dim,
-            width=int(__import__("os").environ.get("EC_WIDTH", "256")),
-            hidden_dim=int(__import__("os").environ.get("EC_HIDDEN", "768")),
-            token_dim=int(__import__("os").environ.get("EC_TOKEN", "0")),
+            width=WIDTH,
         ),
         resize="squash",
         crop="none",

@@ -23,6 +23,7 @@ from edgeclip.errors import InputError
 
 from .default_pictograms import PictogramNames
 from .default_space import ClassNames, Concepts, Floats, Space, unit
+from .emoji import Pictogram
 from .minilm import MiniLM
 
 if sys.version_info >= (3, 11):
@@ -35,7 +36,6 @@ __all__ = [
     "SentenceCache",
     "build_entries",
     "read_chinese",
-    "read_emoji_names",
 ]
 
 _log = logging.getLogger(__name__)
@@ -100,28 +100,6 @@ class SentenceCache:
         self._vectors = np.concatenate([self._vectors, vectors]) if first else vectors
 
 
-def read_emoji_names(emojibase: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return English name, Chinese name and Chinese tags of every emoji but flags.
-
-    Raises:
-        InputError: the unpacked package ``emojibase-data`` is missing or damaged.
-    """
-    try:
-        english = json.loads((emojibase / "en" / "data.json").read_text("utf-8"))
-        listed = json.loads((emojibase / "zh" / "data.json").read_text("utf-8"))
-        chinese = {entry["hexcode"]: entry for entry in listed}
-        things = (0, 1, 3, 4, 5, 6, 7, 8)  # all but components and flags
-        return [
-            (entry["label"], other["label"], tuple(other.get("tags", ())))
-            for entry in english
-            if entry.get("group") in things and (other := chinese.get(entry["hexcode"])) is not None
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"emoji names: cannot read {str(emojibase)!r} ({error}); run `edgeclip data fetch default-model`."
-        ) from error
-
-
 @dataclass(frozen=True)
 class Entries:
     """Texts to learn from.
@@ -158,7 +136,7 @@ class _Draft:
 def build_entries(
     concepts: Concepts,
     names: ClassNames,
-    emoji: Sequence[tuple[str, str, tuple[str, ...]]],
+    emoji: Sequence[Pictogram],
     space: Space,
     pictograms: PictogramNames,
     cache: SentenceCache,
@@ -170,7 +148,7 @@ def build_entries(
     Args:
         concepts: with vectors.
         names: of the classes.
-        emoji: see :func:`read_emoji_names`.
+        emoji: flags among them are passed over.
         space: where texts should go.
         pictograms: where drawings of them go.
         cache: of the sentence teacher.
@@ -286,26 +264,21 @@ def _plural(name: str) -> str:
 _MOST_EMOJI_A_TAG = 4  # tags of more emoji are topics, not names
 
 
-def _emoji_drafts(
-    concepts: Concepts, emoji: Sequence[tuple[str, str, tuple[str, ...]]], cache: SentenceCache
-) -> Iterable[_Draft]:
-    vectors = cache.encode([english for english, _, _ in emoji])
+def _emoji_drafts(concepts: Concepts, emoji: Sequence[Pictogram], cache: SentenceCache) -> Iterable[_Draft]:
+    emoji = [each for each in emoji if not each.is_flag]
+    vectors = cache.encode([each.english for each in emoji])
     tagged: dict[str, list[tuple[Floats, str]]] = {}
-    for (english, chinese, tags), vector in zip(emoji, vectors, strict=True):
+    for each, vector in zip(emoji, vectors, strict=True):
+        english = each.english
         q = concepts.of_name(english)
         if q is None:
             q = concepts.of_vector(vector)
-        yield _Draft(
-            english,
-            q,
-            english,
-            concepts.gloss_of_name(english),
-            _EMOJI,
-        )
-        yield _Draft(chinese, q, english, concepts.gloss_of_name(english), _EMOJI, language="zh")
-        for tag in tags:
+        gloss = concepts.gloss_of_name(english)
+        yield _Draft(english, q, english, gloss, _EMOJI)
+        yield _Draft(each.chinese, q, english, gloss, _EMOJI, language="zh")
+        for tag in each.chinese_tags:
             tagged.setdefault(tag, []).append((q, english))
-    named = {chinese for _, chinese, _ in emoji}
+    named = {each.chinese for each in emoji}
     for tag, found in tagged.items():
         if tag in named or len(found) > _MOST_EMOJI_A_TAG:
             continue
