@@ -182,7 +182,7 @@ def _recipe(plan: Build) -> tuple[Recipe, str]:
         changes += [f"name={json.dumps(f'{NAME}-zh')}", f"licence={licence}"]
         changes += [f"teacher.{index}.licence={licence}" for index in range(2)]
     if plan.steps is not None:
-        base = parse_recipe(content, where=where)
+        base = parse_recipe(content, where=where, changes=changes)
         second = max(1, round(_ALIGNMENT_SHARE * plan.steps))
         for index, steps in enumerate((plan.steps - second, second)):
             if steps < 2:

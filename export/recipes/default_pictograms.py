@@ -198,7 +198,9 @@ def look(backbone: EfficientNetLite, pictures: Iterable[Pixels], keep: Path | No
     features = np.concatenate(found).astype(np.float32)
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)
-        np.save(keep, features)
+        unfinished = keep.with_suffix(".tmp.npy")
+        np.save(unfinished, features)
+        unfinished.replace(keep)
     return features
 
 
