@@ -546,9 +546,11 @@ def open_session(tower: TowerFiles | Path | str, *, options: RuntimeOptions = DE
     name, reason = resolve_backend(model.format, options)
     module = cast(Any, importlib.import_module(BACKENDS[name].module))
     from edgeclip.runtime.byte_sums import refuse_overflow
+    from edgeclip.runtime.host import release_freed_memory
 
     refuse_overflow(model, name, options)
     engine: Engine = module.load(model, options, reason=reason)
+    release_freed_memory()
     if not isinstance(tower, (str, os.PathLike)):
         _check_interface("inputs", tower.inputs, engine.inputs, model)
         _check_interface("outputs", tower.outputs, engine.outputs, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,14 @@ from pathlib import Path
 import pytest
 
 from edgeclip.runtime import host as host_module
-from edgeclip.runtime.host import CpuTimes, Host, cpu_times, peak_rss_bytes, usable_cores, versions
+from edgeclip.runtime.host import (
+    CpuTimes,
+    Host,
+    cpu_times,
+    peak_rss_bytes,
+    usable_cores,
+    versions,
+)
 
 X86 = """\
 processor\t: 0
@@ -221,3 +229,28 @@ def test_facts_need_the_standard_library_alone() -> None:
     )
     # An editable install brings in what its finder needs; a wheel brings nothing.
     assert result.stdout.strip() in ("[]", "['importlib.metadata']")
+
+
+GIVES_BACK = """
+import ctypes, os
+from edgeclip.runtime.host import release_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+blocks = [ctypes.create_string_buffer(b"x" * 60_000) for _ in range(1000)]  # below what glibc maps apart
+last = ctypes.create_string_buffer(b"x" * 60_000)  # keeps the heap's end where it is
+blocks.clear()
+before = resident()
+assert release_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="only glibc is told to"
+)
+def test_freed_memory_goes_back_to_the_system() -> None:
+    result = subprocess.run([sys.executable, "-c", GIVES_BACK], capture_output=True, text=True, check=True)
+    assert int(result.stdout) > 30_000_000
