@@ -261,12 +261,14 @@ class PictogramNames:
     """What drawings say about names: where such a drawing lies, and what it looks like.
 
     Attributes:
+        names: of the drawings ``(n)``.
         rows: of the drawings that a name means: one by its own name, else the few that have it as a tag.
         head: the pictogram part.
         looks: mean features of each drawing ``(n, F)``, less the mean of its style: what is left of a style
             is then mostly gone, and what it shows is not.
     """
 
+    names: tuple[str, ...]
     rows: Mapping[str, tuple[int, ...]]
     head: PictogramCodes
     looks: Floats
@@ -280,12 +282,17 @@ class PictogramNames:
                 found[row] = unit(head.known[list(known)].mean(axis=0, keepdims=True))[0]
         return found
 
-    def drawn(self, names: Sequence[str]) -> Floats:
-        """Return what drawings of names look like ``(n, F)``, zeros where none is meant."""
+    def drawn(self, names: Sequence[str], more: Sequence[Sequence[int]]) -> Floats:
+        """Return what drawings of names look like ``(n, F)``, zeros where there are none.
+
+        Args:
+            names: which.
+            more: rows of further drawings of each.
+        """
         found = np.zeros((len(names), self.looks.shape[1]), np.float32)
-        for row, name in enumerate(names):
-            if known := self.rows.get(name.lower()):
-                found[row] = self.looks[list(known)].mean(axis=0)
+        for row, (name, others) in enumerate(zip(names, more, strict=True)):
+            if rows := sorted({*self.rows.get(name.lower(), ()), *others}):
+                found[row] = self.looks[rows].mean(axis=0)
         return found
 
 
@@ -420,7 +427,7 @@ def learn_sight(
     gate = fit_gate(np.concatenate([view for each in styles for view in each]), free)
     return Sight(
         free.reshape(-1, 6, free.shape[1])[:, :2].mean(axis=(0, 1)), head.table, head.bias, gate
-    ), PictogramNames(rows_of_names(drawings), head, looks)
+    ), PictogramNames(tuple(names), rows_of_names(drawings), head, looks)
 
 
 def _kept(folder: Path, name: str, paths: Sequence[Path]) -> Path:

@@ -18,8 +18,9 @@ unit length before weighting:
 - *pictogram*: features of drawings against a code of the name (``default_pictograms.py``); a gate that looks
   at the picture alone puts it in the place of all the others.
 
-``q`` comes from WordNet and, for a name outside the classes and their ancestors, from what it looks like
-(``default_features.py``). A name with several meanings is a mixture of them.
+``q`` comes from WordNet: a kind stands for the classes below it and for what else is listed below it. For a
+name outside the classes and their ancestors ``q`` comes from what it looks like (``default_features.py``). A
+name with several meanings is a mixture of them.
 
 Pictures without labels give the centre and the gate, drawings with their names the pictogram part; nothing
 else is learnt. The only random numbers are those of ``C``.
@@ -187,13 +188,17 @@ class Concepts:
         self._look_alikes: dict[str, Floats] = {}
         self._look_alikes_of: dict[int, Floats] = {}
         for name, q in (look_alikes or {}).items():
-            meanings = self.meanings(name)
-            main = max(meanings, key=lambda meaning: meaning[1])[0] if meanings else None
+            main = self.main_meaning(name)
             if name in self._by_class_name or (main is not None and self.covers(main)):
                 continue  # the classes know it themselves
             self._look_alikes[name] = q
             if main is not None:
                 self._look_alikes_of.setdefault(main, q)
+        self._listed_below: dict[int, list[int]] = defaultdict(list)
+        for offset in self._look_alikes_of:
+            for ancestor in wordnet.ancestors(offset):
+                if ancestor in self._below:
+                    self._listed_below[ancestor].append(offset)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -238,7 +243,10 @@ class Concepts:
         if offset in self._class_of:
             q[self._class_of[offset]] = 1
         elif offset in self._below:
-            q[self._below[offset]] = 1 / len(self._below[offset])
+            q[self._below[offset]] = 1
+            for listed in self._listed_below[offset]:
+                q += self._look_alikes_of[listed]
+            q /= q.sum()
         else:
             guessed = self.of_vector(self._synset_vector(offset))
             analogy = self._analogies[self._outside[offset]].astype(np.float32)
@@ -300,6 +308,11 @@ class Concepts:
             found.append((offset, (weight * _DEPICTABLE.get(synset.lexical_file, 0.2)) ** 1.5))
         total = sum(weight for _, weight in found)
         return [(offset, weight / total) for offset, weight in found]
+
+    def main_meaning(self, name: str) -> int | None:
+        """Return the likeliest meaning of a name, None for one that WordNet has not."""
+        meanings = self.meanings(name)
+        return max(meanings, key=lambda meaning: meaning[1])[0] if meanings else None
 
     def of_name(self, name: str) -> Floats | None:
         """Return ``q`` of the classes of that name, else of its meanings; None for an unknown name."""

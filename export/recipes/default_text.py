@@ -46,6 +46,7 @@ _CLASS = 12.0
 _EVERYDAY = 15.0
 _EVERYDAY_CHINESE = 12.0
 _EMOJI = 10.0
+_MOST_DRAWINGS = 100
 _LATER_NAME = 0.5  # of a Chinese name that is not the usual one, against the usual one
 
 
@@ -168,14 +169,16 @@ def build_entries(
         meanings = np.concatenate([meanings, cache.encode([draft.meaning for draft in more])])
         drafts += more
     glosses = np.stack([draft.gloss for draft in drafts])
+    drawn_below = _drawings_below(concepts, pictograms.names)
     targets = np.empty((len(drafts), space.embed_dim), np.float16)
     for start in range(0, len(drafts), 4096):
         part = slice(start, start + 4096)
         q = np.stack([draft.q for draft in drafts[part]])
         vectors = unit(meanings[part] + 0.3 * glosses[part])
         said = [draft.meaning for draft in drafts[part]]
+        kinds = [drawn_below.get(concepts.main_meaning(name), ()) for name in said]
         targets[part] = space.embed_texts(
-            q, vectors, pictograms.codes(said, meanings[part]), pictograms.drawn(said)
+            q, vectors, pictograms.codes(said, meanings[part]), pictograms.drawn(said, kinds)
         )
     return Entries(
         tuple(draft.text for draft in drafts),
@@ -185,6 +188,17 @@ def build_entries(
         np.array([draft.templated for draft in drafts]),
         tuple(_classes(draft) for draft in drafts),
     )
+
+
+def _drawings_below(concepts: Concepts, names: Sequence[str]) -> dict[int | None, list[int]]:
+    """Return which drawings show each meaning or a kind of it; what has very many is no kind to be seen."""
+    found: dict[int | None, list[int]] = {}
+    for row, name in enumerate(names):
+        meaning = concepts.main_meaning(name)
+        if meaning is not None:
+            for above in concepts.wordnet.ancestors(meaning):
+                found.setdefault(above, []).append(row)
+    return {meaning: rows for meaning, rows in found.items() if len(rows) <= _MOST_DRAWINGS}
 
 
 def _classes(draft: _Draft) -> tuple[int, ...]:

@@ -224,6 +224,24 @@ def test_a_name_without_a_line_is_guessed_from_those_with_one(small_world: WordN
     assert with_line.sum() == pytest.approx(1, abs=1e-3)
 
 
+def test_a_kind_stands_for_its_classes_and_for_what_is_listed_below_it(small_world: WordNet) -> None:
+    line = np.array([0.25, 0.75], np.float32)
+    plain, listed = (_concepts(small_world, lines).of_synset(1930) for lines in ({}, {"yeti": line}))
+    np.testing.assert_allclose(plain, 1 / 1000, rtol=1e-5)
+    np.testing.assert_allclose(listed[:3], np.array([1.25, 1.75, 1]) / 1001, rtol=1e-5)
+    assert listed.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_drawings_show_the_kinds_above_them(small_world: WordNet) -> None:
+    pytest.importorskip("torch")
+    from edgeclip.export.recipes.default_text import _drawings_below
+
+    concepts = _concepts(small_world, {})
+    below = _drawings_below(concepts, ("dog", "dog face", "birds", "imp"))
+    assert below == {20: [0], 50: [2], 60: [3], 10: [0, 2, 3], 1930: [0, 2, 3]}
+    assert _drawings_below(concepts, ("dog",) * 101) == {}
+
+
 def test_emoji_names_without_a_synset_keep_their_line(small_world: WordNet) -> None:
     line = np.array([0.5, 0.5], np.float32)
     q = _concepts(small_world, {"dog face": line}).of_name("dog face")
@@ -386,7 +404,7 @@ def test_the_pictogram_part_finds_drawings_of_a_style_it_never_saw() -> None:
     recipe = HeadRecipe(dim=16, steps=150, batch_size=64)
     codes = fit_head([[view[:30] for view in views] for views in styles], names[:30], vectors[:30], recipe)
     rows = {name.lower(): (row,) for row, name in enumerate(names[:30])}
-    known = PictogramNames(rows, codes, np.zeros((30, 60), np.float32))
+    known = PictogramNames(tuple(names[:30]), rows, codes, np.zeros((30, 60), np.float32))
     unseen = (content + 0.5 * random.normal(size=60) + 0.3 * random.normal(size=(40, 60))).astype(np.float32)
     found = unit(unseen @ codes.table + codes.bias)
     said = known.codes([name.lower() for name in names], vectors)
@@ -411,8 +429,10 @@ def test_a_name_means_its_own_drawing_else_the_few_that_have_it_as_a_tag() -> No
     looks = np.arange(8, dtype=np.float32).reshape(4, 2)
     nothing = np.zeros((2, 2), np.float32)
     head = PictogramCodes(nothing, nothing[0], unit(looks + 1), np.zeros(3, np.float32), np.ones((3, 2)))
-    names = PictogramNames(rows, head, looks)
-    np.testing.assert_array_equal(names.drawn(["Bull", "animal", "ant"]), [[2, 3], [0, 0], [6, 7]])
+    names = PictogramNames(tuple(tagged), rows, head, looks)
+    drawn = names.drawn(["Bull", "animal", "ant", "cattle"], [(), (), (), (0, 1)])
+    np.testing.assert_array_equal(drawn, [[2, 3], [0, 0], [6, 7], [1, 2]])
+    np.testing.assert_array_equal(names.drawn(["bull"], [(0, 1)]), [[2, 3]])  # each drawing counts once
     codes = names.codes(["bull", "animal"], np.ones((2, 3), np.float32))
     np.testing.assert_allclose(codes[0], unit((head.known[:1] + head.known[2:3]) / 2)[0], atol=1e-6)
     np.testing.assert_allclose(codes[1], [0.5**0.5, 0.5**0.5], atol=1e-6)
