@@ -13,7 +13,7 @@ import json
 import re
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -23,7 +23,7 @@ import numpy as np
 from msgspec import Meta, Struct, field
 
 from edgeclip.errors import BackendUnavailableError, ConfigError
-from edgeclip.onnx_files import graph_nodes
+from edgeclip.onnx_files import GraphNode, graph_nodes
 from edgeclip.runtime.documents import Document
 from edgeclip.runtime.host import Host, versions
 from edgeclip.runtime.latency import LatencySamples, measure
@@ -53,6 +53,8 @@ Ms = Annotated[float, Meta(ge=0)]
 _TIMED: Final = ("ort", "openvino")
 _TOKENS: Final = 64  # ids below it are in every vocabulary
 _NO_LIMIT_S: Final = 1e9
+_BLOCKED: Final = "_nchwc"
+_FUSED: Final = frozenset({"Add", "Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
 
 class OpEntry(Struct, frozen=True, kw_only=True):
@@ -285,7 +287,7 @@ def _entries(model: ModelFiles, calls: list[list[KernelTime]]) -> tuple[OpEntry,
             ms=medians[name, kernel],
             share=medians[name, kernel] / total,
             samples_ms=tuple(found),
-            **of.named(name),
+            **of.named(name, kernel),
         )
         for (name, kernel), found in samples.items()
     )
@@ -302,9 +304,10 @@ def _summed(call: list[KernelTime]) -> dict[tuple[str, str], float]:
 class _Nodes:
     """The nodes of a file, found again in the names that an engine makes of theirs."""
 
-    def __init__(self, nodes: Mapping[str, tuple[str, str | None]]) -> None:
-        self._nodes = nodes
-        longest_first = sorted(filter(None, nodes), key=len, reverse=True)
+    def __init__(self, nodes: Sequence[GraphNode]) -> None:
+        self._nodes = {node.name: node for node in nodes}
+        self._makers = {output: node for node in nodes for output in node.outputs}
+        longest_first = sorted(filter(None, self._nodes), key=len, reverse=True)
         self._pattern = (
             re.compile(rf"(?<![^\W_])(?:{'|'.join(map(re.escape, longest_first))})(?![^\W_])")
             if longest_first
@@ -315,16 +318,31 @@ class _Nodes:
     def of(cls, model: ModelFiles) -> _Nodes:
         if model.model.suffix == ".xml":
             layers = ET.parse(model.model).getroot().iterfind("layers/layer")  # noqa: S314  # the engine has read it
-            return cls({each.get("name", ""): (each.get("type", ""), None) for each in layers})
-        return cls({each.name: (each.op, (each.outputs or ("",))[0]) for each in graph_nodes(model.model)})
+            return cls([GraphNode(each.get("name", ""), each.get("type", ""), (), ()) for each in layers])
+        return cls(graph_nodes(model.model))
 
-    def named(self, name: str) -> dict[str, str | None]:
-        """Return node, op and output of the first node that stands in the name of a kernel."""
+    def named(self, name: str, kernel: str) -> dict[str, str | None]:
+        """Return node, op and output of the node that a kernel is named after."""
         match = None if self._pattern is None else self._pattern.search(name)
-        if match is None:
+        node = self._blocked(name, kernel) if match is None else self._nodes[match[0]]
+        if node is None:
             return {"node": None, "op": None, "output": None}
-        op, output = self._nodes[match[0]]
-        return {"node": match[0], "op": op, "output": output}
+        return {"node": node.name, "op": node.op, "output": node.outputs[0] if node.outputs else None}
+
+    def _blocked(self, name: str, kernel: str) -> GraphNode | None:
+        """Return the node of a kernel on blocked channels.
+
+        ONNX Runtime names these after the tensor they end in, behind the sums and activations that it fused.
+        """
+        node = self._makers.get(name.removesuffix(_BLOCKED)) if name.endswith(_BLOCKED) else None
+        waiting = [node] if node else []
+        while waiting:
+            each = waiting.pop(0)
+            if each.op == kernel:
+                return each
+            if each.op in _FUSED:
+                waiting += [self._makers[tensor] for tensor in each.inputs if tensor in self._makers]
+        return None
 
 
 def _bundle(tower: TowerFiles | Path) -> dict[str, str]:

@@ -507,7 +507,7 @@ def _own(name: str, text: BagTextConfig | TextTransformerConfig, text_parameters
 # Ours, in English and Chinese, for the tokenizer that comes with edgeclip. Its largest id is padding, so that
 # the towers must leave padding out and cannot look for an end. The table of pieces is factorised: it would
 # otherwise be most of the tower.
-_PIECES, _PIECES_CONTEXT = 16000, 32
+_PIECES, _PIECES_CONTEXT = 13500, 32
 _PIECES_PAD = _PIECES - 1
 
 
@@ -814,14 +814,14 @@ _LITES = (
 )
 
 _OWN = (
-    _own("nano-bag-192", _bag(192), 2345792),
-    _own("nano-bag-256", _bag(256), 3266816),
-    _own("nano-bag-320", _bag(320), 3735232),
-    _own("nano-bag-384", _bag(384), 4269184),
-    _own("nano-transformer-192", _compact(192, 4), 3438720),
-    _own("nano-transformer-256", _compact(256, 4), 5379584),
-    _own("nano-transformer-320", _compact(320, 4), 7195520),
-    _own("nano-transformer-384", _compact(384, 6), 12953600),
+    _own("nano-bag-192", _bag(192), 2105792),
+    _own("nano-bag-256", _bag(256), 2946816),
+    _own("nano-bag-320", _bag(320), 3415232),
+    _own("nano-bag-384", _bag(384), 3949184),
+    _own("nano-transformer-192", _compact(192, 4), 3198720),
+    _own("nano-transformer-256", _compact(256, 4), 5059584),
+    _own("nano-transformer-320", _compact(320, 4), 6875520),
+    _own("nano-transformer-384", _compact(384, 6), 12633600),
 )
 
 MODELS: Mapping[str, ModelEntry] = MappingProxyType(

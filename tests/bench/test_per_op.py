@@ -57,7 +57,8 @@ def test_every_product_of_the_file_is_one_kernel(default_bundle: Bundle, profile
     products = [node.outputs[0] for node in nodes if node.op in PRODUCTS]
     found = [entry.output for entry in profile.ops if entry.op in PRODUCTS]
     assert sorted(found, key=str) == sorted(products)
-    assert {entry.kernel for entry in profile.ops if entry.op == "Conv"} == {"QLinearConv"}
+    # The first ones stay in float: ONNX Runtime runs these on blocked channels, activations fused.
+    assert {entry.kernel for entry in profile.ops if entry.op == "Conv"} == {"Conv", "QLinearConv"}
 
 
 def test_times_add_up(profile: OpProfile) -> None:

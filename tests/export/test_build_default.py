@@ -38,7 +38,7 @@ from edgeclip.export.verify import verify_bundle  # noqa: E402
 from edgeclip.fetch import data_directory, materials  # noqa: E402
 from edgeclip.models.checkpoints import load_checkpoint, read_checkpoint_info  # noqa: E402
 from edgeclip.runtime.parity import golden_check  # noqa: E402
-from edgeclip.tensors import map_tensors  # noqa: E402
+from edgeclip.tensors import map_tensors, write_tensors  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "default-checkpoint"
 
@@ -131,12 +131,20 @@ def test_a_build_that_was_asked_to_stop_says_so(caplog: pytest.LogCaptureFixture
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """A copy of the embedded bundle, whose golden file holds eight pictures."""
+    """A copy of the embedded bundle, whose golden file holds eight pictures: its own, again and again."""
     embedded = Bundle.open("default")
     with BundleWriter(tmp_path / "copy", manifest={}) as writer:
         for name in embedded.manifest.files:
             writer.add(name, embedded.file(name), exact=True)
-        return writer.commit_copy(embedded.manifest_bytes)
+        copied = writer.commit_copy(embedded.manifest_bytes)
+    assert copied.manifest.golden is not None
+    tensors, metadata = map_tensors(copied.file(copied.manifest.golden), where="golden")
+    eight = np.arange(8) % len(tensors["images"])
+    of_pictures = ("images", "image_embedding", "bank_top5")
+    more = {name: rows[eight] if name in of_pictures else rows for name, rows in tensors.items()}
+    with BundleWriter(copied.path) as writer:
+        writer.manifest["golden"] = writer.add("golden.safetensors", write_tensors(more, metadata))
+        return writer.commit()
 
 
 def test_golden_pictures_give_way_to_the_limit(bundle: Bundle, tmp_path: Path) -> None:
