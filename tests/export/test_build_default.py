@@ -36,8 +36,10 @@ from edgeclip.export.recipes.command import (  # noqa: E402
 from edgeclip.export.recipes.default_data import materials_of, parents_of  # noqa: E402
 from edgeclip.export.verify import verify_bundle  # noqa: E402
 from edgeclip.fetch import data_directory, materials  # noqa: E402
+from edgeclip.labels import LabelBank  # noqa: E402
 from edgeclip.models.checkpoints import load_checkpoint, read_checkpoint_info  # noqa: E402
 from edgeclip.runtime.parity import golden_check  # noqa: E402
+from edgeclip.runtime.session import open_session  # noqa: E402
 from edgeclip.tensors import map_tensors, write_tensors  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "default-checkpoint"
@@ -131,7 +133,7 @@ def test_a_build_that_was_asked_to_stop_says_so(caplog: pytest.LogCaptureFixture
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """A copy of the embedded bundle, whose golden file holds eight pictures: its own, again and again."""
+    """A copy of the embedded bundle, whose golden file holds eight pictures: its own, moved."""
     embedded = Bundle.open("default")
     with BundleWriter(tmp_path / "copy", manifest={}) as writer:
         for name in embedded.manifest.files:
@@ -139,9 +141,14 @@ def bundle(tmp_path: Path) -> Bundle:
         copied = writer.commit_copy(embedded.manifest_bytes)
     assert copied.manifest.golden is not None
     tensors, metadata = map_tensors(copied.file(copied.manifest.golden), where="golden")
-    eight = np.arange(8) % len(tensors["images"])
-    of_pictures = ("images", "image_embedding", "bank_top5")
-    more = {name: rows[eight] if name in of_pictures else rows for name, rows in tensors.items()}
+    random = np.random.default_rng(0)
+    rolled = [np.roll(tensors["images"], random.integers(20, 200, 2), (1, 2)) for _ in range(4)]
+    images = np.concatenate(rolled)[:8]
+    with open_session(copied.variant("onnx-int8").tower("image")) as session:
+        embeddings = session.run({"image": images})["image_embedding"]
+    bank = LabelBank.open(copied.file(copied.manifest.label_banks["imagenet-1k"].file))
+    best = np.argsort(-embeddings @ bank.embeddings.T, axis=1)[:, :5].astype(np.int32)
+    more = {**tensors, "images": images, "image_embedding": embeddings, "bank_top5": best}
     with BundleWriter(copied.path) as writer:
         writer.manifest["golden"] = writer.add("golden.safetensors", write_tensors(more, metadata))
         return writer.commit()
