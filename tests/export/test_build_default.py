@@ -38,6 +38,7 @@ from edgeclip.export.verify import verify_bundle  # noqa: E402
 from edgeclip.fetch import data_directory, materials  # noqa: E402
 from edgeclip.labels import LabelBank  # noqa: E402
 from edgeclip.models.checkpoints import load_checkpoint, read_checkpoint_info  # noqa: E402
+from edgeclip.preprocess import Preprocess  # noqa: E402
 from edgeclip.runtime.parity import golden_check  # noqa: E402
 from edgeclip.runtime.session import open_session  # noqa: E402
 from edgeclip.tensors import map_tensors, write_tensors  # noqa: E402
@@ -133,7 +134,7 @@ def test_a_build_that_was_asked_to_stop_says_so(caplog: pytest.LogCaptureFixture
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """A copy of the embedded bundle, whose golden file holds eight pictures: its own, moved."""
+    """A copy of the embedded bundle, whose golden file holds eight photographs."""
     embedded = Bundle.open("default")
     with BundleWriter(tmp_path / "copy", manifest={}) as writer:
         for name in embedded.manifest.files:
@@ -141,9 +142,8 @@ def bundle(tmp_path: Path) -> Bundle:
         copied = writer.commit_copy(embedded.manifest_bytes)
     assert copied.manifest.golden is not None
     tensors, metadata = map_tensors(copied.file(copied.manifest.golden), where="golden")
-    random = np.random.default_rng(0)
-    rolled = [np.roll(tensors["images"], random.integers(20, 200, 2), (1, 2)) for _ in range(4)]
-    images = np.concatenate(rolled)[:8]
+    photographs = sorted(Path(__file__).parents[2].glob("edgeclip/assets/photos/*.jpg"))[:8]
+    images = np.stack([Preprocess(copied.manifest.preprocess)(path) for path in photographs])
     with open_session(copied.variant("onnx-int8").tower("image")) as session:
         embeddings = session.run({"image": images})["image_embedding"]
     bank = LabelBank.open(copied.file(copied.manifest.label_banks["imagenet-1k"].file))
