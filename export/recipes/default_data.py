@@ -85,6 +85,7 @@ VOCAB_SIZE = 13_500  # with both the bundle takes 13.9 MB; each further thousand
 WIDTH = 320
 STAMPS = Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "stamps.jsonl"
 _SCALE_BEFORE_FIT = 20.0
+_STYLES = ("emoji-datasource-google", "@lobehub/fluent-emoji-3d")  # drawings that may be learnt from
 _SOURCES = (
     "cedict.py",
     "default_data.py",
@@ -244,7 +245,8 @@ def write_training_data(
     pictograms = materials("pictograms", directory)
     photographs = photos(directory, use="calibration")
     stamps = materials("stamps", directory)["tuxpaint-stamps-default"]
-    seen = pictograms | {photo.package.name: photo.path for photo in photographs}
+    styles = {name: pictograms[name] for name in _STYLES}
+    seen = styles | {photo.package.name: photo.path for photo in photographs}
     made_from = _made_from(packages | seen, stamps, space_config, cedict=cedict, seed=seed)
     record = folder / "data.json"
     known = _read_record(record)
@@ -263,8 +265,7 @@ def write_training_data(
         network,
         read_drawings(
             packages["emojibase-data"],
-            pictograms["emoji-datasource-google"],
-            pictograms["@lobehub/fluent-emoji-3d"],
+            *styles.values(),
         ),
         photographs,
         vectors.encode,
