@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 from markdown_it import MarkdownIt
 
@@ -222,7 +223,12 @@ def test_it_has_the_shape_that_pytest_writes(report: PipelineReport, tmp_path: P
 
 def test_the_card_says_where_the_model_is_from_and_what_it_is_not(report: PipelineReport) -> None:
     assert report.manifest is not None
-    text = model_card(replace(report, manifest=Bundle.open("default").manifest))
+    manifest = Bundle.open("default").manifest
+    variant = manifest.variants["onnx-int8"]
+    missed = msgspec.structs.replace(variant.parity["image"], missed={"top1_agreement": 0.98})
+    variant = msgspec.structs.replace(variant, parity={**variant.parity, "image": missed})
+    manifest = msgspec.structs.replace(manifest, variants={"onnx-int8": variant})
+    text = model_card(replace(report, manifest=manifest))
     facts, parents, variants = tables(text)
     assert ["licence", "Apache-2.0"] in facts
     assert ["all-MiniLM-L6-v2", "text teacher: not shipped", "Apache-2.0"] in parents
