@@ -41,7 +41,9 @@ def test_on_avx2_files_that_fit_answer_the_same_and_others_do_not() -> None:
             assert each["image"]["cosine_min"] < 0.999
         else:
             assert each["image"]["top1_agreement"] == 1
-            assert min(each[tower]["cosine_min"] for tower in ("image", "text")) > 0.99999
+            # The last bits of float nodes can tip a rounding in one picture; sums that overflow change all.
+            assert min(each[tower]["cosine_min"] for tower in ("image", "text")) > 0.9999
+            assert min(each[tower]["cosine_mean"] for tower in ("image", "text")) > 0.999999
 
 
 @pytest.mark.full
