@@ -8,6 +8,7 @@ names of emoji, and for ``default-zh`` from CC-CEDICT too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -53,8 +54,8 @@ _LATER_NAME = 0.5  # of a Chinese name that is not the usual one, against the us
 class SentenceCache:
     """Sentence vectors kept in a directory: the teacher takes ten minutes for all of them.
 
-    Every call that meets new texts adds a pair of files, ``sentences-<n>.npy`` and the texts of its rows,
-    ``sentences-<n>.json``, which is written last.
+    Every call that meets new texts adds a pair of files, ``sentences-<hash>.npy`` and the texts of its
+    rows, ``sentences-<hash>.json``, which is written last.
 
     Raises:
         InputError: a pair cannot be read.
@@ -77,7 +78,8 @@ class SentenceCache:
             _log.info("running the teacher on %d texts", len(new))
             vectors = self._teacher.encode(new).astype(np.float16)
             self._directory.mkdir(parents=True, exist_ok=True)
-            path = self._directory / f"sentences-{len(self._rows):06}.json"
+            key = hashlib.sha256("\0".join(new).encode()).hexdigest()[:16]
+            path = self._directory / f"sentences-{key}.json"
             np.save(path.with_suffix(".npy"), vectors)
             unfinished = path.with_suffix(".tmp")
             unfinished.write_text(json.dumps(new, ensure_ascii=False), encoding="utf-8")
@@ -215,13 +217,7 @@ def _class_drafts(concepts: Concepts, names: ClassNames) -> Iterable[_Draft]:
         q[index] = 1
         gloss = concepts.gloss_of_synset(names.offsets[index])
         shared = concepts.of_name(english)  # two classes of one name share it
-        yield _Draft(
-            english,
-            q if shared is None else shared,
-            english,
-            gloss,
-            _CLASS,
-        )
+        yield _Draft(english, q if shared is None else shared, english, gloss, _CLASS)
         for other in names.others[index]:
             if other.lower() != english.lower() and concepts.of_name(other) is None:
                 yield _Draft(other, q, other, gloss, 3.0)
@@ -302,7 +298,7 @@ def _emoji_drafts(concepts: Concepts, emoji: Sequence[Pictogram], cache: Sentenc
 
 
 def _everyday_drafts(concepts: Concepts) -> Iterable[_Draft]:
-    """Yield the names of the list of look-alikes: what people ask for most, and WordNet has no all of it."""
+    """Yield the names of the list of look-alikes: what people ask for most; WordNet lacks some of them."""
     for name in concepts.everyday:
         q = concepts.of_name(name)
         if q is None:
@@ -317,13 +313,18 @@ def read_chinese(path: Path = CHINESE) -> dict[str, tuple[str, ...]]:
     """Return Chinese names of everyday things by their English names, the usual one first.
 
     Raises:
-        InputError: the list cannot be read.
+        InputError: the list cannot be read, or a line is no list of names.
     """
     try:
         lines = tomllib.loads(path.read_text("utf-8"))
-        return {english: tuple(chinese) for english, chinese in lines.items()}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"Chinese names: {str(path)!r} cannot be read ({error}).") from error
+    for english, chinese in lines.items():
+        if not isinstance(chinese, list) or not all(isinstance(each, str) and each for each in chinese):
+            raise InputError(
+                f"Chinese names: {str(path)!r} has {chinese!r} for {english!r}, expected a list of names."
+            )
+    return {english: tuple(chinese) for english, chinese in lines.items()}
 
 
 def _chinese_drafts(concepts: Concepts, chinese: Mapping[str, Sequence[str]]) -> Iterable[_Draft]:

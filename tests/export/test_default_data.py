@@ -172,8 +172,9 @@ def test_sentences_are_asked_about_once(tmp_path: Path) -> None:
 
 def test_damaged_sentence_vectors_are_named(tmp_path: Path) -> None:
     SentenceCache(tmp_path, _Teacher).encode(["a", "b"])  # type: ignore[arg-type]
-    (tmp_path / "sentences-000000.json").write_text('["a"]', encoding="utf-8")
-    with pytest.raises(InputError, match=r"sentences-000000\.json' cannot be read \(1 texts for 2 vectors\)"):
+    (record,) = tmp_path.glob("sentences-*.json")
+    record.write_text('["a"]', encoding="utf-8")
+    with pytest.raises(InputError, match=rf"{record.name}' cannot be read \(1 texts for 2 vectors\)"):
         SentenceCache(tmp_path, _Teacher)  # type: ignore[arg-type]
 
 
@@ -193,6 +194,9 @@ def test_a_damaged_list_of_chinese_names_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text('"cat" = [', encoding="utf-8")
     with pytest.raises(InputError, match=r"broken\.toml' cannot be read"):
         read_chinese(tmp_path / "broken.toml")
+    (tmp_path / "bare.toml").write_text('"cat" = "猫咪"', encoding="utf-8")
+    with pytest.raises(InputError, match="has '猫咪' for 'cat', expected a list"):
+        read_chinese(tmp_path / "bare.toml")
 
 
 def test_a_chinese_name_of_several_things_is_between_them(small_world: Concepts) -> None:
