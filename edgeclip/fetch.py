@@ -50,6 +50,7 @@ _RECEIPT = ".edgeclip-fetch.json"
 _STAGING_PREFIX = ".partial-"
 _STALE_SECONDS = 86_400.0
 _CLIENT_SECONDS = 3600
+_PLACE_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -439,14 +440,25 @@ class _Receipt(msgspec.Struct, frozen=True):
 
 
 def _put_in_place(content: Path, target: Path, package: PackageEntry) -> None:
-    """Rename the finished directory; whoever was first wins, what is damaged makes room."""
-    if target.exists() and not _is_complete(target, package):
-        shutil.rmtree(target, ignore_errors=True)  # another process may be at it
+    """Rename the finished directory; whoever was first wins, what is damaged makes room.
+
+    What is damaged is renamed away, never emptied where it lies: between the look at it and the
+    last file's removal, another process may have put a whole directory there.
+    """
+    for attempt in range(_PLACE_ATTEMPTS):
+        if _moved(content, target) or _is_complete(target, package):
+            return
+        with contextlib.suppress(FileNotFoundError):  # another process made the room
+            target.replace(content.with_name(f"damaged-{attempt}"))
+    content.replace(target)
+
+
+def _moved(path: Path, target: Path) -> bool:
     try:
-        content.replace(target)
+        path.replace(target)
     except OSError:
-        if not _is_complete(target, package):
-            raise
+        return False
+    return True
 
 
 def _remove_stale(root: Path) -> None:
