@@ -84,10 +84,6 @@ class Target:
         return "".join(f",{name}={value}" for name, value in said.items() if value != defaults[name])
 
 
-def _whole(text: str) -> int:
-    return int(text) if text.isdecimal() else -1
-
-
 def _decode(text: str) -> bool:
     if text not in ("exact", "fast"):
         raise ValueError
@@ -107,8 +103,8 @@ _SETTINGS: Final = {
     "variant": _Setting("variant", "a name"),
     "backend": _Setting("backend", "a backend"),
     "device": _Setting("device", "a device"),
-    "threads": _Setting("threads", "a whole number of at least 1", _whole),
-    "batch": _Setting("batch", "a whole number of at least 1", _whole),
+    "threads": _Setting("threads", "a whole number of at least 1", int),
+    "batch": _Setting("batch", "a whole number of at least 1", int),
     "decode": _Setting("fast_decode", "exact or fast", _decode),
 }
 
