@@ -8,7 +8,7 @@ is how a target is written on the command line, and how its name reads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from edgeclip.errors import ConfigError
@@ -94,9 +94,9 @@ def _decode(text: str) -> bool:
 class _Setting:
     """How a word behind a comma is read: the field it sets, and what is expected of it."""
 
-    field: str
+    sets: str
     expected: str
-    read: Callable[[str], Any] = field(default=str)
+    read: Callable[[str], Any] = str
 
 
 _SETTINGS: Final = {
@@ -145,10 +145,10 @@ def parse_target(text: str) -> Target:
         setting = _SETTINGS.get(name)
         if setting is None:
             raise ConfigError(f"target {text!r}: got {name!r}, expected one of {', '.join(_SETTINGS)}.")
-        if setting.field in changes or (name == "variant" and mark):
+        if setting.sets in changes or (name == "variant" and mark):
             raise ConfigError(f"target {text!r}: got {name!r} twice, expected it once.")
         try:
-            changes[setting.field] = setting.read(value)
+            changes[setting.sets] = setting.read(value)
         except ValueError:
             raise ConfigError(
                 f"target {text!r}: got {name}={value!r}, expected {setting.expected}."
