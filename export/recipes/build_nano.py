@@ -18,7 +18,7 @@ teacher, its materials and a number of pictures (``made-from.json``): others are
 ``start-SEED``      the student before its first step: a fresh image tower, a narrower copy of the text tower
 ``run-SEED``        training (``edgeclip train``, recipe ``nano``)
 ``calibration``     pictures for int8
-``bundle``          the bundle before it goes to its place
+``bundle-SEED``     the bundle before it goes to its place
 ==================  =======================================================================================
 """
 
@@ -529,7 +529,7 @@ def make_bundle(plan: Plan, out: Path, *, variants: Sequence[str] = ("onnx-int8"
         gates=Gates((LimitChange("int8", "top1_agreement", _SAME_FIRST),)),
         threads=plan.threads,
     )
-    folder = plan.work / "bundle"
+    folder = plan.work / f"bundle-{plan.seed}"
     shutil.rmtree(folder, ignore_errors=True)
     exported = export_bundle(
         Checkpoint(str(plan.run / "model")), parse_variants(list(variants), target=None), folder, settings
