@@ -164,7 +164,8 @@ class ZeroShotClassifier:
         Args:
             bundle: a directory, ``"default"`` for the embedded bundle, ``"hf:organisation/name@revision"``
                 for one on the hub (extra ``hub``; downloaded once), or an open bundle.
-            variant: name of a variant; ``"auto"`` is the first default one this host can run.
+            variant: name of a variant; ``"auto"`` is that of the tuned profile of this device, else the first
+                default one this host can run.
             keep_text_tower: keep the text tower open between changes of labels; costs its memory.
             options: backend, device, threads.
             fast_decode: decode large JPEGs at reduced scale: faster, similarities move in the third digit.
@@ -192,7 +193,7 @@ class ZeroShotClassifier:
             choice,
             session,
             preprocess=Preprocess(opened.manifest.preprocess, fast_decode=fast_decode),
-            options=options,
+            options=choice.options_for(options, "text"),
             keep_text_tower=keep_text_tower,
             clock=clock,
         )
@@ -372,7 +373,7 @@ class ZeroShotClassifier:
         *,
         top_k: int = 5,
         channels: Channels = "rgb",
-        batch_size: int = 1,
+        batch_size: int | None = None,
         workers: int | None = None,
         ready: Callable[[], bool] | None = None,
     ) -> Iterator[Outcome]:
@@ -386,9 +387,11 @@ class ZeroShotClassifier:
                 ``batch_size + 2 · workers`` ahead.
             top_k: labels a picture.
             channels: order of the colours in arrays.
-            batch_size: pictures a tower call; the last one may be smaller.
-            workers: decoding threads; ``None`` is one for each usable core. Decoders and tower then share the
-                cores, and whichever is the bottleneck gets what the other leaves.
+            batch_size: pictures a tower call; the last one may be smaller. ``None`` is what the tuned profile
+                says, else one.
+            workers: decoding threads; ``None`` is what the tuned profile says, else one for each usable core.
+                Decoders and tower then share the cores, and whichever is the bottleneck gets what the other
+                leaves.
             ready: whether the next picture is there already. Where it is not, results at hand come first, in
                 smaller batches if need be: for pipes and cameras, whose next picture may be long in coming.
         """
@@ -420,7 +423,7 @@ class ZeroShotClassifier:
         images: Iterable[ImageSource],
         *,
         channels: Channels = "rgb",
-        batch_size: int = 1,
+        batch_size: int | None = None,
         workers: int | None = None,
         ready: Callable[[], bool] | None = None,
     ) -> Iterator[Embedded]:
@@ -527,18 +530,23 @@ class ZeroShotClassifier:
         self,
         images: Iterable[ImageSource],
         channels: Channels,
-        batch_size: int,
+        batch_size: int | None,
         workers: int | None,
         ready: Callable[[], bool] | None,
         preprocess: Preprocess,
     ) -> Iterator[list[Embedded]]:
         """Yield groups of at most ``batch_size`` pictures, embedded, in order."""
+        tuned = self.choice.settings
+        if batch_size is None:
+            batch_size = (tuned and tuned.batch_size) or 1
+        if workers is None:
+            workers = (tuned and tuned.workers) or usable_cores()
         groups = decode_ahead(
             images,
             preprocess,
             channels=channels,
             batch_size=batch_size,
-            workers=usable_cores() if workers is None else workers,
+            workers=workers,
             ready=ready,
             clock=self._clock,
         )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgeclip.export.build import Int8Search
     from edgeclip.export.options import Offered, References
     from edgeclip.labels import BankProgress, LabelBank, LabelSet, Templates
+    from edgeclip.runtime.choose import VariantChoice
     from edgeclip.runtime.session import RuntimeOptions
 
 __all__ = [
@@ -68,7 +69,7 @@ def model_options(command: _Command) -> _Command:
                 default="default",
                 show_default=True,
                 metavar="DIR|hf:ORG/NAME@REV",
-                help="Bundle to use: a directory, one on the hub, or 'default' for the embedded one.",
+                help="Bundle to use: a directory, one on the hub, or an embedded one, 'default' or 'nano'.",
             ),
             click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
             click.option(
@@ -330,6 +331,12 @@ class Notes:
         """Write one remark."""
         self.done()
         click.echo(f"edgeclip: {text}", err=True)
+
+    def on_choice(self, choice: VariantChoice) -> None:
+        """Say why the tuned profile of this device is not used, where there is one that is not."""
+        for name, why in choice.skipped:
+            if name == "tuned profile":
+                self.say(f"the tuned profile is not used: {why}")
 
     def progress(self, text: str) -> None:
         """Rewrite the progress line."""

@@ -45,7 +45,9 @@ _FAST_DECODE = False
     help="Leave out labels that score less.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures a tower call."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Pictures a tower call.  [default: what 'edgeclip tune' found, else 1]",
 )
 @click.option(
     "--fast-decode/--exact",
@@ -79,7 +81,7 @@ def classify(
     language: str | None,
     top_k: int,
     min_confidence: float,
-    batch_size: int,
+    batch_size: int | None,
     fast_decode: bool,
     form: str | None,
     timing: bool,
@@ -114,6 +116,7 @@ def classify(
         fast_decode=fast_decode,
         clock=NO_CLOCK if clock is None else clock,
     ) as classifier:
+        notes.on_choice(classifier.choice)
         offered.apply(classifier, notes)
         writer = open_writer(form, sys.stdout, classifier, clock)
         run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
@@ -137,7 +140,7 @@ class _Run:
     notes: Notes
     top_k: int
     min_confidence: float
-    batch_size: int
+    batch_size: int | None
     strict: bool
 
     def over(self, pictures: Pictures) -> Summary:

@@ -40,7 +40,9 @@ _FORMATS = (".npy", ".safetensors", ".jsonl")
 )
 @model_options
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures a tower call."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Pictures a tower call.  [default: what 'edgeclip tune' found, else 1]",
 )
 @click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be read; write nothing.")
 @click.option(
@@ -59,7 +61,7 @@ def embed(
     threads: int | None,
     cache_dir: Path | None,
     allow: tuple[str, ...],
-    batch_size: int,
+    batch_size: int | None,
     strict: bool,
     paths_from: str | None,
 ) -> None:
@@ -85,6 +87,7 @@ def embed(
     notes = Notes()
     opened = bundle_directory(model.bundle, notes)
     with ZeroShotClassifier.open(opened, variant=model.variant, options=model.options()) as classifier:
+        notes.on_choice(classifier.choice)
         keys, rows, failed = _embed(classifier, Pictures(paths, paths_from, notes), notes, batch_size, strict)
         space, width = (
             classifier.bundle.manifest.model.embedding_space,
@@ -98,7 +101,7 @@ def embed(
 
 
 def _embed(
-    classifier: ZeroShotClassifier, pictures: Pictures, notes: Notes, batch_size: int, strict: bool
+    classifier: ZeroShotClassifier, pictures: Pictures, notes: Notes, batch_size: int | None, strict: bool
 ) -> tuple[list[str], list[NDArray[Any]], int]:
     keys: list[str] = []
     rows: list[NDArray[Any]] = []

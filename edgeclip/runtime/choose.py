@@ -6,20 +6,19 @@ is unverified until this one has run golden inputs. What is passed over is retur
 is chosen silently. An int8 variant must first give the right answers on this host in any case: int8 kernels
 differ between instruction sets, and saturate on some.
 
-The hook for tuned profiles is one entry of the host cache, ``profile.json``::
-
-    {"schema": 1, "variant": "onnx-int8"}
-
-It is written by whoever tunes, holds for one bundle on one kind of host, and is ignored when it is malformed
-or names a variant that cannot be run here. Unknown keys are left alone.
+A tuned profile is one entry of the host cache, see :mod:`edgeclip.runtime.tuned`. It holds for one bundle on
+one device of one kind of host, and gives way to whatever the caller asks for. One that is stale, malformed or
+for a variant that cannot be run here is ignored, and the choice says so.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from edgeclip.cache import COMPILED, HostCache
@@ -43,18 +42,24 @@ from edgeclip.runtime.session import (
 
 if TYPE_CHECKING:
     from edgeclip.bundle import Bundle, Variant
+    from edgeclip.runtime.tuned import TunedSettings
 
 __all__ = [
     "GOLDEN_INPUTS",
     "PROFILE_NAME",
+    "TUNED",
     "VariantChoice",
     "choose_variant",
     "open_tower",
+    "profile_name",
     "unmet",
     "with_cache",
 ]
 
 PROFILE_NAME: Final = "profile.json"
+TUNED: Final = "tuned profile"
+"""What :attr:`VariantChoice.skipped` calls a tuned profile that is not used."""
+
 GOLDEN_INPUTS: Final = 8
 
 # The distributions that carry the library of a backend.
@@ -78,12 +83,19 @@ class VariantChoice:
     Attributes:
         variant: the variant.
         reason: why this one, in words.
-        skipped: variants that come before it and were passed over, each with the reason.
+        skipped: variants that come before it and were passed over, each with the reason; :data:`TUNED`
+            stands for a tuned profile.
+        settings: how the tuned profile that names it runs it; ``None`` without one.
     """
 
     variant: Variant
     reason: str
     skipped: tuple[tuple[str, str], ...] = ()
+    settings: TunedSettings | None = None
+
+    def options_for(self, options: RuntimeOptions, tower: str = "image") -> RuntimeOptions:
+        """Return options to open a tower with: what was asked for, and the tuned settings for the rest."""
+        return options if self.settings is None else self.settings.applied_to(options, tower)
 
 
 def choose_variant(
@@ -116,17 +128,20 @@ def choose_variant(
             )
         _warn_unsafe(named, options, host)
         return VariantChoice(named, f"variant {variant} was asked for")
-    tuned = _tuned(bundle, options, host)
-    if tuned is not None:
-        _warn_unsafe(tuned, options, host)
-        return VariantChoice(tuned, "the tuned profile of this device names it")
     skipped: list[tuple[str, str]] = []
+    tuned = _tuned(bundle, options, host)
+    if isinstance(tuned, VariantChoice):
+        _warn_unsafe(tuned.variant, options, host)
+        return tuned
+    if tuned is not None:
+        skipped.append((TUNED, tuned))
     names = bundle.manifest.default_variants or tuple(bundle.manifest.variants)
     for name in names:
         candidate = bundle.variant(name)
         problem = unmet(candidate, options=options, host=host) or _unprovable(candidate, options)
         if problem is None:
-            reason = "first of the bundle's default variants" + (" that runs here" if skipped else "")
+            passed_over = any(name != TUNED for name, _ in skipped)
+            reason = "first of the bundle's default variants" + (" that runs here" if passed_over else "")
             if _to_prove(candidate, "image", options) and not _is_verified(candidate, "image"):
                 reason += "; not verified where it was made, so golden pictures are run here first"
             _warn_unsafe(candidate, options, host)
@@ -147,13 +162,17 @@ def open_tower(
     The first time such a tower is opened on a kind of host, eight golden inputs are run, and the host cache
     is stamped. From then on this costs one small read. ``"unverified"`` in ``options.allow`` takes what is
     not verified as it is. The host cache also keeps what the engine made of a tower, unless
-    ``options.cache_dir`` names another place.
+    ``options.cache_dir`` names another place. A choice that a tuned profile made brings settings for what
+    ``options`` leave open.
 
     Raises:
         BundleError: files are missing or damaged.
         BackendError: the engine cannot load it, or its answers on this host are wrong.
     """
-    variant = choice.variant if isinstance(choice, VariantChoice) else choice
+    if isinstance(choice, VariantChoice):
+        variant, options = choice.variant, choice.options_for(options, tower)
+    else:
+        variant = choice
     session = open_session(variant.tower(tower), options=with_cache(variant, tower, options))
     try:
         if _to_prove(variant, tower, options):
@@ -299,21 +318,65 @@ def _to_prove(variant: Variant, tower: str, options: RuntimeOptions) -> bool:
     return "unverified" not in options.allow and not _is_verified(variant, tower)
 
 
-def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> Variant | None:
-    data = _cache(bundle, host).get(PROFILE_NAME)
-    if data is None:
+def profile_name(device: str) -> str:
+    """Return the name of the entry of the host cache that holds the tuned profile of a device."""
+    if device == "cpu":
+        return PROFILE_NAME
+    return f"profile-{re.sub(r'[^A-Za-z0-9]+', '-', device.removesuffix(':0'))}.json"
+
+
+def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> VariantChoice | str | None:
+    """Return the choice of the tuned profile, why it is not used, or ``None`` where there is none."""
+    directory = _cache(bundle, host).directory
+    if directory is None or not _has_profile(directory, profile_name(options.device)):
         return None
+    from edgeclip.runtime.tuned import find_profile
+
+    found = find_profile(bundle, host, options.device)
+    if found is None:
+        return None
+    profile = found.profile
+    again = "run `edgeclip tune` again"
+    if found.stale is not None or profile is None:
+        return f"{found.stale}: {again}"
+    if profile.variant not in bundle.manifest.variants:
+        return f"it names the variant {profile.variant!r}, which the bundle does not have: {again}"
+    settings, variant = profile.settings, bundle.variant(profile.variant)
+    problem = settings.overruled_by(options)
+    if problem is None:
+        problem = unmet(variant, options=settings.applied_to(options), host=host)
+    if problem is None:
+        problem = _unprovable(variant, options)
+    if problem is not None:
+        return f"{profile.variant}: {problem}"
+    reason = f"the tuned profile of this device names it (for {profile.goal}, {profile.created[:10]}: "
+    reason += f"{settings}{_overruled(settings, options)})"
+    return VariantChoice(variant, reason, settings=settings)
+
+
+def _has_profile(directory: Path, name: str) -> bool:
+    """Return whether a profile is there, or in the folders of other engines, in some microseconds."""
+    if os.path.exists(f"{directory}/{name}"):  # noqa: PTH110 - as below
+        return True
     try:
-        profile = json.loads(data)
-    except ValueError:
-        return None
-    if not isinstance(profile, dict) or profile.get("schema") != 1:
-        return None
-    name = profile.get("variant")
-    if not isinstance(name, str) or name not in bundle.manifest.variants:
-        return None
-    variant = bundle.variant(name)
-    return variant if unmet(variant, options=options, host=host) is None else None
+        with os.scandir(directory.parent) as folders:
+            return any(os.path.exists(f"{folder.path}/{name}") for folder in folders)  # noqa: PTH110
+    except OSError:
+        return False
+
+
+def _overruled(settings: TunedSettings, options: RuntimeOptions) -> str:
+    """Return what was asked for in place of tuned settings, as the end of a sentence."""
+    asked = []
+    if options.affinity is not None:
+        asked.append(f"CPUs {', '.join(map(str, options.affinity))}")
+    elif options.threads not in (None, settings.threads):
+        asked.append(f"threads {options.threads}")
+    for name in ("spinning", "low_memory"):
+        said = getattr(options, name)
+        if said not in (None, getattr(settings, name)):
+            asked.append(f"{name} {said}")
+    return f"; but {' and '.join(asked)} asked for" if asked else ""
 
 
 def _cache(bundle: Bundle, host: Host | None = None) -> HostCache:

@@ -23,6 +23,7 @@ __all__ = [
     "CpuTimes",
     "Host",
     "cpu_times",
+    "engine_versions",
     "peak_rss_bytes",
     "release_freed_memory",
     "usable_cores",
@@ -122,7 +123,7 @@ class Host:
             "gpus": self.gpus,
             "system": self.system,
             "machine": self.machine,
-            "engines": {name: version for name, version in versions().items() if name in _ENGINES},
+            "engines": engine_versions(),
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -181,6 +182,11 @@ def versions() -> dict[str, str]:
     than everything else here together.
     """
     return {name: version for name in _PACKAGES if (version := _installed(tuple(sys.path)).get(name))}
+
+
+def engine_versions() -> dict[str, str]:
+    """Return the installed versions of inference engines, see :func:`versions`."""
+    return {name: version for name, version in versions().items() if name in _ENGINES}
 
 
 @functools.lru_cache(maxsize=4)

@@ -295,7 +295,7 @@ class _Plan:
             MappingProxyType(settings),
             threads,
             tuple(notes),
-            keeps_little=options.low_memory,
+            keeps_little=bool(options.low_memory),
         )
 
     def compile(self) -> Any:

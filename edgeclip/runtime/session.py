@@ -143,12 +143,13 @@ class RuntimeOptions:
         backend: ``"auto"`` (the backend of the variant's format) or a name in :data:`BACKENDS`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or one of OpenVINO's, see :func:`parse_device`.
         providers: ONNX Runtime execution providers in order of preference; ``None`` follows ``device``.
-        threads: threads a call may use, at least 1; ``None`` is the number of usable cores (affinity and
-            container limits respected).
+        threads: threads a call may use, at least 1; ``None`` is what the tuned profile says, else the number
+            of usable cores (affinity and container limits respected).
         spinning: let worker threads spin between calls: a little faster alone, much slower beside others.
+            ``None`` is off, unless the tuned profile of the device says otherwise.
         affinity: one logical CPU number (from 0) for each thread. The first belongs to the calling thread,
             which is never pinned; worker threads are.
-        low_memory: no arena, no pre-packed weights: less memory, slower calls.
+        low_memory: no arena, no pre-packed weights: less memory, slower calls. ``None`` as for ``spinning``.
         cache_dir: where compiled forms may be kept; ``None`` keeps none.
         allow: guards to lift: ``"unverified"`` takes variants without passed parity, ``"unsafe-isa"`` takes
             variants made for other instruction sets.
@@ -161,9 +162,9 @@ class RuntimeOptions:
     device: str = "cpu"
     providers: tuple[str, ...] | None = None
     threads: int | None = None
-    spinning: bool = False
+    spinning: bool | None = None
     affinity: tuple[int, ...] | None = None
-    low_memory: bool = False
+    low_memory: bool | None = None
     cache_dir: Path | None = None
     allow: frozenset[str] = field(default_factory=frozenset)
 

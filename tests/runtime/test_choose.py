@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,16 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_bundle import make_tiny_bundle
+from tuned_profiles import put_profile, tuned_profile
 from wrong_bundle import put_wrong_model
 
+from edgeclip import classify
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.cache import HostCache
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import BackendError, BackendUnavailableError, BundleError
 from edgeclip.runtime import RuntimeOptions, choose_variant, open_tower, parity
 from edgeclip.runtime.byte_sums import UnsafeIsaWarning
-from edgeclip.runtime.choose import PROFILE_NAME, version_fits
-from edgeclip.runtime.host import Host
+from edgeclip.runtime.choose import TUNED, profile_name, version_fits
+from edgeclip.runtime.host import Host, engine_versions
 from edgeclip.text_encoder import text_variant
 
 VNNI = replace(Host.here(), isa=frozenset({"avx2", "fma", "avx_vnni"}))
@@ -159,39 +162,220 @@ def test_choosing_loads_no_engine(tiny_bundle_session: Path) -> None:
 # --- the tuned profile
 
 
-def put_profile(bundle: Bundle, data: bytes) -> None:
-    assert HostCache.open(bundle.digest, Host.here().fingerprint()).put(PROFILE_NAME, data)
-
-
-def test_a_tuned_profile_goes_first(tiny_bundle_session: Path) -> None:
+def test_a_tuned_profile_goes_first_and_says_how_it_is_run(tiny_bundle_session: Path) -> None:
     bundle = Bundle.open(tiny_bundle_session)
-    put_profile(bundle, b'{"schema": 1, "variant": "onnx-fp32", "threads": 2}')
+    put_profile(bundle, tuned_profile(bundle))
     choice = choose_variant(bundle)
-    assert (choice.variant.name, choice.reason) == ("onnx-fp32", "the tuned profile of this device names it")
-    assert choose_variant(bundle, variant="onnx-int8").variant.name == "onnx-int8"
+    assert (choice.variant.name, choice.skipped) == ("onnx-fp32", ())
+    assert choice.reason == (
+        "the tuned profile of this device names it (for latency, 2026-11-22: ort, 1 thread)"
+    )
+    assert choice.options_for(RuntimeOptions()).threads == 1
+    named = choose_variant(bundle, variant="onnx-int8")
+    assert (named.variant.name, named.settings) == ("onnx-int8", None)
+    assert named.options_for(RuntimeOptions()) == RuntimeOptions()
+
+
+def test_a_tower_is_opened_as_the_profile_says(tiny_bundle_session: Path) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    put_profile(bundle, tuned_profile(bundle, settings={"backend": "openvino", "threads": 1}))
+    with open_tower(bundle, choose_variant(bundle), "image") as session:
+        assert (session.chosen.backend, session.chosen.threads) == ("openvino", 1)
+    with open_tower(bundle, choose_variant(bundle), "text") as session:
+        assert (session.chosen.backend, session.chosen.threads) == ("ort", Host.here().cores)
+
+
+ONE_CPU = (min(os.sched_getaffinity(0)),)
 
 
 @pytest.mark.parametrize(
-    "profile",
+    ("asked", "opened", "said"),
     [
-        b"{",
-        b"[]",
-        b"{}",
-        b'{"schema": 2, "variant": "onnx-fp32"}',
-        b'{"schema": 1, "variant": "gone"}',
-        b'{"schema": 1, "variant": 3}',
+        ({"threads": 1}, {"threads": 1, "spinning": True, "low_memory": True}, "; but threads 1 asked for)"),
+        ({"threads": 3}, {"threads": 3}, "spinning, low memory)"),
+        ({"spinning": False}, {"threads": 3, "spinning": False}, "; but spinning False asked for)"),
+        (
+            {"threads": 2, "low_memory": False},
+            {"threads": 2, "low_memory": False, "spinning": True},
+            "; but threads 2 and low_memory False asked for)",
+        ),
+        (
+            {"affinity": ONE_CPU},
+            {"threads": None, "affinity": ONE_CPU},
+            f"; but CPUs {ONE_CPU[0]} asked for)",
+        ),
+    ],
+    ids=["threads", "the same threads", "no spinning", "no low memory", "affinity"],
+)
+def test_what_is_asked_for_wins(
+    asked: dict[str, Any], opened: dict[str, Any], said: str, tiny_bundle_session: Path
+) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    settings = {"threads": 3, "spinning": True, "low_memory": True}
+    put_profile(bundle, tuned_profile(bundle, settings=settings))
+    options = RuntimeOptions(**asked)
+    choice = choose_variant(bundle, options=options)
+    assert choice.variant.name == "onnx-fp32"
+    assert choice.reason.endswith(said)
+    applied = choice.options_for(options)
+    assert {name: getattr(applied, name) for name in opened} == opened
+    open_tower(bundle, choice, "image", options).close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"backend": "openvino"}, "onnx-fp32: backend 'openvino' was asked for, and it is for 'ort'"),
+        (
+            {"providers": ("CPUExecutionProvider",)},
+            "onnx-fp32: providers CPUExecutionProvider were asked for, and it was measured without",
+        ),
     ],
 )
-def test_a_profile_that_cannot_be_used_is_ignored(tiny_bundle_session: Path, profile: bytes) -> None:
+def test_a_profile_for_something_else_than_was_asked_for_is_not_used(
+    asked: dict[str, Any], why: str, tiny_bundle_session: Path
+) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    put_profile(bundle, tuned_profile(bundle))
+    choice = choose_variant(bundle, options=RuntimeOptions(**asked))
+    assert (choice.variant.name, choice.settings) == ("onnx-int8", None)
+    assert choice.skipped == ((TUNED, why),)
+    assert choice.reason == "first of the bundle's default variants"
+
+
+def test_each_device_has_its_own_profile(tiny_bundle_session: Path) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    put_profile(bundle, tuned_profile(bundle), device="gpu")
+    assert choose_variant(bundle).settings is None
+    assert profile_name("cuda:0") == profile_name("cuda") != profile_name("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("profile", "why"),
+    [
+        (b"{", "it is not JSON"),
+        (b"[]", "it is of schema None, and this edgeclip reads 1"),
+        (b'{"schema": 2, "variant": "onnx-fp32"}', "it is of schema 2, and this edgeclip reads 1"),
+        (
+            b'{"schema": 1, "kind": "tuned-profile"}',
+            "it cannot be read (Object missing required field `goal`)",
+        ),
+        (b" " * ((1 << 20) + 1), "it has 1,048,577 bytes, which no profile has"),
+    ],
+    ids=["no JSON", "no object", "another schema", "a field missing", "too large"],
+)
+def test_a_profile_that_cannot_be_read_is_ignored_and_said(
+    tiny_bundle_session: Path, profile: bytes, why: str
+) -> None:
     bundle = Bundle.open(tiny_bundle_session)
     put_profile(bundle, profile)
-    assert choose_variant(bundle).variant.name == "onnx-int8"
+    choice = choose_variant(bundle)
+    assert choice.variant.name == "onnx-int8"
+    assert choice.skipped == ((TUNED, f"{why}: run `edgeclip tune` again"),)
 
 
-def test_a_profile_for_a_variant_that_cannot_run_is_ignored(tiny_bundle: Path) -> None:
+CORES = Host.here().cores
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"cores": CORES + 6},
+            f"it was measured on {CORES + 6} usable core(s), and {CORES} can be used now",
+        ),
+        (
+            {"engines": {**engine_versions(), "onnxruntime": "1.2.3"}},
+            (
+                "it was measured with onnxruntime 1.2.3, and "
+                f"{engine_versions().get('onnxruntime')} is installed now"
+            ),
+        ),
+        (
+            {"engines": {**engine_versions(), "tensorrt-rtx": "1.0"}},
+            "it was measured with tensorrt-rtx 1.0, and it is not installed now",
+        ),
+        (
+            {"engines": {name: it for name, it in engine_versions().items() if name != "openvino"}},
+            "it was measured without openvino, and ",
+        ),
+        ({"variant": "gone"}, "it names the variant 'gone', which the bundle does not have"),
+    ],
+    ids=["cores", "engine", "engine gone", "engine new", "variant"],
+)
+def test_a_stale_profile_is_ignored_and_said(
+    tiny_bundle_session: Path, changes: dict[str, Any], why: str
+) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    put_profile(bundle, {**tuned_profile(bundle), **changes})
+    choice = choose_variant(bundle)
+    assert (choice.variant.name, choice.settings) == ("onnx-int8", None)
+    assert choice.reason == "first of the bundle's default variants"
+    ((name, said),) = choice.skipped
+    assert name == TUNED
+    assert said.startswith(why)
+    assert said.endswith(": run `edgeclip tune` again")
+
+
+def test_a_profile_that_older_engines_left_is_noticed(tiny_bundle_session: Path) -> None:
+    """Another version is another fingerprint, so that the profile is in another folder."""
+    bundle = Bundle.open(tiny_bundle_session)
+    older = {**engine_versions(), "onnxruntime": "1.2.3"}
+    put_profile(bundle, {**tuned_profile(bundle), "engines": older}, fingerprint="0123456789abcdef")
+    ((_, why),) = choose_variant(bundle).skipped
+    assert why.startswith("it was measured with onnxruntime 1.2.3, and ")
+    put_profile(bundle, tuned_profile(bundle))
+    assert choose_variant(bundle).variant.name == "onnx-fp32"
+
+
+def test_a_profile_of_another_machine_that_shares_the_cache_is_not_ours(tiny_bundle_session: Path) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    theirs = {**tuned_profile(bundle), "hardware": {"cpu": "another one"}}
+    put_profile(bundle, theirs, fingerprint="0123456789abcdef")
+    choice = choose_variant(bundle)
+    assert (choice.variant.name, choice.skipped) == ("onnx-int8", ())
+
+
+def test_a_profile_for_a_variant_that_cannot_run_is_ignored_and_said(tiny_bundle: Path) -> None:
     bundle = changed(tiny_bundle, "onnx-fp32", requires={"engine": ">=99"})
-    put_profile(bundle, b'{"schema": 1, "variant": "onnx-fp32"}')
-    assert choose_variant(bundle).variant.name == "onnx-int8"
+    put_profile(bundle, tuned_profile(bundle))
+    choice = choose_variant(bundle)
+    assert choice.variant.name == "onnx-int8"
+    ((name, why),) = choice.skipped
+    assert name == TUNED
+    assert why.startswith("onnx-fp32: it needs ort >=99, this host has ")
+
+
+def test_without_a_profile_nothing_of_it_is_loaded(tiny_bundle_session: Path) -> None:
+    code = (
+        "import sys; from edgeclip.bundle import Bundle; from edgeclip.runtime import choose_variant; "
+        "choose_variant(Bundle.open(sys.argv[1])); print('edgeclip.runtime.tuned' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle_session)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False"]
+
+
+def test_streams_take_batch_and_workers_of_the_profile(
+    tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(tiny_bundle_session)
+    put_profile(bundle, tuned_profile(bundle, settings={"batch_size": 3, "workers": 2}))
+    seen: list[tuple[int, int]] = []
+    real = classify.decode_ahead
+
+    def spy(images: Any, preprocess: Any, *, batch_size: int, workers: int, **more: Any) -> Any:
+        seen.append((batch_size, workers))
+        return real(images, preprocess, batch_size=batch_size, workers=workers, **more)
+
+    monkeypatch.setattr(classify, "decode_ahead", spy)
+    pictures = np.zeros((4, 32, 32, 3), np.uint8)
+    with ZeroShotClassifier.open(bundle) as classifier:
+        assert [outcome.batch for outcome in classifier.classify_stream(pictures)] == [3, 3, 3, 1]
+        assert [each.batch for each in classifier.embed_stream(pictures, batch_size=2, workers=1)] == [2] * 4
+    with ZeroShotClassifier.open(bundle, variant="onnx-fp32") as classifier:
+        assert [outcome.batch for outcome in classifier.classify_stream(pictures)] == [1] * 4
+    assert seen == [(3, 2), (2, 1), (1, CORES)]
 
 
 # --- int8 proves itself
