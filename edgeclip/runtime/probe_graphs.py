@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["convolution", "integer_product", "product"]
+__all__ = ["convolution", "float_product", "integer_product", "product"]
 
 _OPSET: Final = 13  # scales for each index of an axis
 _IR_VERSION: Final = 8
@@ -36,6 +36,21 @@ def integer_product(a: NDArray[Any], b: NDArray[Any]) -> bytes:
         {"b": b},
         {"a": (a.dtype.name, a.shape)},
         {"y": ("int32", (len(a), b.shape[1]))},
+    )
+
+
+def float_product(rows: int, b: NDArray[np.float32]) -> bytes:
+    """Return a graph ``MatMul``: input ``a`` float32 ``(rows, K)``, output ``y`` float32 ``(rows, N)``.
+
+    Args:
+        rows: of the input.
+        b: ``(K, N)``, a constant.
+    """
+    return _model(
+        [_node("MatMul", ["a", "b"], "y")],
+        {"b": b},
+        {"a": ("float32", (rows, b.shape[0]))},
+        {"y": ("float32", (rows, b.shape[1]))},
     )
 
 
