@@ -53,6 +53,7 @@ __all__ = [
     "open_tower",
     "profile_name",
     "unmet",
+    "unprovable",
     "with_cache",
 ]
 
@@ -138,7 +139,7 @@ def choose_variant(
     names = bundle.manifest.default_variants or tuple(bundle.manifest.variants)
     for name in names:
         candidate = bundle.variant(name)
-        problem = unmet(candidate, options=options, host=host) or _unprovable(candidate, options)
+        problem = unmet(candidate, options=options, host=host) or unprovable(candidate, options)
         if problem is None:
             passed_over = any(name != TUNED for name, _ in skipped)
             reason = "first of the bundle's default variants" + (" that runs here" if passed_over else "")
@@ -297,7 +298,7 @@ def _is_verified(variant: Variant, tower: str) -> bool:
     return parity is not None and parity.status == "passed"
 
 
-def _unprovable(variant: Variant, options: RuntimeOptions) -> str | None:
+def unprovable(variant: Variant, options: RuntimeOptions) -> str | None:
     """Return why a variant may not be chosen by itself: nobody found its numbers right, nor can this host."""
     if "unverified" in options.allow or variant.bundle.manifest.golden is not None:
         return None
@@ -346,7 +347,7 @@ def _tuned(bundle: Bundle, options: RuntimeOptions, host: Host) -> VariantChoice
     if problem is None:
         problem = unmet(variant, options=settings.applied_to(options), host=host)
     if problem is None:
-        problem = _unprovable(variant, options)
+        problem = unprovable(variant, options)
     if problem is not None:
         return f"{profile.variant}: {problem}"
     reason = f"the tuned profile of this device names it (for {profile.goal}, {profile.created[:10]}: "

@@ -38,6 +38,7 @@ __all__ = [
     "compare_embeddings",
     "compare_logits",
     "golden_check",
+    "judge_tower",
 ]
 
 Basis = Literal["trained", "centred"]
@@ -423,17 +424,45 @@ def check_tower(
         rows, reference = golden.tokens[:limit], golden.text_embedding[:limit]
     else:
         raise BundleError(f"{bundle.where}: its golden file has nothing for a {tower!r} tower.")
-    said = variant.entry.parity.get(tower)
-    basis: Basis = "trained" if said is None else said.basis
     candidate = run_rows(session, rows)
     if tower == "classifier":
         return _check_classifier(bundle, variant, reference, candidate, limits)
-    if candidate.shape != reference.shape:
+    return judge_tower(bundle, golden, variant, tower, candidate, limits=limits)
+
+
+def judge_tower(
+    bundle: Bundle,
+    golden: Golden,
+    variant: Variant,
+    tower: str,
+    candidate: NDArray[Any],
+    *,
+    limits: ParityLimits | None = None,
+) -> TowerParity:
+    """Compare embeddings that a tower gave of the first golden inputs with those of eager float32.
+
+    Args:
+        bundle: whose golden file it is.
+        golden: inputs and reference.
+        variant: whose tower.
+        tower: ``"image"`` or ``"text"``.
+        candidate: ``(n, E)``, of as many golden inputs as there are rows.
+        limits: instead of the defaults of the variant's precision.
+
+    Raises:
+        BundleError: these are no such embeddings.
+    """
+    is_image = tower == "image"
+    known = golden.image_embedding if is_image else golden.text_embedding
+    reference = known[: len(candidate)] if known is not None else None
+    if reference is None or candidate.shape != reference.shape:
+        expected = "none" if reference is None else f"embeddings {reference.shape}"
         raise BundleError(
             f"{bundle.where}: the {tower} tower of {variant.name!r} gives {candidate.shape}, expected "
-            f"embeddings {reference.shape}."
+            f"{expected}."
         )
-    is_image = tower == "image"
+    said = variant.entry.parity.get(tower)
+    basis: Basis = "trained" if said is None else said.basis
     numbers = compare_embeddings(reference, candidate, bank=golden.bank if is_image else None)
     limits = limits or ParityLimits.of(variant.entry.precision, basis).accepting(said)
     if not is_image:
