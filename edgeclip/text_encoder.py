@@ -87,12 +87,12 @@ class TextEncoder:
             truncated = np.zeros(len(texts), np.bool_)
             for start in range(0, len(texts), _BATCH):
                 batch = texts[start : start + _BATCH]
-                with clock.span("tokenize"):
+                with clock.span("tokenize", batch=len(batch)):
                     tokens = tokenizer(batch, truncate=True)
                     # Only a row without padding can have been cut.
                     for row in np.flatnonzero(tokens[:, -1] != tokenizer.config.special.pad).tolist():
                         truncated[start + row] = tokenizer.count(batch[row]) > tokenizer.context_length
-                with clock.span("text_tower"):
+                with clock.span("text_tower", batch=len(batch)):
                     out = run_rows(session, tokens, batch=_BATCH)
                 self.runs += 1
                 if out.shape != (len(batch), self.embed_dim):

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct, field
 
 from edgeclip.runtime.documents import Document
 from edgeclip.runtime.host import UNAVAILABLE
-from edgeclip.runtime.latency import LatencySamples
+from edgeclip.runtime.latency import STAGES, LatencySamples
 from edgeclip.runtime.latency_report import (
     Count,
     DriftEntry,
@@ -24,6 +24,7 @@ from edgeclip.runtime.latency_report import (
     StageEntry,
     Unavailable,
 )
+from edgeclip.tables import aligned
 
 __all__ = [
     "COLD_PHASES",
@@ -201,8 +202,135 @@ class BenchReport(Document, frozen=True, kw_only=True):
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_table(self) -> str:
-        """Return the report as text for a terminal."""
-        return "\n".join([self.subject, *(run.name for run in self.runs)])
+        """Return the report as text for a terminal: a section a target, and all of them side by side."""
+        megapixels = self.pictures.megapixels
+        sizes = f"{min(megapixels):.1f} to {max(megapixels):.1f} megapixels"
+        host = self.host
+        lines = [
+            f"{self.subject}: {self.pictures.n} {self.pictures.source}, {sizes}; {self.labels.n:,} labels",
+            f"{host.get('cpu_model', UNAVAILABLE)}, {host.get('cores', '?')} usable cores",
+        ]
+        for run in self.runs:
+            lines += ["", *_section(run)]
+        if len(self.runs) > 1:
+            lines += ["", *_summary(self.runs)]
+        if self.peaks is not None:
+            lines += ["", *_peaks(self.peaks)]
+        if isinstance(self.steal_share, float) and self.steal_share > MAX_STEAL_SHARE:
+            lines += [
+                "",
+                f"warning: the hypervisor gave {self.steal_share:.1%} of the run to others: measure again",
+            ]
+        return "\n".join(lines)
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+
+def _section(run: BenchRun) -> list[str]:
+    where = run.placement
+    decoding = "reduced-scale decoding" if run.fast_decode else "exact decoding"
+    placed = f"{where.get('backend')} on {where.get('device')}, {run.threads} thread(s), batch {run.batch}"
+    lines = [f"{run.name}: {placed}, {where.get('precision')}, {decoding}"]
+    heading = ("ms a call", "ms each", *(f"p{p:.0f}" for p in _PS), "batch", "n", "drift")
+    rows = [heading, *(_row(name, run.stages[name]) for name in _ordered(run.stages))]
+    lines += aligned(rows, range(1, len(heading)))
+    rate = run.images_per_s
+    between = "" if rate.low is None or rate.high is None else f" ({rate.low:.1f} to {rate.high:.1f})"
+    lines.append(f"images/s: {rate.value:.1f}{between}")
+    if run.cold_start:
+        phases = [phase for phase in COLD_PHASES if any(phase in each for each in run.cold_start.values())]
+        cold = [("cold start, ms", *phases, "n")]
+        for kind, found in run.cold_start.items():
+            cells = [f"{found[phase].wall_ms:.0f}" if phase in found else "-" for phase in phases]
+            cold.append((f"cache {kind}", *cells, str(max(each.n for each in found.values()))))
+        lines += aligned(cold, range(1, len(cold[0])))
+    if run.memory is not None:
+        rss, pss = _megabytes(run.memory.peak_rss_bytes), _megabytes(run.memory.peak_pss_bytes)
+        lines.append(f"memory of a fresh process: RSS {rss}, PSS {pss} at most")
+    if run.text:
+        said = [
+            f"{way} {entry.wall_ms:.2f} ms ({entry.ms:.3f} each, n = {entry.n})"
+            for way, entry in run.text.items()
+        ]
+        lines.append(f"{next(iter(run.text.values())).batch} labels: {', '.join(said)}")
+    if run.arithmetic is not None:
+        lines.append(_arithmetic(run.arithmetic))
+    steal, drift = run.interference.steal_share, run.interference.drift
+    lines.append(
+        f"interference: steal {steal if isinstance(steal, str) else f'{steal:.1%}'}, drift "
+        + (
+            "unknown"
+            if drift is None
+            else f"{drift.ratio - 1:+.1%} ({drift.low - 1:+.1%} to {drift.high - 1:+.1%})"
+        )
+    )
+    lines += [f"no {name}: {why}" for name, why in run.missing.items()]
+    lines += [f"warning: {warning}: do not trust these figures, measure again" for warning in run.warnings()]
+    return lines
+
+
+def _ordered(stages: dict[str, StageEntry]) -> list[str]:
+    order = {name: place for place, name in enumerate((*STAGES, END_TO_END))}
+    return sorted(stages, key=lambda name: order.get(name, len(order)))
+
+
+def _row(name: str, entry: StageEntry) -> tuple[str, ...]:
+    found = {each.p: each for each in entry.percentiles}
+    shown = [
+        f"{found[p].ms:.2f} ({found[p].low_ms:.2f} to {found[p].high_ms:.2f})" if p in found else "-"
+        for p in _PS
+    ]
+    drift = "-" if entry.drift is None else f"{entry.drift.ratio - 1:+.1%}"
+    return name, f"{entry.ms:.2f}", *shown, str(entry.batch), f"{entry.n:,}", drift
+
+
+def _arithmetic(entry: ArithmeticEntry) -> str:
+    share = entry.int8_operations / entry.operations if entry.operations else 0.0
+    lead = (
+        f"image tower: {entry.operations / 1e9:.3f} GOP a picture ({share:.0%} int8), "
+        f"{entry.achieved_per_s / 1e9:.1f} GOP/s"
+    )
+    if entry.peak_per_s is None or entry.share is None:
+        return f"{lead}; {entry.why}"
+    return f"{lead} of {entry.peak_per_s / 1e9:.1f} that matrix products reach in this run: {entry.share:.0%}"
+
+
+def _summary(runs: tuple[BenchRun, ...]) -> list[str]:
+    heading = ("target", "p50 ms", "images/s", "first label ms", "RSS", "files", "of peak", "")
+    rows: list[tuple[str, ...]] = [heading]
+    for run in runs:
+        cold = run.cold_start.get("hit", {}).get(FIRST_LABEL)
+        arithmetic = run.arithmetic
+        rows.append(
+            (
+                run.name,
+                f"{run.stages[END_TO_END].wall_ms:.2f}",
+                f"{run.images_per_s.value:.1f}",
+                "-" if cold is None else f"{cold.wall_ms:.0f}",
+                "-" if run.memory is None else _megabytes(run.memory.peak_rss_bytes),
+                _megabytes(run.size_bytes),
+                "-" if arithmetic is None or arithmetic.share is None else f"{arithmetic.share:.0%}",
+                "disturbed" if run.warnings() else "",
+            )
+        )
+    return aligned(rows, range(1, len(heading) - 1))
+
+
+def _peaks(peaks: PeaksEntry) -> list[str]:
+    said = []
+    for unit, found in (("GFLOP/s", peaks.float_gflops), ("int8 GOP/s", peaks.int8_gops)):
+        if found:
+            products = ", ".join(f"{rate:.1f} at {n}" for n, rate in found.items())
+            said.append(f"best matrix product of one thread: {products} {unit}")
+    return said
+
+
+def _megabytes(size_bytes: int | str) -> str:
+    return size_bytes if isinstance(size_bytes, str) else f"{size_bytes / 1e6:.1f} MB"
+
+
+# --- making one -------------------------------------------------------------------------------------------
 
 
 def stage_entry(samples: LatencySamples, *, drift: DriftEntry | None = None) -> StageEntry:
