@@ -32,8 +32,7 @@ from edgeclip.bench.verdict import (
     MIN_LAUNCHES,
     Judgement,
     Launch,
-    judge_launches,
-    looks,
+    conclude,
 )
 from edgeclip.errors import BackendError, BundleError, ConfigError, EdgeClipError, InputError
 from edgeclip.runtime.documents import Document
@@ -261,7 +260,6 @@ def compare(
     starts_s: list[float] = []
     planned = plan.processes or MAX_LAUNCHES
     measure_s = max(_LEAST_S, plan.budget_s / planned / 2)
-    looking = looks(planned)
     while True:
         task = Task(
             a=asdict(plan.a),
@@ -280,21 +278,13 @@ def compare(
         left_s = plan.budget_s - (now - began)
         if len(told) == 1:
             planned = _planned(plan, starts_s[0], told[0])
-            looking = looks(planned)
         if on_progress is not None:
             on_progress(len(told), planned)
-        out_of_time = left_s <= 0 and len(told) >= MIN_LAUNCHES
-        if len(told) in looking or out_of_time:
-            last = out_of_time or len(told) == planned
-            launches = [_samples(each) for each in told]
-            judgement = judge_launches(
-                launches,
-                effect=plan.effect,
-                confidence=looking[planned if last else len(told)],
-                seed=plan.seed,
-            )
-            if last or judgement.verdict != "inconclusive":
-                break
+        judgement = conclude(
+            list(map(_samples, told)), planned, effect=plan.effect, seed=plan.seed, out_of_time=left_s <= 0
+        )
+        if judgement is not None:
+            break
         each_s = left_s / (planned - len(told))
         measure_s = max(_LEAST_S, each_s - float(np.median(starts_s)))
     return _document(plan, told, starts_s, judgement, planned, perf_counter() - began)

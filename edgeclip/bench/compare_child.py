@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from edgeclip.bench.report import END_TO_END
 from edgeclip.bench.targets import Target, open_target
-from edgeclip.errors import BackendError, EdgeClipError, InputError
+from edgeclip.errors import BackendError, EdgeClipError
 from edgeclip.runtime.host import cpu_times
 from edgeclip.runtime.latency import NO_CLOCK, STAGES, StageClock
 
@@ -200,7 +200,7 @@ def launch(task: Task, open_side: Open = _open) -> Told:
             classifier = stack.enter_context(open_side(targets[name], clock))
             _set_labels(classifier, task.labels)
             sides[name] = _Side(targets[name], task.stage, classifier, clock)
-        items = sides["a"].label_names if task.stage in TEXT_STAGES else _contents(task.pictures)
+        items = sides["a"].label_names if task.stage in TEXT_STAGES else list(map(Path, task.pictures))
         work = _Work(items, math.lcm(targets["a"].batch, targets["b"].batch), rng.randrange(len(items)))
         unit_ms = max(_warm_up(sides[name], work) for name in order)
         units = max(1, min(_MOST_UNITS, round(_TURN_MS / max(unit_ms, 1e-3))))
@@ -266,13 +266,6 @@ def _warm_up(side: _Side, work: _Work) -> float:
         side.item_ms(unit)
         taken_ms.append((perf_counter_ns() - start_ns) / 1e6)
     return sorted(taken_ms)[len(taken_ms) // 2]
-
-
-def _contents(paths: Sequence[str]) -> list[bytes]:
-    try:
-        return [Path(path).read_bytes() for path in paths]
-    except OSError as error:
-        raise InputError(f"picture {error.filename!r} cannot be read: {error.strerror}.") from error
 
 
 def _set_labels(classifier: ZeroShotClassifier, asked: LabelsAsked | None) -> None:

@@ -34,10 +34,10 @@ __all__ = [
     "Judgement",
     "Launch",
     "Verdict",
+    "conclude",
     "interval",
     "judge",
     "judge_launches",
-    "looks",
 ]
 
 Verdict: TypeAlias = Literal["faster", "slower", "same", "inconclusive"]
@@ -51,8 +51,9 @@ MAX_DRIFT: Final = 0.25
 
 _TRIM: Final = 0.2
 _DRAWS: Final = 10_000
-# Part of the time, and the share of the permitted errors that is spent there.
-_LOOKS: Final = ((0.5, 0.2), (1.0, 0.8))
+# Part of the launches after which there is an early look, and its share of the permitted errors.
+_EARLY: Final = 0.5
+_EARLY_ERRORS: Final = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,17 +175,37 @@ def judge_launches(
     return Judgement(verdict, found, drift, steal_share, tuple(reasons))
 
 
-def looks(launches: int, confidence: float = CONFIDENCE) -> dict[int, float]:
-    """Return after how many launches results are looked at, and with what confidence.
+def conclude(
+    launches: Sequence[Launch],
+    planned: int,
+    *,
+    effect: float,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    out_of_time: bool = False,
+) -> Judgement | None:
+    """Return the judgement with which a comparison ends after these launches; ``None`` if it goes on.
 
-    Errors of the looks add up to those of the whole at most, however the looks depend on each other
-    (Bonferroni). There is no early look where it would see fewer than eight launches.
+    There are two looks, halfway and at the end. Their permitted errors are fixed beforehand and add up to
+    those of the whole at most, however the looks depend on each other (Bonferroni). There is no early look
+    where it would see fewer than eight launches.
+
+    Args:
+        launches: so far.
+        planned: how many there were to be.
+        effect: see :func:`judge`.
+        confidence: of the whole comparison.
+        seed: of the bootstrap.
+        out_of_time: end here in any case, once there are eight launches.
     """
-    early, spent = _LOOKS[0]
-    first = math.ceil(launches * early)
-    if first < MIN_LAUNCHES:
-        return {launches: confidence}
-    return {first: 1 - (1 - confidence) * spent, launches: 1 - (1 - confidence) * _LOOKS[1][1]}
+    early = math.ceil(_EARLY * planned)
+    early = planned if early < MIN_LAUNCHES else early
+    last = len(launches) >= planned or (out_of_time and len(launches) >= MIN_LAUNCHES)
+    if not last and len(launches) != early:
+        return None
+    spent = 1.0 if early == planned else 1 - _EARLY_ERRORS if last else _EARLY_ERRORS
+    judgement = judge_launches(launches, effect=effect, confidence=1 - (1 - confidence) * spent, seed=seed)
+    return judgement if last or judgement.verdict != "inconclusive" else None
 
 
 def _drift(log_speeds: Sequence[float]) -> float | None:
