@@ -168,6 +168,7 @@ class _Starter:
         self._folder = folder
         self._picture = workload.pictures[0]
         self._templates = None if workload.templates is None else list(workload.templates.texts)
+        self._language = workload.language
         self._labels: Path | None = None
         if workload.labels is not None:
             from edgeclip.labels import LabelBank
@@ -196,6 +197,7 @@ class _Starter:
                 "picture": str(self._picture),
                 "labels": None if self._labels is None else str(self._labels),
                 "templates": self._templates,
+                "language": self._language,
                 "watch": kind == "memory",
                 "report": str(report),
             }

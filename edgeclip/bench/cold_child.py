@@ -48,7 +48,7 @@ def _start(spec: dict[str, Any], began_ns: int) -> dict[str, Any]:
     classifier = open_target(Target(**spec["target"]), clock)
     opened_ns = time.perf_counter_ns()
     if spec["labels"] is None:
-        classifier.set_bundle_labels()
+        classifier.set_bundle_labels(spec["language"])
     elif spec["labels"].endswith(".safetensors"):
         from edgeclip.labels import LabelBank
 

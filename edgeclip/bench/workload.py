@@ -34,6 +34,7 @@ class Workload:
         labels: that are offered, or a finished bank; ``None`` for the bundle's own.
         templates: of ``labels``; ``None`` for the bundle's.
         labels_source: how the report calls where they come from.
+        language: of the bundle's own labels.
     """
 
     pictures: tuple[Path, ...]
@@ -41,11 +42,12 @@ class Workload:
     labels: LabelSet | LabelBank | None = None
     templates: Templates | None = None
     labels_source: str = "bundle"
+    language: str | None = None
 
     def set_labels(self, classifier: ZeroShotClassifier) -> None:
         """Offer the labels."""
         if self.labels is None:
-            classifier.set_bundle_labels()
+            classifier.set_bundle_labels(self.language)
         else:
             classifier.set_labels(self.labels, templates=self.templates)
 

@@ -1,103 +1,352 @@
-"""``edgeclip bench``: where the time of a bundle goes. So far operator by operator."""
+"""``edgeclip bench``: how fast a bundle is here, and where the time goes.
+
+A group whose own work is its default: ``edgeclip bench my-bundle`` measures, ``edgeclip bench compare A B``
+compares. A bundle in a folder called ``compare`` is ``./compare``.
+"""
 
 from __future__ import annotations
 
-import json
+import importlib
+import os
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ._options import BACKENDS, SCHEMA, Notes, bundle_directory, prepare_stdout, shown
+from ._options import BACKENDS, LabelChoice, Notes, bundle_directory, label_options, prepare_stdout, shown
 
 if TYPE_CHECKING:
-    from edgeclip.bench.per_op import OpProfile
+    from edgeclip.bench.report import BenchReport
+    from edgeclip.bench.targets import Target
+    from edgeclip.bench.workload import Workload
 
 __all__ = ["bench"]
 
+_RUN: Final = "run"
+_ARGUMENTS: Final = "edgeclip.arguments"
+_COMMANDS: Final = {
+    "compare": (
+        "edgeclip.cli.bench_compare:compare",
+        "Say which of two targets is faster, or that it is open.",
+    ),
+}
 
-@click.command(
-    epilog="Example: edgeclip bench --per-op my-bundle --variant onnx-fp32 --variant onnx-int8 --threads 1"
+
+class _RunContext(click.Context):
+    """The context of the default command, which is called by the group's name."""
+
+    @property
+    def command_path(self) -> str:
+        return "edgeclip bench" if self.parent is None else self.parent.command_path
+
+
+class _RunCommand(click.Command):
+    """The default command; its help lists the others."""
+
+    context_class = _RunContext
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments, which are part of the report, then parse them."""
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(f"{name} …", said) for name, (_, said) in _COMMANDS.items()])
+        super().format_epilog(ctx, formatter)
+
+
+class _BenchGroup(click.Group):
+    """A group that measures unless another command is named; those are imported when they are run."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = bool(args) and args[0] in _COMMANDS
+        return super().parse_args(ctx, args if named else [_RUN, *args])
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [_RUN, *_COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(cls=_BenchGroup)
+def bench() -> None:
+    """Say how fast a bundle is here, and where the time goes."""
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Return whole numbers of at least 1 that commas separate, each once."""
+    if value is None:
+        return None
+    pieces = [piece.strip() for piece in value.split(",")]
+    if not all(piece.isdecimal() and int(piece) for piece in pieces):
+        raise click.BadParameter(
+            f"{value!r} is not a list of whole numbers of at least 1, such as 1,2.", ctx, param
+        )
+    return tuple(dict.fromkeys(map(int, pieces)))
+
+
+def _per_op_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option("--per-op", is_flag=True, help="Time every operator of the towers instead."),
+            click.option(
+                "--tower",
+                type=click.Choice(["image", "text"]),
+                help="With --per-op: which.  [default: image]",
+            ),
+            click.option(
+                "--runs", type=click.IntRange(min=1), help="With --per-op: timed calls.  [default: 30]"
+            ),
+            click.option(
+                "--most", type=click.IntRange(min=1), help="With --per-op: rows to show.  [default: 20]"
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@bench.command(
+    _RUN,
+    cls=_RunCommand,
+    epilog="Example: edgeclip bench my-bundle --variant onnx-fp32 --variant onnx-int8 --threads 1,2",
 )
 @click.argument("bundle", default="default", metavar="[BUNDLE]")
 @click.option(
-    "--per-op",
-    is_flag=True,
-    required=True,
-    expose_value=False,
-    help="Time every operator of the towers.",
+    "--variant", "variants", multiple=True, help="Variant to measure. Repeatable.  [default: the one of auto]"
 )
 @click.option(
-    "--variant", "variants", multiple=True, help="Variants, each on its own.  [default: the one of auto]"
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(BACKENDS),
+    help="Engine. Repeatable.  [default: auto]",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N; OpenVINO: gpu, npu too.")
+@click.option(
+    "--threads",
+    metavar="N,…",
+    callback=_numbers,
+    help="Threads of the towers, such as 1,2.  [default: usable cores]",
 )
 @click.option(
-    "--tower", type=click.Choice(["image", "text"]), default="image", show_default=True, help="Which tower."
+    "--batch",
+    metavar="N,…",
+    callback=_numbers,
+    default="1",
+    show_default=True,
+    help="Pictures a call, such as 1,8.",
 )
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Engine.")
-@click.option("--device", default="cpu", show_default=True, help="cpu; with OpenVINO also gpu and npu.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the tower.  [default: usable cores]")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Inputs a call.")
-@click.option("--runs", type=click.IntRange(min=1), default=30, show_default=True, help="Timed calls.")
-@click.option("--most", type=click.IntRange(min=1), default=20, show_default=True, help="Rows to show.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Pictures to classify.  [default: the demonstration photographs]",
+)
+@label_options
+@click.option(
+    "--fast-decode/--exact", default=False, show_default=True, help="Decode large JPEGs at reduced scale."
+)
+@click.option(
+    "--duration",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Measure each target at least so long.  [default: 10]",
+)
+@click.option(
+    "--min-samples",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Time at least so many calls of each target; p99 needs 1,000.  [default: 100]",
+)
+@click.option(
+    "--cold",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Fresh processes for cold starts, with caches and as many without; 0 leaves them out.  [default: 5]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order.")
+@_per_op_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON document here, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def bench(
+def run(
     *,
     bundle: str,
     variants: tuple[str, ...],
-    tower: str,
-    backend: str,
+    backends: tuple[str, ...],
     device: str,
-    threads: int | None,
-    batch: int,
-    runs: int,
-    most: int,
+    threads: tuple[int, ...] | None,
+    batch: tuple[int, ...],
+    images: Path | None,
+    labels: str | None,
+    label_file: Path | None,
+    templates: str | None,
+    language: str | None,
+    fast_decode: bool,
+    duration: float | None,
+    min_samples: int | None,
+    cold: int | None,
+    seed: int,
+    per_op: bool,
+    tower: str | None,
+    runs: int | None,
+    most: int | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Say where the time of the towers of BUNDLE goes, operator by operator.
+    """Say how fast BUNDLE is here: stages, cold starts, memory, and what the machine could do.
 
-    ONNX Runtime and OpenVINO time their own kernels, which slows small ones down: the time of a call without
-    that stands beside them. Inputs are noise. BUNDLE is a directory, or hf:ORG/NAME@REV; without, the
-    embedded bundle.
+    All targets (variants × engines × threads × batches) take turns, so that what disturbs the machine
+    disturbs all of them. BUNDLE is a directory, or hf:ORG/NAME@REV; without, the embedded bundle.
     """
-    from edgeclip.bench.per_op import profile_tower
-    from edgeclip.bundle import Bundle
-    from edgeclip.errors import InputError
-    from edgeclip.runtime.choose import choose_variant
-    from edgeclip.runtime.session import RuntimeOptions
-
     prepare_stdout()
-    if output is not None and not output.resolve().parent.is_dir():
-        raise InputError(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}; make it.")
+    _check_output("--output", output)
+    offered = LabelChoice(labels, label_file, templates, language)
+    offered.check()
+    if not per_op:
+        _refuse("--per-op", {"--tower": tower, "--runs": runs, "--most": most})
+    else:
+        given = {"--images": images, "--labels": labels, "--label-file": label_file, "--duration": duration}
+        _refuse("figures of whole calls", {**given, "--min-samples": min_samples, "--cold": cold})
+        _per_op(
+            bundle, variants, backends, device, threads, batch, tower, runs, most, output, as_json=as_json
+        )
+        return
+    from edgeclip.bench.run import BenchPlan, benchmark
+
     notes = Notes()
-    options = RuntimeOptions(backend=backend, device=device, threads=threads)
-    opened = Bundle.open(bundle_directory(bundle, notes))
-    chosen = [
-        choose_variant(opened, variant=name, options=options).variant
-        for name in dict.fromkeys(variants or ("auto",))
-    ]
-    profiles: list[OpProfile] = []
+    plan = BenchPlan(
+        targets=_targets(
+            bundle_directory(bundle, notes),
+            variants=variants,
+            backends=backends,
+            device=device,
+            threads=threads,
+            batches=batch,
+            fast_decode=fast_decode,
+        ),
+        workload=_workload(images, offered, notes),
+        duration_s=10.0 if duration is None else duration,
+        min_samples=min_samples or 100,
+        cold=5 if cold is None else cold,
+        seed=seed,
+        command=shlex.join(["edgeclip", "bench", *click.get_current_context().meta[_ARGUMENTS]]),
+    )
     try:
-        for variant in chosen:
-
-            def show(done: int, name: str = variant.name) -> None:
-                notes.progress(f"{name}: call {done}")
-
-            profiles.append(
-                profile_tower(variant.tower(tower), options=options, batch=batch, runs=runs, on_run=show)
-            )
+        report = benchmark(plan, notes.progress)
     finally:
         notes.done()
-    document = {
-        "schema": SCHEMA,
-        "kind": "op-profiles",
-        "bundle": str(opened.path),
-        "digest": opened.digest,
-        "profiles": [profile.to_dict() for profile in profiles],
-    }
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-        notes.say(f"wrote {shown(output)}")
-    click.echo(text if as_json else "\n\n".join(profile.to_table(most=most) for profile in profiles))
+    _show(report, output, notes, as_json=as_json)
+
+
+def _targets(
+    bundle: str,
+    *,
+    variants: Sequence[str],
+    backends: Sequence[str],
+    device: str,
+    threads: Sequence[int] | None,
+    batches: Sequence[int],
+    fast_decode: bool,
+) -> tuple[Target, ...]:
+    """Return every combination, each once."""
+    from edgeclip.bench.targets import Target
+
+    found = [
+        Target(bundle, variant, backend, device, count, batch, fast_decode)
+        for variant in variants or ("auto",)
+        for backend in backends or ("auto",)
+        for count in threads or (None,)
+        for batch in batches
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _workload(images: Path | None, offered: LabelChoice, notes: Notes) -> Workload:
+    from edgeclip.bench.workload import DEMO, MAX_PICTURES, Workload, picture_files
+
+    pictures = picture_files(DEMO if images is None else images)
+    if images is not None and len(pictures) == MAX_PICTURES:
+        notes.say(f"the first {MAX_PICTURES} pictures of {shown(images)} are used")
+    if offered.labels is not None:
+        labels_source = "--labels"
+    else:
+        labels_source = "bundle" if offered.label_file is None else shown(offered.label_file.name)
+    return Workload(
+        pictures,
+        "demonstration photographs" if images is None else f"pictures of {shown(images.name or images)}",
+        offered.read(),
+        offered.read_templates(),
+        labels_source,
+        language=offered.language,
+    )
+
+
+def _show(report: BenchReport, output: Path | None, notes: Notes, *, as_json: bool) -> None:
+    from edgeclip.labels import write_atomic
+
+    text = report.to_json()
+    try:
+        if output is not None:
+            write_atomic(output, (text + "\n").encode())
+            notes.say(f"wrote {shown(output)}")
+    finally:  # what was measured is shown wherever it could not be written
+        click.echo(text if as_json else report.to_table())
+
+
+def _per_op(
+    bundle: str,
+    variants: tuple[str, ...],
+    backends: tuple[str, ...],
+    device: str,
+    threads: tuple[int, ...] | None,
+    batch: tuple[int, ...],
+    tower: str | None,
+    runs: int | None,
+    most: int | None,
+    output: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from edgeclip.runtime.session import RuntimeOptions
+
+    from ._bench_per_op import PerOpChoice, per_op
+
+    for name, values in (("--backend", backends), ("--threads", threads or ()), ("--batch", batch)):
+        if len(values) > 1:
+            raise click.UsageError(f"--per-op takes one {name}, got {len(values)}.")
+    options = RuntimeOptions(
+        backend=backends[0] if backends else "auto", device=device, threads=threads[0] if threads else None
+    )
+    choice = PerOpChoice(tower or "image", batch[0], runs or 30, most or 20)
+    per_op(bundle, variants, options, choice, output=output, as_json=as_json)
+
+
+def _refuse(what: str, given: dict[str, object]) -> None:
+    """Refuse options that mean nothing here."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise click.UsageError(f"{names[0]} is for {what}.")
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Refuse a path that cannot be written, before anything is measured."""
+    from edgeclip.errors import InputError
+
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InputError(f"{option} {str(path)!r}: there is no directory {str(path.parent)!r}; make it.")
+    if path.is_dir():
+        raise InputError(f"{option} {str(path)!r}: this is a directory, expected the name of a file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {str(path)!r}: nothing can be written to {str(path.parent)!r}.")
