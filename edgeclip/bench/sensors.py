@@ -642,8 +642,11 @@ class SensorLog:
     def __init__(
         self, probes: Sequence[Probe], untold: Sequence[str] = (), *, interval_s: float = INTERVAL_S
     ) -> None:
-        self._probes, self._untold, self._interval_s = tuple(probes), tuple(untold), interval_s
-        self._gauges = tuple(gauge for probe in self._probes for gauge in probe.gauges)
+        self._find: Callable[[], tuple[Sequence[Probe], Sequence[str]]] = lambda: (probes, untold)
+        self._probes: tuple[Probe, ...] = ()
+        self._gauges: tuple[Gauge, ...] = ()
+        self._untold: tuple[str, ...] = ()
+        self._interval_s = interval_s
         self._at_s: list[float] = []
         self._rows: list[list[float | None]] = []
         self._walls_ms: list[float] = []
@@ -652,7 +655,21 @@ class SensorLog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="edgeclip-sensors", daemon=True)
 
+    @classmethod
+    def here(cls, gpu: int | None = None) -> SensorLog:
+        """Return a log of what this machine tells; programs are started when it is entered.
+
+        Args:
+            gpu: see :func:`find_probes`.
+        """
+        log = cls([])
+        log._find = lambda: find_probes(gpu=gpu)
+        return log
+
     def __enter__(self) -> SensorLog:
+        probes, untold = self._find()
+        self._probes, self._untold = tuple(probes), tuple(untold)
+        self._gauges = tuple(gauge for probe in self._probes for gauge in probe.gauges)
         self._programs_ms = _programs_cpu_ms()
         self._began_s = time.perf_counter()
         if self._probes:

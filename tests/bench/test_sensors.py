@@ -461,6 +461,18 @@ def test_without_probes_no_thread_is_started() -> None:
     assert log.result().cost.readings == 0
 
 
+def test_programs_start_with_the_log_and_not_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _program(tmp_path, "tegrastats", f'touch "{tmp_path}/started"\necho "{NANO}"\nexec sleep 60')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    log = SensorLog.here()
+    assert not (tmp_path / "started").exists()
+    with log:
+        pass
+    assert (tmp_path / "started").exists()
+    (power,) = [gauge for gauge in log.result().gauges if gauge.name == "POM_5V_IN"]
+    assert power.values[0] == 0.9
+
+
 def test_this_machine_can_be_asked() -> None:
     probes, untold = find_probes()
     for probe in probes:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,11 +32,12 @@ from edgeclip.bench.sustained import (
     summarize,
     sustain,
 )
+from edgeclip.bench.targets import Target
 from edgeclip.bench.workload import DEMO, Workload, picture_files
 from edgeclip.bundle import Bundle
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import ConfigError, InputError
-from edgeclip.export.device_report import verify_here
+from edgeclip.export.device_report import run_device_report, verify_here
 from edgeclip.export.pipeline import judge_bundle
 from edgeclip.export.pipeline_recipe import PipelineRecipe, parse_pipeline
 from edgeclip.runtime.latency import StageClock
@@ -365,6 +370,61 @@ def test_a_failed_write_leaves_the_old_report(
         write_device_report(report, path)
     assert [each.name for each in tmp_path.iterdir()] == ["pi.json"]
     assert path.read_text() == "the old one"
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from edgeclip.bench.sustained import SustainedPlan
+from edgeclip.bench.targets import Target
+from edgeclip.bench.targets import Target
+from edgeclip.bench.workload import DEMO, Workload, picture_files
+from edgeclip.bundle import Bundle
+from edgeclip.export.device_report import run_device_report
+
+run_device_report(
+    Path("pi.json"), bundle=Bundle.open(sys.argv[1]), target=Target(sys.argv[1], "onnx-int8", threads=1),
+    workload=Workload(picture_files(DEMO)), device="pi",
+    plan=SustainedPlan(keep_partial=sys.argv[2] == "keep"),
+    on_progress=lambda *said: print("running", flush=True),
+)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("kept", ["keep", "throw"])
+def test_ctrl_c_leaves_a_whole_report_or_the_old_one(kept: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "pi.json").write_text("the old one")
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tiny_bundle), kept], cwd=tmp_path, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as program:  # fmt: skip
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"running\n"
+        program.send_signal(signal.SIGINT)
+        _, complaints = program.communicate(timeout=60)
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".edgeclip")]
+    if kept == "throw":
+        assert b"KeyboardInterrupt" in complaints
+        assert (tmp_path / "pi.json").read_text() == "the old one"
+        return
+    assert program.returncode == 0, complaints
+    said = read_device_report(tmp_path / "pi.json").sustained
+    assert said is not None
+    assert said.interrupted
+    assert said.lasted_s < 600
+
+
+def test_a_file_is_written_by_one_call(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    shared: dict[str, Any] = {"bundle": bundle, "workload": Workload(picture_files(DEMO)), "device": "pi"}
+    path, plan = tmp_path / "pi.json", SustainedPlan(duration_s=3.0)
+    target = Target(str(tiny_bundle), threads=1)
+    said = run_device_report(path, target=target, plan=plan, **shared)
+    assert read_device_report(path) == said
+    assert said.variant in bundle.manifest.variants
+    with pytest.raises(ConfigError, match="got batch 8, expected 1"):
+        run_device_report(path, target=Target(str(tiny_bundle), batch=8), plan=plan, **shared)
 
 
 # --- the collection ----------------------------------------------------------------------------------------
