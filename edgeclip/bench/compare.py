@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from edgeclip.bench.targets import Target
 
 __all__ = [
+    "BUNDLE_LABELS",
     "DEFAULT_BUDGET_S",
     "DEFAULT_EFFECT",
     "MAX_LAUNCHES",
@@ -57,6 +58,7 @@ __all__ = [
     "run_launch",
 ]
 
+BUNDLE_LABELS: Final = LabelsAsked()
 DEFAULT_EFFECT: Final = 0.05
 DEFAULT_BUDGET_S: Final = 60.0
 MAX_LAUNCHES: Final = 20
@@ -81,8 +83,7 @@ class ComparePlan:
         pictures: picture files, classified over and over.
         stage: ``end_to_end``, from the bytes of a file to labels, or one stage of it. ``tokenize`` and
             ``text_tower`` are timed on the names of the labels.
-        labels: as :meth:`edgeclip.label_sets.Label.to_json` writes them; ``None`` for those of each bundle.
-        templates: around the labels.
+        labels: what is offered; those of each bundle, without.
         effect: smallest difference that matters, 0.05 for 5 %.
         budget_s: how long it may take in all.
         processes: launches; ``None`` for as many as the budget carries well.
@@ -97,8 +98,7 @@ class ComparePlan:
     b: Target
     pictures: Sequence[Path]
     stage: str = END_TO_END
-    labels: tuple[Any, ...] | None = None
-    templates: tuple[str, ...] | None = None
+    labels: LabelsAsked = BUNDLE_LABELS
     effect: float = DEFAULT_EFFECT
     budget_s: float = DEFAULT_BUDGET_S
     processes: int | None = None
@@ -266,7 +266,7 @@ def compare(
             b=asdict(plan.b),
             stage=plan.stage,
             pictures=tuple(map(str, plan.pictures)),
-            labels=None if plan.labels is None else LabelsAsked(labels=plan.labels, templates=plan.templates),
+            labels=plan.labels,
             measure_s=measure_s,
             seed=rng.getrandbits(32),
         )

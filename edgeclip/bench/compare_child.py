@@ -56,10 +56,37 @@ _WARM_CALLS, _WARM_MS = 3, 150.0
 
 
 class LabelsAsked(Struct, frozen=True, kw_only=True):
-    """Labels as :meth:`edgeclip.label_sets.Label.to_json` writes them, and templates around them."""
+    """The labels that are offered.
 
-    labels: tuple[Any, ...]
+    Attributes:
+        labels: as :meth:`edgeclip.label_sets.Label.to_json` writes them; ``None`` for those of the bundle.
+        templates: around them; ``None`` for those of the bundle.
+        language: of the bundle's own labels.
+        bank: file of a finished bank, in place of labels.
+    """
+
+    labels: tuple[Any, ...] | None = None
     templates: tuple[str, ...] | None = None
+    language: str | None = None
+    bank: str | None = None
+
+    def set(self, classifier: ZeroShotClassifier) -> None:
+        """Offer them.
+
+        Raises:
+            EdgeClipError: as the classifier's ``set_labels`` and ``set_bundle_labels``.
+        """
+        if self.bank is not None:
+            from edgeclip.labels import LabelBank
+
+            classifier.set_labels(LabelBank.open(self.bank))
+        elif self.labels is None:
+            classifier.set_bundle_labels(self.language)
+        else:
+            from edgeclip.label_sets import labels_from_bytes
+
+            said = labels_from_bytes(msgspec.json.encode(self.labels), source="labels", as_json=True)
+            classifier.set_labels(said, templates=self.templates)
 
 
 class Task(Struct, frozen=True, kw_only=True):
@@ -70,7 +97,7 @@ class Task(Struct, frozen=True, kw_only=True):
         b: the other one.
         stage: what is timed.
         pictures: files, the same for both.
-        labels: ``None`` for those of the bundle.
+        labels: what is offered.
         measure_s: how long to measure, warm-up not included.
         seed: of what is random.
     """
@@ -79,7 +106,7 @@ class Task(Struct, frozen=True, kw_only=True):
     b: dict[str, Any]
     stage: str
     pictures: tuple[str, ...]
-    labels: LabelsAsked | None
+    labels: LabelsAsked
     measure_s: float
     seed: int
 
@@ -198,7 +225,7 @@ def launch(task: Task, open_side: Open = _open) -> Told:
         for name in order:
             clock: Clock = NO_CLOCK if task.stage == END_TO_END else StageClock()
             classifier = stack.enter_context(open_side(targets[name], clock))
-            _set_labels(classifier, task.labels)
+            task.labels.set(classifier)
             sides[name] = _Side(targets[name], task.stage, classifier, clock)
         items = sides["a"].label_names if task.stage in TEXT_STAGES else list(map(Path, task.pictures))
         work = _Work(items, math.lcm(targets["a"].batch, targets["b"].batch), rng.randrange(len(items)))
@@ -266,13 +293,3 @@ def _warm_up(side: _Side, work: _Work) -> float:
         side.item_ms(unit)
         taken_ms.append((perf_counter_ns() - start_ns) / 1e6)
     return sorted(taken_ms)[len(taken_ms) // 2]
-
-
-def _set_labels(classifier: ZeroShotClassifier, asked: LabelsAsked | None) -> None:
-    if asked is None:
-        classifier.set_bundle_labels()
-        return
-    from edgeclip.label_sets import labels_from_bytes
-
-    labels = labels_from_bytes(msgspec.json.encode(asked.labels), source="labels", as_json=True)
-    classifier.set_labels(labels, templates=asked.templates)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
-from ._options import Notes, bundle_directory, is_there, prepare_stdout, shown
+from ._options import LabelChoice, Notes, bundle_directory, label_options, prepare_stdout, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgeclip.bench.compare_child import LabelsAsked
     from edgeclip.bench.targets import Target
 
 __all__ = ["EXIT_CODES", "compare"]
 
 EXIT_CODES: Final = {"same": 0, "faster": 0, "inconclusive": 3, "slower": 4}
 _STAGES: Final = ("end_to_end", "decode", "resize", "tokenize", "text_tower", "image_tower", "head")
-_MOST_PICTURES: Final = 64
 _UNITS_S: Final = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0}
 
 
@@ -38,9 +40,7 @@ def _share(_ctx: click.Context, _param: click.Parameter, said: str) -> float:
     return share
 
 
-@click.command(
-    epilog="Example: edgeclip bench compare my-bundle#onnx-fp32 my-bundle#onnx-int8,threads=1 --budget 30s"
-)
+@click.command(epilog="Example: edgeclip bench compare default,threads=1 default,threads=2 --budget 30s")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(
@@ -53,11 +53,10 @@ def _share(_ctx: click.Context, _param: click.Parameter, said: str) -> float:
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    metavar="DIR|FILE",
-    help=f"Pictures, at most {_MOST_PICTURES}.  [default: edgeclip's photographs]",
+    metavar="DIR",
+    help="Pictures to classify.  [default: the demonstration photographs]",
 )
-@click.option("--labels", metavar="A,B,…|FILE", help="Labels offered.  [default: those of each bundle]")
-@click.option("--templates", metavar="NAME|FILE", help="Prompts around --labels.  [default: the bundle's]")
+@label_options
 @click.option(
     "--effect",
     callback=_share,
@@ -97,7 +96,9 @@ def compare(
     stage: str,
     images: Path | None,
     labels: str | None,
+    label_file: Path | None,
     templates: str | None,
+    language: str | None,
     effect: float,
     budget: float,
     processes: int | None,
@@ -108,8 +109,9 @@ def compare(
 ) -> None:
     """Say whether B is faster or slower than A, the same, or that it cannot be told.
 
-    A and B are BUNDLE[#VARIANT][,backend=…][,device=…][,threads=N][,batch=N][,decode=fast]; BUNDLE is a
-    directory, hf:ORG/NAME@REV or default. They take turns on the same pictures in fresh processes.
+    A and B are written BUNDLE[#VARIANT], settings behind it: my-bundle#onnx-int8,threads=2,batch=8 or
+    default,backend=openvino,device=cpu,decode=fast. BUNDLE is a directory, hf:ORG/NAME@REV or default. They
+    take turns on the same pictures in fresh processes.
 
     \b
     same          whatever the difference is, it is smaller than --effect
@@ -120,8 +122,8 @@ def compare(
     from edgeclip.errors import InputError
 
     prepare_stdout()
-    if templates is not None and labels is None:
-        raise click.UsageError("--templates needs --labels.")
+    offered = LabelChoice(labels, label_file, templates, language)
+    offered.check()
     if output is not None and not output.resolve().parent.is_dir():
         raise InputError(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}; make it.")
     notes = Notes()
@@ -133,8 +135,7 @@ def compare(
         _target(b, notes),
         _pictures(images, notes),
         stage=stage,
-        labels=None if labels is None else _labels(labels),
-        templates=None if templates is None else _templates(templates),
+        labels=_labels(offered),
         effect=effect,
         budget_s=budget,
         processes=processes,
@@ -147,10 +148,14 @@ def compare(
     finally:
         notes.done()
     text = found.to_json()
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-        notes.say(f"wrote {shown(output)}")
-    click.echo(text if as_json else found.to_table())
+    try:
+        if output is not None:
+            from edgeclip.labels import write_atomic
+
+            write_atomic(output, (text + "\n").encode())
+            notes.say(f"wrote {shown(output)}")
+    finally:  # what was measured is shown wherever it could not be written
+        click.echo(text if as_json else found.to_table())
     counts_as = {"pass": 0, "fail": 4, None: EXIT_CODES["inconclusive"]}
     ctx.exit(counts_as[inconclusive] if found.verdict == "inconclusive" else EXIT_CODES[found.verdict])
 
@@ -169,32 +174,23 @@ def _target(said: str, notes: Notes) -> Target:
     return target
 
 
-def _pictures(images: Path | None, notes: Notes) -> list[Path]:
-    from edgeclip.data import read_samples
-    from edgeclip.errors import InputError
+def _pictures(images: Path | None, notes: Notes) -> Sequence[Path]:
+    from edgeclip.bench.workload import DEMO, MAX_PICTURES, picture_files
 
-    folder = Path(__file__).parent.parent / "assets" / "photos" if images is None else images
-    sources = [sample.source for sample in read_samples([folder])]
-    found = [source for source in sources if isinstance(source, Path)]
-    if not found:
-        held = "shards" if sources else "no pictures"
-        raise InputError(
-            f"--images {str(folder)!r} holds {held}, expected picture files; give a folder of them."
-        )
-    if len(found) > _MOST_PICTURES:
-        notes.say(f"{_MOST_PICTURES} of {len(found):,} pictures are used, spread over all")
-        found = [found[place * len(found) // _MOST_PICTURES] for place in range(_MOST_PICTURES)]
+    found = picture_files(DEMO if images is None else images)
+    if images is not None and len(found) == MAX_PICTURES:
+        notes.say(f"the first {MAX_PICTURES} pictures of {shown(images)} are used")
     return found
 
 
-def _labels(said: str) -> tuple[Any, ...]:
-    from edgeclip.label_sets import parse_labels, read_labels
+def _labels(offered: LabelChoice) -> LabelsAsked:
+    from edgeclip.bench.compare_child import LabelsAsked
+    from edgeclip.label_sets import LabelSet
 
-    is_file = is_there(said) or ("," not in said and Path(said).suffix)
-    return tuple(label.to_json() for label in (read_labels(said) if is_file else parse_labels(said)).labels)
-
-
-def _templates(said: str) -> tuple[str, ...]:
-    from ._options import templates_of
-
-    return templates_of(said).texts
+    said, templates = offered.read(), offered.read_templates()
+    if not isinstance(said, LabelSet):  # a bank is read once more where it is used
+        return LabelsAsked(language=offered.language, bank=None if said is None else str(offered.label_file))
+    return LabelsAsked(
+        labels=tuple(label.to_json() for label in said.labels),
+        templates=None if templates is None else templates.texts,
+    )
