@@ -215,7 +215,8 @@ def run(
         _refuse("--per-op", {"--tower": tower, "--runs": runs, "--most": most})
     else:
         given = {"--images": images, "--labels": labels, "--label-file": label_file, "--duration": duration}
-        _refuse("figures of whole calls", {**given, "--min-samples": min_samples, "--cold": cold})
+        given |= {"--min-samples": min_samples, "--cold": cold, "--fast-decode": fast_decode or None}
+        _refuse("figures of whole calls", {**given, "--templates": templates, "--language": language})
         _per_op(
             bundle, variants, backends, device, threads, batch, tower, runs, most, output, as_json=as_json
         )

@@ -1,14 +1,20 @@
-"""``edgeclip bench --per-op``."""
+"""``edgeclip bench``, and with ``--per-op``."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from command import Command
 
 from edgeclip.bench.per_op import OpProfile
+from edgeclip.bench.report import END_TO_END, BenchReport
 
 
 @pytest.fixture
@@ -39,7 +45,19 @@ def test_json_holds_a_profile_of_each_variant(run: Command, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "--per-op"),
+        (("--runs", "3"), 2, "--runs is for --per-op"),
+        (("--per-op", "--threads", "1,2"), 2, "--per-op takes one --threads, got 2"),
+        (("--per-op", "--cold", "1"), 2, "--cold is for figures of whole calls"),
+        (("--per-op", "--fast-decode"), 2, "--fast-decode is for figures of whole calls"),
+        (("--threads", "1,x"), 2, "'1,x' is not a list of whole numbers of at least 1"),
+        (("--batch", "0"), 2, "'0' is not a list"),
+        (("--labels", "a", "--label-file", "b"), 2, "--labels and --label-file"),
+        (("--variant", "onnx-fp64"), 1, "no variant 'onnx-fp64'"),
+        (("--backend", "openvino", "--backend", "tensorrt"), 1, "backend 'tensorrt' runs tensorrt files"),
+        (("--images", "not-there"), 1, "'not-there': no such file or folder"),
+        (("-o", "not-there/x.json"), 1, "--output 'not-there/x.json': there is no directory 'not-there'"),
+        (("-o", "."), 1, "--output '.': this is a directory"),
+        (("not-a-bundle",), 1, "not-a-bundle"),
         (("--per-op", "--variant", "onnx-fp64"), 1, "onnx-fp64"),
         (("--per-op", "-o", "not-there/x.json"), 1, "there is no directory 'not-there'"),
         (("--per-op", "not-a-bundle"), 1, "not-a-bundle"),
@@ -50,3 +68,93 @@ def test_bad_input_is_one_sentence(run: Command, arguments: tuple[str, ...], cod
     result = run("bench", *arguments)
     assert result.code == code
     assert message in result.err
+
+
+# --- whole calls ------------------------------------------------------------------------------------------
+
+_QUICK = ("--min-samples", 3, "--duration", 0, "--cold", 0)
+
+
+def test_bundles_are_measured_without_a_word_more(
+    run: Command, tiny_bundle_session: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    result = run("bench", tiny_bundle_session, *_QUICK, "--threads", "1", "--batch", "1,2", "-o", out)
+    assert (result.code, result.err) == (0, f"edgeclip: wrote {out}\n")
+    report = BenchReport.from_json(out.read_bytes())
+    assert result.out == report.to_table() + "\n"
+    assert [(run.threads, run.batch) for run in report.runs] == [(1, 1), (1, 2)]
+    assert report.command.startswith(f"edgeclip bench {tiny_bundle_session} --min-samples 3")
+    assert report.pictures.source == "demonstration photographs"
+    assert report.labels.source == "bundle"
+
+
+def test_variants_engines_and_threads_are_combined(
+    run: Command, tiny_bundle_session: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    labels = tmp_path / "mine.txt"
+    labels.write_text("red\nblue\n")
+    result = run(
+        *("bench", tiny_bundle_session, *_QUICK, "--json", "--threads", "1,2", "--label-file", labels),
+        *("--variant", "onnx-fp32", "--backend", "ort", "--backend", "openvino", "--fast-decode"),
+    )
+    assert result.code == 0
+    report = BenchReport.from_json(result.out)
+    assert [run.name for run in report.runs] == [
+        f"onnx-fp32,backend={backend},threads={threads},decode=fast"
+        for backend in ("ort", "openvino")
+        for threads in (1, 2)
+    ]
+    assert all(run.stages[END_TO_END].n >= 3 for run in report.runs)
+    assert {run.placement["backend"] for run in report.runs} == {"ort", "openvino"}
+    assert (report.labels.n, report.labels.source) == (2, "mine.txt")
+
+
+def test_help_is_of_the_measurement_and_names_the_other_command(run: Command) -> None:
+    for arguments in (("bench", "--help"), ("bench", "-h")):
+        result = run(*arguments)
+        assert result.code == 0
+        assert result.out.startswith("Usage: edgeclip bench [OPTIONS] [BUNDLE]\n")
+        assert "compare …" in result.out
+    assert run("bench", "compare", "--help").out.startswith("Usage: edgeclip bench compare [OPTIONS] A B\n")
+
+
+def test_an_interrupt_leaves_what_was_there(
+    run: Command, tiny_bundle_session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgeclip.bench.run._rounds", interrupted)
+    (tmp_path / "bench.json").write_text("older")
+    result = run("bench", tiny_bundle_session, *_QUICK, "-o", tmp_path / "bench.json")
+    assert result.code == 130
+    assert (tmp_path / "bench.json").read_text() == "older"
+    assert list(tmp_path.iterdir()) == [tmp_path / "bench.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+def test_ctrl_c_ends_it_and_its_processes(tiny_bundle_session: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edgeclip", "bench", str(tiny_bundle_session), "--cold", "500"]
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "bench.json")],
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("edgeclip-cold-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("edgeclip: interrupted\n")
+    assert not (tmp_path / "bench.json").exists()
+    assert list(folder.iterdir()) == []
