@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -55,6 +55,9 @@ class Contender(Protocol):
         ...
 
 
+_Contender = TypeVar("_Contender", bound=Contender)
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times as much one takes as another: median of pairs of turns, and the interval of it."""
@@ -88,23 +91,23 @@ class Rules:
 
 DEFAULT_RULES: Final = Rules()
 
-State = Literal["left", "slower", "failed"]
+State = Literal["left", "slower", "failed", "late"]
 
 
 @dataclass(eq=False)
-class Entry:
+class Entry(Generic[_Contender]):
     """One contender and what became of it.
 
     Attributes:
         contender: itself.
-        state: ``"left"`` while it may win.
+        state: ``"left"`` while it may win; ``"late"`` where it never met anybody.
         why: it is not, in words.
         turns: every number it gave, the first one of all, which warms up, left out.
         relative: to the first who entered, over the leaders of its time.
         ratio: to the leader when it was last looked at.
     """
 
-    contender: Contender
+    contender: _Contender
     state: State = "left"
     why: str = ""
     turns: list[float] = field(default_factory=list)
@@ -124,7 +127,7 @@ def ratio_of(pairs: Sequence[float], confidence: float = 0.95) -> Ratio:
     return Ratio(float(np.median(ordered)), float(ordered[low - 1]), float(ordered[high - 1]), len(ordered))
 
 
-class Race:
+class Race(Generic[_Contender]):
     """A race; close it, also when it is broken off.
 
     Args:
@@ -143,23 +146,28 @@ class Race:
         on_turn: Callable[[str], None] | None = None,
     ) -> None:
         self.rules = rules
-        self.entries: list[Entry] = []
+        self.entries: list[Entry[_Contender]] = []
         self._left_s = left_s
         self._random = random.Random(seed)  # noqa: S311 - an order of measurements, not a secret
         self._on_turn = on_turn
-        self._leader: Entry | None = None
+        self._leader: Entry[_Contender] | None = None
 
     @property
-    def leader(self) -> Entry | None:
+    def leader(self) -> Entry[_Contender] | None:
         """The fastest so far."""
         return self._leader
 
     @property
-    def left(self) -> list[Entry]:
+    def left(self) -> list[Entry[_Contender]]:
         """Who may still win, in the order of entering."""
         return [entry for entry in self.entries if entry.state == "left"]
 
-    def enter(self, contender: Contender) -> Entry:
+    @property
+    def is_over(self) -> bool:
+        """Whether no time is left."""
+        return self._left_s() <= 0
+
+    def enter(self, contender: _Contender) -> Entry[_Contender]:
         """Let a contender race against the leader, and keep it if it is not clearly slower."""
         entry = Entry(contender)
         self.entries.append(entry)
@@ -177,7 +185,7 @@ class Race:
             return entry
         pairs, hopeless = self._pairs(entry, leader, self.rules.needed, self.rules.hopeless)
         if not pairs:
-            self._out(entry, "failed", "the time was over before it ran")
+            self._out(entry, "late", "the time was over before it ran")
             return entry
         entry.ratio = ratio = ratio_of(pairs)
         entry.relative = leader.relative * ratio.median
@@ -191,7 +199,7 @@ class Race:
 
     def settle(self) -> None:
         """Let those that are left run rounds until it is clear who is the fastest, or the time is over."""
-        rows: list[dict[Entry, float]] = []
+        rows: list[dict[Entry[_Contender], float]] = []
         while len(rows) < self.rules.rounds and (self._left_s() > 0 or not rows):
             left = self.left
             if not left or (len(left) == 1 and len(rows) >= self.rules.needed):
@@ -203,7 +211,7 @@ class Race:
                 if self._is_clear():
                     return
 
-    def compare(self, a: Entry, b: Entry, pairs: int) -> Ratio | None:
+    def compare(self, a: Entry[_Contender], b: Entry[_Contender], pairs: int) -> Ratio | None:
         """Return how many times as much ``a`` takes as ``b``; opens who was closed.
 
         Returns:
@@ -216,7 +224,7 @@ class Race:
         found, _ = self._pairs(a, b, pairs, ())
         return ratio_of(found) if len(found) >= self.rules.needed else None
 
-    def winner(self) -> Entry | None:
+    def winner(self) -> Entry[_Contender] | None:
         """Return the preferred one among those that are as fast as the fastest."""
         leader = self._leader
         if leader is None:
@@ -229,13 +237,13 @@ class Race:
         for entry in self.entries:
             entry.contender.close()
 
-    def _is_as_fast(self, entry: Entry) -> bool:
+    def _is_as_fast(self, entry: Entry[_Contender]) -> bool:
         ratio = entry.ratio
         if ratio is None or ratio.n < self.rules.needed:
             return False
         return ratio.median <= 1 + self.rules.tie and ratio.high <= self.rules.surely
 
-    def _turn(self, entry: Entry) -> float:
+    def _turn(self, entry: Entry[_Contender]) -> float:
         if self._on_turn is not None:
             self._on_turn(entry.name)
         value = entry.contender.turn()
@@ -243,7 +251,7 @@ class Race:
         return value
 
     def _pairs(
-        self, a: Entry, b: Entry, count: int, hopeless: tuple[tuple[int, float], ...]
+        self, a: Entry[_Contender], b: Entry[_Contender], count: int, hopeless: tuple[tuple[int, float], ...]
     ) -> tuple[list[float], bool]:
         """Return ratios of turns of ``a`` and ``b``, and whether ``a`` was hopeless."""
         pairs: list[float] = []
@@ -257,7 +265,7 @@ class Race:
                 return pairs, True
         return pairs, False
 
-    def _judge(self, rows: list[dict[Entry, float]], leader: Entry) -> None:
+    def _judge(self, rows: list[dict[Entry[_Contender], float]], leader: Entry[_Contender]) -> None:
         """Look at the rounds so far: who leads, how far the others are behind, who drops out."""
         left = self.left
         medians = {entry: _median_ratio(rows, entry, leader) for entry in left}
@@ -278,7 +286,7 @@ class Race:
     def _is_clear(self) -> bool:
         return all(entry is self._leader or self._is_as_fast(entry) for entry in self.left)
 
-    def _follow(self, entry: Entry, before: Entry, ratio: Ratio) -> None:
+    def _follow(self, entry: Entry[_Contender], before: Entry[_Contender], ratio: Ratio) -> None:
         """Make an entrant the leader; how the others compare with it is open again."""
         self._leader = entry
         for each in self.left:
@@ -296,10 +304,12 @@ class Race:
         said = f"took {last.relative / leader.relative:.2f} times as much as {leader.name}"
         self._out(last, "slower", f"{said}, and {self.rules.most} others are as close")
 
-    def _out(self, entry: Entry, state: State, why: str) -> None:
+    def _out(self, entry: Entry[_Contender], state: State, why: str) -> None:
         entry.state, entry.why = state, why
         entry.contender.close()
 
 
-def _median_ratio(rows: list[dict[Entry, float]], a: Entry, b: Entry) -> float:
+def _median_ratio(
+    rows: list[dict[Entry[_Contender], float]], a: Entry[_Contender], b: Entry[_Contender]
+) -> float:
     return math.exp(float(np.median([math.log(row[a] / row[b]) for row in rows])))

@@ -50,6 +50,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
         "Measure what int8 costs a tower, product by product.",
     ),
     "train": ("edgeclip.cli.train:train", "Train or distil a model from a recipe."),
+    "tune": ("edgeclip.cli.tune:tune", "Find the best setting of a bundle on this device."),
     "verify": ("edgeclip.cli.verify:verify", "Check that a bundle gives the right numbers on this host."),
 }
 

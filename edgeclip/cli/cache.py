@@ -11,7 +11,7 @@ import click
 from ._options import SCHEMA, prepare_stdout, shown
 
 if TYPE_CHECKING:
-    from edgeclip.cache import CacheInfo
+    from edgeclip.cache import CacheEntry, CacheInfo
 
 __all__ = ["cache"]
 
@@ -47,7 +47,9 @@ def info(as_json: bool) -> None:
         count = len(entry.hosts)
         hosts = "all hosts" if entry.bundle == COMPILED else f"{count} host{'' if count == 1 else 's'}"
         name, size = _name(entry.bundle), _size(entry.size_bytes)
-        click.echo(f"  {name:<23}  {size:>10}  {files}, {hosts}, {changed}")
+        profiles = _profiles(found, entry)
+        tuned = f", {profiles} tuned profile{'' if profiles == 1 else 's'}" if profiles else ""
+        click.echo(f"  {name:<23}  {size:>10}  {files}, {hosts}, {changed}{tuned}")
 
 
 @cache.command()
@@ -87,6 +89,10 @@ def _name(bundle: str) -> str:
     return "compiled towers" if bundle == COMPILED else f"bundle {bundle}"
 
 
+def _profiles(info: CacheInfo, entry: CacheEntry) -> int:
+    return len(list((info.root / entry.bundle).glob("*/profile*.json")))
+
+
 def _document(info: CacheInfo) -> dict[str, object]:
     entries = [
         {
@@ -95,6 +101,7 @@ def _document(info: CacheInfo) -> dict[str, object]:
             "files": entry.files,
             "size_bytes": entry.size_bytes,
             "changed_s": entry.used_s,
+            "profiles": _profiles(info, entry),
         }
         for entry in info.entries
     ]

@@ -105,6 +105,7 @@ def choose_variant(
     variant: str = "auto",
     options: RuntimeOptions = DEFAULT_OPTIONS,
     host: Host | None = None,
+    tuned: bool = True,
 ) -> VariantChoice:
     """Choose the variant that this host runs. Opens no tower and imports no engine.
 
@@ -113,6 +114,7 @@ def choose_variant(
         variant: a name, or ``"auto"``.
         options: backend and device must be able to run it; ``allow`` lifts guards.
         host: instead of this machine.
+        tuned: heed the tuned profile.
 
     Raises:
         BundleError: there is no variant of that name.
@@ -130,12 +132,12 @@ def choose_variant(
         _warn_unsafe(named, options, host)
         return VariantChoice(named, f"variant {variant} was asked for")
     skipped: list[tuple[str, str]] = []
-    tuned = _tuned(bundle, options, host)
-    if isinstance(tuned, VariantChoice):
-        _warn_unsafe(tuned.variant, options, host)
-        return tuned
-    if tuned is not None:
-        skipped.append((TUNED, tuned))
+    profile = _tuned(bundle, options, host) if tuned else None
+    if isinstance(profile, VariantChoice):
+        _warn_unsafe(profile.variant, options, host)
+        return profile
+    if profile is not None:
+        skipped.append((TUNED, profile))
     names = bundle.manifest.default_variants or tuple(bundle.manifest.variants)
     for name in names:
         candidate = bundle.variant(name)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.cache import cache_root
 from edgeclip.errors import BackendError, BundleError, EdgeClipError
 from edgeclip.runtime.choose import choose_variant
@@ -16,8 +16,9 @@ from edgeclip.runtime.cuda import find_gpu
 from edgeclip.runtime.host import Host, cpu_times, versions
 from edgeclip.runtime.ort import import_onnxruntime
 from edgeclip.runtime.parity import golden_check
-from edgeclip.runtime.session import BACKENDS
+from edgeclip.runtime.session import BACKENDS, DEFAULT_OPTIONS
 from edgeclip.runtime.trt_build import MODULES, import_tensorrt
+from edgeclip.runtime.tuned import find_profile
 
 __all__ = ["BackendState", "Check", "Diagnosis", "diagnose"]
 
@@ -93,7 +94,7 @@ def diagnose(bundle: str | os.PathLike[str] = "default") -> Diagnosis:
     base = next(state for state in backends if state.name == "ort")
     checks = [_base(base), _one_onnxruntime(), _telemetry()]
     if base.works:
-        checks.append(_bundle(bundle))
+        checks += [_bundle(bundle), _tuned(bundle)]
     checks += [_cache(), _open_files(), _steal()]
     return Diagnosis(Host.here(), versions(), backends, tuple(check for check in checks if check))
 
@@ -169,7 +170,7 @@ def _telemetry() -> Check | None:
 
 
 def _bundle(path: str | os.PathLike[str]) -> Check:
-    name = "embedded bundle" if path == "default" else "bundle"
+    name = "embedded bundle" if path in EMBEDDED else "bundle"
     try:
         bundle = Bundle.open(path)
     except BundleError as error:
@@ -178,7 +179,7 @@ def _bundle(path: str | os.PathLike[str]) -> Check:
         )
     try:
         choice = choose_variant(bundle)
-        report = golden_check(bundle, choice.variant)
+        report = golden_check(bundle, choice.variant, options=choice.options_for(DEFAULT_OPTIONS))
     except EdgeClipError as error:
         return Check(name, "broken", str(error), f"run edgeclip verify {path}")
     failures = [f"{tower.tower}: {failure}" for tower in report.towers.values() for failure in tower.failures]
@@ -190,6 +191,20 @@ def _bundle(path: str | os.PathLike[str]) -> Check:
         f"{tower.tower} cosine {tower.numbers.cosine_min:.5f}" for tower in report.towers.values()
     )
     return Check(name, "ok", f"{report.variant} gives the right answers here ({cosines})")
+
+
+def _tuned(path: str | os.PathLike[str]) -> Check | None:
+    """Say whether a tuned profile decides what ``auto`` takes of a bundle."""
+    try:
+        found = find_profile(Bundle.open(path), Host.here(), "cpu")
+    except BundleError:
+        return None  # said already
+    again = f"run edgeclip tune {path}"
+    if found is None:
+        return Check("tuned profile", "ok", f"none, so the order of the bundle decides: {again} makes one")
+    if found.stale is not None:
+        return Check("tuned profile", "problem", f"it is not used: {found.stale}", again)
+    return Check("tuned profile", "ok", str(found.profile))
 
 
 def _cache() -> Check:
