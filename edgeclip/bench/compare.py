@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import math
 import random
 import subprocess
@@ -297,13 +296,10 @@ def run_launch(task: Task) -> Told:
         EdgeClipError: what the process reports.
         BackendError: it ended without a report.
     """
-    program = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-        "from edgeclip.bench.compare_child import main; main()"
-    )
     # The parent's path and not the folder at hand, which may hold files that are named like modules.
+    program = "import sys; sys.path[:] = sys.argv[1:]; from edgeclip.bench.compare_child import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(sys.path)],
+        [sys.executable, "-c", program, *sys.path],
         input=msgspec.json.encode(task),
         capture_output=True,
         check=False,
