@@ -288,7 +288,7 @@ def _row(name: str, entry: StageEntry) -> tuple[str, ...]:
 def _arithmetic(entry: ArithmeticEntry) -> str:
     share = entry.int8_operations / entry.operations if entry.operations else 0.0
     lead = (
-        f"image tower: {entry.operations / 1e9:.3f} GOP a picture ({share:.0%} int8), "
+        f"image tower: {entry.operations / 1e6:,.1f} million operations a picture ({share:.0%} int8), "
         f"{entry.achieved_per_s / 1e9:.1f} GOP/s"
     )
     if entry.peak_per_s is None or entry.share is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -175,6 +175,19 @@ def _per_op_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order.")
 @_per_op_options
+@click.option(
+    "--device-report",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Run one target for ten minutes instead, and write what the device gives in the long run.",
+)
+@click.option(
+    "--device-name", metavar="NAME", help="What the report calls this device.  [default: its board]"
+)
+@click.option("--keep-partial", is_flag=True, help="With --device-report: keep a run that Ctrl-C ends.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with drawings here, too."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON document here, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def run(
@@ -199,6 +212,10 @@ def run(
     tower: str | None,
     runs: int | None,
     most: int | None,
+    device_report: Path | None,
+    device_name: str | None,
+    keep_partial: bool,
+    html: Path | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -208,7 +225,8 @@ def run(
     disturbs all of them. BUNDLE is a directory, or hf:ORG/NAME@REV; without, the embedded bundle.
     """
     prepare_stdout()
-    _check_output("--output", output)
+    for option, path in (("--output", output), ("--html", html), ("--device-report", device_report)):
+        _check_output(option, path)
     offered = LabelChoice(labels, label_file, templates, language)
     offered.check()
     if not per_op:
@@ -216,25 +234,49 @@ def run(
     else:
         given = {"--images": images, "--labels": labels, "--label-file": label_file, "--duration": duration}
         given |= {"--min-samples": min_samples, "--cold": cold, "--fast-decode": fast_decode or None}
+        given |= {"--html": html, "--device-report": device_report}
         _refuse("figures of whole calls", {**given, "--templates": templates, "--language": language})
         _per_op(
             bundle, variants, backends, device, threads, batch, tower, runs, most, output, as_json=as_json
         )
         return
+    if device_report is None:
+        _refuse("--device-report", {"--device-name": device_name, "--keep-partial": keep_partial or None})
+    else:
+        given = {"--min-samples": min_samples, "--cold": cold, "--output": output, "--html": html}
+        _refuse("runs without --device-report", given)
+    notes = Notes()
+    targets = _targets(
+        bundle_directory(bundle, notes),
+        variants=variants,
+        backends=backends,
+        device=device,
+        threads=threads,
+        batches=batch,
+        fast_decode=fast_decode,
+    )
+    workload = _workload(images, offered, notes)
+    if device_report is not None:
+        from . import _bench_sustained as long
+
+        if len(targets) > 1:
+            raise click.UsageError(f"--device-report runs one target, got {len(targets)}.")
+        long.sustained(
+            device_report,
+            targets[0],
+            workload,
+            device=long.device_name(device_name),
+            duration_s=long.DURATION_S if duration is None else duration,
+            keep_partial=keep_partial,
+            notes=notes,
+            as_json=as_json,
+        )
+        return
     from edgeclip.bench.run import BenchPlan, benchmark
 
-    notes = Notes()
     plan = BenchPlan(
-        targets=_targets(
-            bundle_directory(bundle, notes),
-            variants=variants,
-            backends=backends,
-            device=device,
-            threads=threads,
-            batches=batch,
-            fast_decode=fast_decode,
-        ),
-        workload=_workload(images, offered, notes),
+        targets=targets,
+        workload=workload,
         duration_s=10.0 if duration is None else duration,
         min_samples=min_samples or 100,
         cold=5 if cold is None else cold,
@@ -245,7 +287,7 @@ def run(
         report = benchmark(plan, notes.progress)
     finally:
         notes.done()
-    _show(report, output, notes, as_json=as_json)
+    _show(report, output, html, notes, as_json=as_json)
 
 
 def _targets(
@@ -291,7 +333,9 @@ def _workload(images: Path | None, offered: LabelChoice, notes: Notes) -> Worklo
     )
 
 
-def _show(report: BenchReport, output: Path | None, notes: Notes, *, as_json: bool) -> None:
+def _show(
+    report: BenchReport, output: Path | None, html: Path | None, notes: Notes, *, as_json: bool
+) -> None:
     from edgeclip.labels import write_atomic
 
     text = report.to_json()
@@ -299,6 +343,11 @@ def _show(report: BenchReport, output: Path | None, notes: Notes, *, as_json: bo
         if output is not None:
             write_atomic(output, (text + "\n").encode())
             notes.say(f"wrote {shown(output)}")
+        if html is not None:
+            from edgeclip.bench.html import to_html
+
+            write_atomic(html, to_html(report).encode())
+            notes.say(f"wrote {shown(html)}")
     finally:  # what was measured is shown wherever it could not be written
         click.echo(text if as_json else report.to_table())
 
@@ -331,7 +380,7 @@ def _per_op(
     per_op(bundle, variants, options, choice, output=output, as_json=as_json)
 
 
-def _refuse(what: str, given: dict[str, object]) -> None:
+def _refuse(what: str, given: Mapping[str, object]) -> None:
     """Refuse options that mean nothing here."""
     names = [name for name, value in given.items() if value is not None]
     if names:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import Command
 
 from edgeclip.bench.per_op import OpProfile
 from edgeclip.bench.report import END_TO_END, BenchReport
+from edgeclip.cli._bench_sustained import device_name
 
 
 @pytest.fixture
@@ -57,6 +59,13 @@ def test_json_holds_a_profile_of_each_variant(run: Command, tmp_path: Path) -> N
         (("--images", "not-there"), 1, "'not-there': no such file or folder"),
         (("-o", "not-there/x.json"), 1, "--output 'not-there/x.json': there is no directory 'not-there'"),
         (("-o", "."), 1, "--output '.': this is a directory"),
+        (("--html", "not-there/x.html"), 1, "--html 'not-there/x.html': there is no directory"),
+        (("--keep-partial",), 2, "--keep-partial is for --device-report"),
+        (("--device-report", "x.json", "--cold", "1"), 2, "--cold is for runs without --device-report"),
+        (("--device-report", "x.json", "--threads", "1,2"), 2, "--device-report runs one target, got 2"),
+        (("--device-report", "x.json", "--batch", "2"), 1, "got batch 2, expected 1"),
+        (("--device-report", "x.json", "--device-name", "a b"), 1, "--device-name 'a b': expected letters"),
+        (("--device-report", "x.json", "--duration", "1"), 1, "duration: got 1 s"),
         (("not-a-bundle",), 1, "not-a-bundle"),
         (("--per-op", "--variant", "onnx-fp64"), 1, "onnx-fp64"),
         (("--per-op", "-o", "not-there/x.json"), 1, "there is no directory 'not-there'"),
@@ -158,3 +167,68 @@ def test_ctrl_c_ends_it_and_its_processes(tiny_bundle_session: Path, tmp_path: P
     assert err.endswith("edgeclip: interrupted\n")
     assert not (tmp_path / "bench.json").exists()
     assert list(folder.iterdir()) == []
+
+
+def test_a_page_is_written_beside_the_table(run: Command, tiny_bundle_session: Path, tmp_path: Path) -> None:
+    page = tmp_path / "bench.html"
+    result = run("bench", tiny_bundle_session, *_QUICK, "--threads", "1", "--html", page)
+    assert (result.code, result.err) == (0, f"edgeclip: wrote {page}\n")
+    assert END_TO_END in result.out
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+# --- the long run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_device_report_is_what_gates_read(run: Command, tiny_bundle_session: Path, tmp_path: Path) -> None:
+    from edgeclip.export.device_report import read_device_report
+
+    path = tmp_path / "device.json"
+    command = ("bench", tiny_bundle_session, "--variant", "onnx-fp32", "--threads", "1", "--duration", 3)
+    result = run(*command, "--device-report", path, "--device-name", "toaster")
+    assert (result.code, result.err) == (0, f"edgeclip: wrote {path}\n")
+    report = read_device_report(path)
+    assert (report.device, report.variant, report.verify.status) == ("toaster", "onnx-fp32", "passed")
+    assert report.sustained is not None
+    assert report.sustained.images > 1
+    assert result.out.splitlines()[0] == "tiny-colours onnx-fp32 on toaster"
+    assert f"{report.sustained.images:,} pictures in 3 s" in result.out
+
+
+@pytest.mark.parametrize(
+    ("status", "interrupted", "code"), [("passed", False, 0), ("failed", False, 4), ("passed", True, 130)]
+)
+def test_how_a_long_run_ended_is_the_exit_code(
+    run: Command,
+    tiny_bundle_session: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    interrupted: bool,
+    code: int,
+) -> None:
+    said = SimpleNamespace(
+        bundle=SimpleNamespace(name="tiny"),
+        variant="v",
+        device="d",
+        verify=SimpleNamespace(status=status, reason="cosine 0.2"),
+        sustained=None
+        if status == "failed"
+        else SimpleNamespace(interrupted=interrupted, to_table=lambda: "table"),
+    )
+    monkeypatch.setattr("edgeclip.export.device_report.run_device_report", lambda *_, **__: said)
+    result = run("bench", tiny_bundle_session, "--device-report", tmp_path / "d.json")
+    assert result.code == code
+    assert ("table" in result.out) == (status == "passed")
+    assert ("cosine 0.2" in result.err) == (status == "failed")
+
+
+def test_a_device_is_called_by_its_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = SimpleNamespace(board="Raspberry Pi 5 Model B Rev 1.0", cpu_model="x", machine="y")
+    monkeypatch.setattr("edgeclip.runtime.host.Host.here", lambda: host)
+    assert device_name(None) == "raspberry-pi-5-model-b-rev-1-0"
+    host.board = None
+    host.cpu_model = "Intel(R) Core(TM) i7"
+    assert device_name(None) == "intel-r-core-tm-i7"
+    assert device_name("mine") == "mine"
