@@ -23,6 +23,7 @@ __all__ = ["SIZES", "Peaks"]
 
 SIZES: Final = (512, 1024, 2048)
 _REPEAT_NS: Final = 50_000_000
+_MOST_NS: Final = 3_000_000_000
 
 
 class Peaks:
@@ -54,8 +55,14 @@ class Peaks:
                 self._products.append((kind, n, session, left))
 
     def measure(self) -> None:
-        """Run every product at least once, small ones for a twentieth of a second, and keep the best."""
+        """Run every product at least once, small ones for a twentieth of a second, and keep the best.
+
+        Products that would take seconds, by what the next smaller one took, are left out.
+        """
+        ns_of_a_product: dict[str, float] = {}
         for kind, n, session, left in self._products:
+            if ns_of_a_product.get(kind, 0.0) * n**3 > _MOST_NS:
+                continue
             began_ns = perf_counter_ns()
             while True:
                 start_ns = perf_counter_ns()
@@ -66,6 +73,7 @@ class Peaks:
                 self._best_ns[kind, n] = taken_ns if best_ns is None else min(best_ns, taken_ns)
                 if end_ns - began_ns >= _REPEAT_NS:
                     break
+            ns_of_a_product[kind] = self._best_ns[kind, n] / n**3
 
     def entry(self) -> PeaksEntry:
         """Return the best of each, in 10⁹ operations a second; a product of n has ``2 n³``."""

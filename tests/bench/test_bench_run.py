@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -27,7 +28,7 @@ from edgeclip.bench.run import BenchPlan, benchmark
 from edgeclip.bench.targets import Target
 from edgeclip.bench.workload import Workload, picture_files
 from edgeclip.bundle import Bundle
-from edgeclip.errors import BackendUnavailableError, ConfigError, InputError
+from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError, InputError
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.runtime.latency import STAGES, LatencySamples
 from edgeclip.runtime.latency_report import DriftEntry
@@ -261,6 +262,26 @@ def test_targets_take_turns_in_rounds(
     assert {run.stages[END_TO_END].n for run in report.runs} == {20}
 
 
+def test_slow_and_quick_targets_end_together(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[float] = []
+
+    def turn(lane: Any, pictures: tuple[Path, ...]) -> None:
+        turns.append(lane.ms)
+        calls = max(1, round(30 / lane.ms))
+        lane.wall_ms += [lane.ms] * calls
+        lane.spent_ns += round(calls * lane.ms * 1e6)
+
+    monkeypatch.setattr(bench_run, "_turn", turn)
+    lanes: Any = [SimpleNamespace(ms=ms, wall_ms=[], spent_ns=0) for ms in (300.0, 20.0, 1.0)]
+    bench_run._rounds(BenchPlan((Target("a"),), workload, 10.0, 50), lanes, {}, None, lambda said: None)
+    assert all(len(lane.wall_ms) >= 50 and lane.spent_ns >= 10e9 for lane in lanes)
+    for ms in (300.0, 20.0, 1.0):
+        places = [place for place, each in enumerate(turns) if each == ms]
+        assert places[0] < 0.05 * len(turns)
+        assert places[-1] > 0.95 * len(turns)
+        assert np.median(places) == pytest.approx(0.5 * len(turns), rel=0.1)
+
+
 def test_pictures_of_unlike_sizes_are_no_drift() -> None:
     draw = np.random.default_rng(0)
     sizes = [40.0, 1.0, 3.0]
@@ -343,3 +364,16 @@ def test_a_bundle_without_a_text_tower_says_so(
     assert run.missing["text"] == "the bundle has no text tower"
     assert run.text == {}
     assert "text_tower" not in run.stages
+
+
+def test_a_text_tower_that_does_not_open_is_a_reason(
+    tiny_bundle: Path, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any, *, timed: bool = True) -> None:
+        raise BackendError("it was not compiled")
+
+    monkeypatch.setattr("edgeclip.bench.text_path.TextPath.measure", refuse)
+    plan = BenchPlan(
+        (Target(str(tiny_bundle), threads=1),), Workload(workload.pictures), 0.0, 3, 0, peak_sizes=()
+    )
+    assert benchmark(plan).runs[0].missing["text"] == "it was not compiled"
