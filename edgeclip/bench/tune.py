@@ -46,7 +46,7 @@ from edgeclip.runtime.tuned import Goal, TunedProfile, TunedSettings, hardware, 
 if TYPE_CHECKING:
     from edgeclip.bundle import Bundle
 
-__all__ = ["TunePlan", "candidates", "check_cache", "keep", "tune"]
+__all__ = ["TunePlan", "candidates", "check_cache", "keep", "runners_of", "thread_counts", "tune"]
 
 
 _Change = Callable[[TunedSettings, Runner], "TunedSettings | None"]
@@ -107,11 +107,16 @@ def candidates(bundle: Bundle, plan: TunePlan) -> tuple[tuple[str, ...], dict[st
     Raises:
         BundleError: a variant that the plan names is not in the bundle.
     """
-    runners, left_out = _runners(bundle, plan)
+    runners, left_out = runners_of(bundle, plan)
     return tuple(runner.name for runner in runners), left_out
 
 
-def _runners(bundle: Bundle, plan: TunePlan) -> tuple[list[Runner], dict[str, str]]:
+def runners_of(bundle: Bundle, plan: TunePlan) -> tuple[list[Runner], dict[str, str]]:
+    """Return variants on engines above the floor, in the bundle's order, and what is left out and why.
+
+    Raises:
+        BundleError: a variant that the plan names is not in the bundle.
+    """
     names = dict.fromkeys((*bundle.manifest.default_variants, *sorted(bundle.manifest.variants)))
     chosen = [bundle.variant(name) for name in plan.variants or names]
     order = list(names)
@@ -161,7 +166,7 @@ def tune(
         InputError: a picture of the plan cannot be read.
     """
     began = time.perf_counter()
-    runners, left_out = _runners(bundle, plan)
+    runners, left_out = runners_of(bundle, plan)
     if not runners:
         raise _nothing(bundle, left_out)
     if plan.goal == "throughput":
@@ -223,7 +228,7 @@ class _Search:
     def enter_all(self, runners: Sequence[Runner]) -> None:
         """Let settings enter, stage by stage; what a stage is depends on who is left."""
         plan, cores = self.plan, Host.here().cores
-        counts = _thread_counts(plan, cores)
+        counts = thread_counts(plan, cores)
         usual = cores if cores in counts else max(counts)
         # Small towers are slow on very many threads: the first look is at a moderate number.
         moderate = max(count for count in counts if count <= max(4, min(counts)))
@@ -382,7 +387,8 @@ def _setting(**changes: int) -> _Change:
     return lambda settings, _: msgspec.structs.replace(settings, **changes)
 
 
-def _thread_counts(plan: TunePlan, cores: int) -> tuple[int, ...]:
+def thread_counts(plan: TunePlan, cores: int) -> tuple[int, ...]:
+    """Return the numbers of threads that are tried."""
     if plan.threads:
         return tuple(sorted(set(plan.threads)))
     if parse_device(plan.device)[0] != "cpu":
