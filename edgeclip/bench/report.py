@@ -31,6 +31,7 @@ __all__ = [
     "END_TO_END",
     "FIRST_LABEL",
     "MAX_DRIFT",
+    "MAX_OTHERS_SHARE",
     "MAX_STEAL_SHARE",
     "ArithmeticEntry",
     "BenchReport",
@@ -61,6 +62,7 @@ COLD_PHASES: Final = (
 )
 """Parts of a cold start in their order, and last the whole: from the start of the process to a label."""
 MAX_STEAL_SHARE: Final = 0.01
+MAX_OTHERS_SHARE: Final = 0.1
 MAX_DRIFT: Final = 0.05
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -131,9 +133,14 @@ class ArithmeticEntry(Struct, frozen=True, kw_only=True):
 
 
 class InterferenceEntry(Struct, frozen=True, kw_only=True):
-    """Signs that others used the machine, or that it slowed down, while this target was measured."""
+    """Signs that others used the machine, or that it slowed down, while this target was measured.
+
+    ``steal_share`` of the machine's time went to other guests of its host, ``others_share`` to other
+    programs.
+    """
 
     steal_share: Share | Unavailable = UNAVAILABLE
+    others_share: Share | Unavailable = UNAVAILABLE
     drift: DriftEntry | None = None
 
 
@@ -169,6 +176,9 @@ class BenchRun(Struct, frozen=True, kw_only=True):
         steal, drift = self.interference.steal_share, self.interference.drift
         if isinstance(steal, float) and steal > MAX_STEAL_SHARE:
             found.append(f"the hypervisor gave {steal:.1%} of the time to others")
+        others = self.interference.others_share
+        if isinstance(others, float) and others > MAX_OTHERS_SHARE:
+            found.append(f"other programs used {others:.0%} of the machine")
         if drift is not None and abs(drift.ratio - 1) > MAX_DRIFT and not drift.low <= 1 <= drift.high:
             end = "slower" if drift.ratio > 1 else "faster"
             found.append(f"its last third ran {abs(drift.ratio - 1):.1%} {end} than its first")
@@ -256,18 +266,21 @@ def _section(run: BenchRun) -> list[str]:
         lines.append(f"{next(iter(run.text.values())).batch} labels: {', '.join(said)}")
     if run.arithmetic is not None:
         lines.append(_arithmetic(run.arithmetic))
-    steal, drift = run.interference.steal_share, run.interference.drift
-    lines.append(
-        f"interference: steal {steal if isinstance(steal, str) else f'{steal:.1%}'}, drift "
-        + (
-            "unknown"
-            if drift is None
-            else f"{drift.ratio - 1:+.1%} ({drift.low - 1:+.1%} to {drift.high - 1:+.1%})"
-        )
-    )
+    seen = run.interference
+    shares = [
+        f"{name} {share if isinstance(share, str) else f'{share:.1%}'}"
+        for name, share in (("steal", seen.steal_share), ("other programs", seen.others_share))
+    ]
+    lines.append(f"interference: {', '.join(shares)}, drift {_drift(seen.drift)}")
     lines += [f"no {name}: {why}" for name, why in run.missing.items()]
     lines += [f"warning: {warning}: do not trust these figures, measure again" for warning in run.warnings()]
     return lines
+
+
+def _drift(drift: DriftEntry | None) -> str:
+    if drift is None:
+        return "unknown"
+    return f"{drift.ratio - 1:+.1%} ({drift.low - 1:+.1%} to {drift.high - 1:+.1%})"
 
 
 def _ordered(stages: dict[str, StageEntry]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from edgeclip.bench.cold import ColdResult, ColdTarget, measure_cold
+from edgeclip.bench.neighbours import Neighbours
 from edgeclip.bench.operations import Operations, count_operations
 from edgeclip.bench.peaks import Peaks
 from edgeclip.bench.report import (
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from edgeclip.bench.workload import Workload
     from edgeclip.bundle import Variant
     from edgeclip.classify import ZeroShotClassifier
-    from edgeclip.runtime.host import CpuTimes
     from edgeclip.runtime.latency_report import StageEntry
 
 __all__ = ["BenchPlan", "benchmark"]
@@ -142,7 +142,8 @@ def benchmark(plan: BenchPlan, on_progress: Callable[[str], None] = lambda said:
             _run(lane, texts.get(lane.group), result, measured)
             for lane, result in zip(lanes, cold, strict=True)
         )
-    share = _steal_share(ticks, cpu_times())
+    later = cpu_times()
+    share = None if ticks is None or later is None else min(1.0, max(0.0, later.steal_share_since(ticks)))
     model = bundle.manifest.model.name
     return BenchReport(
         subject=model,
@@ -155,7 +156,7 @@ def benchmark(plan: BenchPlan, on_progress: Callable[[str], None] = lambda said:
         peaks=measured,
         seed=plan.seed,
         duration_s=(perf_counter_ns() - began_ns) / 1e9,
-        steal_share=share,
+        steal_share=_told(share),
         host=Host.here().to_dict(),
         versions=versions(),
     )
@@ -197,7 +198,7 @@ class _Lane:
         wall_ms: of every timed call.
         spans: of every stage, ``(milliseconds, batch, first picture of the call)``.
         spent_ns: in timed calls.
-        ticks: of the machine, stolen and all, while this target ran.
+        neighbours: what others had of the machine while this target ran.
     """
 
     subject: _Subject
@@ -210,9 +211,7 @@ class _Lane:
     wall_ms: list[float] = field(default_factory=list)
     spans: dict[str, list[tuple[float, int, int]]] = field(default_factory=dict)
     spent_ns: int = 0
-    stolen: int = 0
-    ticks: int = 0
-    tells_steal: bool = True
+    neighbours: Neighbours = field(default_factory=Neighbours)
 
     def call(self, pictures: tuple[Path, ...], *, timed: bool) -> None:
         """Classify the next pictures once."""
@@ -330,18 +329,12 @@ def _done(plan: BenchPlan, lane: _Lane) -> float:
 
 def _turn(lane: _Lane, pictures: tuple[Path, ...]) -> None:
     """Time a few calls: the first one finds the caches as others left them, most of them do not."""
-    before = cpu_times()
     began_ns = perf_counter_ns()
-    for _ in range(_TURN_CALLS):
-        lane.call(pictures, timed=True)
-        if perf_counter_ns() - began_ns > _TURN_NS:
-            break
-    after = cpu_times()
-    if before is None or after is None:
-        lane.tells_steal = False
-    else:
-        lane.stolen += after.steal - before.steal
-        lane.ticks += after.total - before.total
+    with lane.neighbours:
+        for _ in range(_TURN_CALLS):
+            lane.call(pictures, timed=True)
+            if perf_counter_ns() - began_ns > _TURN_NS:
+                break
 
 
 # --- results ----------------------------------------------------------------------------------------------
@@ -385,7 +378,8 @@ def _run(lane: _Lane, text: TextPath | str | None, cold: ColdResult, peaks: Peak
         text=texts,
         arithmetic=arithmetic,
         interference=InterferenceEntry(
-            steal_share=_share(lane.stolen, lane.ticks) if lane.tells_steal else UNAVAILABLE,
+            steal_share=_told(lane.neighbours.steal_share),
+            others_share=_told(lane.neighbours.others_share),
             drift=stages[END_TO_END].drift,
         ),
         size_bytes=_size_bytes(variant),
@@ -462,11 +456,5 @@ def _size_bytes(variant: Variant) -> int:
     return sum(variant.bundle.manifest.files[name].size_bytes for name in names)
 
 
-def _steal_share(before: CpuTimes | None, after: CpuTimes | None) -> Any:
-    if before is None or after is None:
-        return UNAVAILABLE
-    return _share(after.steal - before.steal, after.total - before.total)
-
-
-def _share(stolen: int, ticks: int) -> float:
-    return min(1.0, max(0.0, stolen / max(1, ticks)))
+def _told(share: float | None) -> Any:
+    return UNAVAILABLE if share is None else share

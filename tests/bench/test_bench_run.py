@@ -214,7 +214,7 @@ def test_disturbed_runs_are_marked(report: BenchReport, interference: Interferen
 @pytest.mark.parametrize(
     "interference",
     [
-        InterferenceEntry(steal_share=0.009),
+        InterferenceEntry(steal_share=0.009, others_share=0.09),
         InterferenceEntry(drift=DriftEntry(ratio=1.04, low=1.02, high=1.06)),
         InterferenceEntry(drift=DriftEntry(ratio=1.2, low=0.9, high=1.5)),
     ],
@@ -231,7 +231,7 @@ def test_what_is_small_or_uncertain_is_no_warning(
 def _plain(entry: InterferenceEntry) -> dict[str, Any]:
     drift = entry.drift
     said = None if drift is None else {"ratio": drift.ratio, "low": drift.low, "high": drift.high}
-    return {"steal_share": entry.steal_share, "drift": said}
+    return {"steal_share": entry.steal_share, "others_share": entry.others_share, "drift": said}
 
 
 # --- turns ------------------------------------------------------------------------------------------------
