@@ -7,6 +7,7 @@ Standard input is one JSON document, :class:`Task`; standard output is another, 
 from __future__ import annotations
 
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -202,16 +203,12 @@ class _Side:
         )
 
 
-def _open(target: Target, clock: Clock) -> ZeroShotClassifier:
-    return open_target(target, clock, keep_text_tower=True)
-
-
-def launch(task: Task, open_side: Open = _open) -> Told:
+def launch(task: Task, open_side: Open | None = None) -> Told:
     """Open both sides, in random order, and time them in turns.
 
     Args:
         task: what to do.
-        open_side: opens a target with a clock.
+        open_side: opens a target with a clock; :func:`edgeclip.bench.targets.open_target`, without.
 
     Raises:
         EdgeClipError: a side cannot be opened or fails.
@@ -224,7 +221,11 @@ def launch(task: Task, open_side: Open = _open) -> Told:
         sides: dict[str, _Side] = {}
         for name in order:
             clock: Clock = NO_CLOCK if task.stage == END_TO_END else StageClock()
-            classifier = stack.enter_context(open_side(targets[name], clock))
+            classifier = stack.enter_context(
+                open_target(targets[name], clock, keep_text_tower=task.stage in TEXT_STAGES)
+                if open_side is None
+                else open_side(targets[name], clock)
+            )
             task.labels.set(classifier)
             sides[name] = _Side(targets[name], task.stage, classifier, clock)
         items = sides["a"].label_names if task.stage in TEXT_STAGES else list(map(Path, task.pictures))
@@ -258,11 +259,15 @@ def launch(task: Task, open_side: Open = _open) -> Told:
 def main() -> None:
     """Do the task of standard input; write what was measured, or our error, to standard output."""
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    # What engines print must not mix with the document.
+    answer = os.dup(1)
+    os.dup2(2, 1)
     try:
         said: Told | Failure = launch(task)
     except EdgeClipError as error:
         said = Failure(kind=type(error).__name__, error=str(error))
-    sys.stdout.buffer.write(msgspec.json.encode(said))
+    with os.fdopen(answer, "wb") as stream:
+        stream.write(msgspec.json.encode(said))
 
 
 class _Work:

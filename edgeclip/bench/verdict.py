@@ -50,7 +50,7 @@ MAX_STEAL_SHARE: Final = 0.05
 MAX_DRIFT: Final = 0.25
 
 _TRIM: Final = 0.2
-_DRAWS: Final = 10_000
+_DRAWS: Final = 5_000
 # Part of the launches after which there is an early look, and its share of the permitted errors.
 _EARLY: Final = 0.5
 _EARLY_ERRORS: Final = 0.2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -84,8 +86,15 @@ def test_launches_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "inconclusive"
     assert seen == [(done, 20) for done in range(1, 21)]
     assert found.used_s == pytest.approx(60)
-    assert {round(task.measure_s, 2) for task in launches.tasks[1:]} == {2.55}
-    assert len({task.seed for task in launches.tasks}) == 20
+    assert {round(task.measure_s, 2) for task in launches.tasks[2:]} == {2.55}
+    assert len({task.seed for task in launches.tasks}) == 21
+
+
+def test_what_is_done_once_is_not_part_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch, [500.0] + [0.5] * 20, luck=0.2)
+    found = compare(plan(), launcher=launches)
+    assert launches.tasks[0].measure_s == 0
+    assert (len(found.launches), found.used_s) == (20, pytest.approx(60))
 
 
 def test_targets_that_open_slowly_are_opened_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +119,7 @@ def test_what_is_clear_halfway_ends_there(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_machine_that_gets_slow_ends_the_comparison_when_time_is_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    slow = Launches(monkeypatch, [0.5] * 5 + [12.0] * 20, luck=0.2)
+    slow = Launches(monkeypatch, [0.5] * 6 + [12.0] * 20, luck=0.2)
     found = compare(plan(), launcher=slow)
     assert len(found.launches) == 9
     assert 60 <= found.used_s < 75
@@ -123,7 +132,7 @@ def test_a_budget_that_carries_no_interval_is_an_error(monkeypatch: pytest.Monke
 
 
 def test_a_bundle_that_changes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    digests = iter("aaab")
+    digests = iter("aaaab")
     fresh = Launches(monkeypatch)
 
     def changing(task: Task) -> Told:
@@ -328,6 +337,25 @@ def test_a_fresh_process_measures(tiny_bundle: Path, monkeypatch: pytest.MonkeyP
     found = run_launch(task_of(target, target))
     assert found.a.digest == found.b.digest
     assert min(found.a.samples_ms) > 0
+
+
+@pytest.mark.slow
+def test_what_an_engine_prints_does_not_mix_with_the_result(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The child's standard output is the document alone, whatever writes to descriptor 1 in between."""
+    program = (
+        "import os; from edgeclip.bench import compare_child as child; opened = child.open_target\n"
+        "child.open_target = lambda *a, **k: os.write(1, b'engine says hello') and opened(*a, **k)\n"
+        "child.main()"
+    )
+    target = parse_target(f"{tiny_bundle},threads=1")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=msgspec.json.encode(task_of(target, target)),
+        capture_output=True,
+        check=True,
+    )
+    assert min(msgspec.json.decode(done.stdout, type=Told).a.samples_ms) > 0
+    assert b"engine says hello" in done.stderr
 
 
 @pytest.mark.slow
