@@ -100,7 +100,7 @@ class Entry(Generic[_Contender]):
 
     Attributes:
         contender: itself.
-        state: ``"left"`` while it may win; ``"late"`` where it never met anybody.
+        state: ``"left"`` while it may win; ``"late"`` where there was no time to tell.
         why: it is not, in words.
         turns: every number it gave, the first one of all, which warms up, left out.
         relative: to the first who entered, over the leaders of its time.
@@ -184,15 +184,18 @@ class Race(Generic[_Contender]):
             self._leader = entry
             return entry
         pairs, hopeless = self._pairs(entry, leader, self.rules.needed, self.rules.hopeless)
-        if not pairs:
-            self._out(entry, "late", "the time was over before it ran")
+        if pairs:
+            entry.ratio = ratio_of(pairs)
+            entry.relative = leader.relative * entry.ratio.median
+        if len(pairs) < self.rules.needed and not hopeless:
+            self._out(entry, "late", f"the time was over after {len(pairs)} of {self.rules.needed} pairs")
             return entry
-        entry.ratio = ratio = ratio_of(pairs)
-        entry.relative = leader.relative * ratio.median
-        if hopeless or (len(pairs) >= self.rules.needed and ratio.low > 1 + self.rules.tie):
+        ratio = ratio_of(pairs)
+        if hopeless or ratio.low > 1 + self.rules.tie:
             self._out(entry, "slower", f"took {ratio.median:.2f} times as much as {leader.name}")
             return entry
-        if ratio.median < 1:
+        # Else rounds will tell: taking every lucky one for the measure of the next would add up.
+        if ratio.high < 1:
             self._follow(entry, leader, ratio_of([1 / pair for pair in pairs]))
         self._make_room()
         return entry
@@ -292,7 +295,7 @@ class Race(Generic[_Contender]):
         for each in self.left:
             each.ratio = None
         before.ratio = ratio
-        if ratio.n >= self.rules.needed and ratio.low > 1 + self.rules.tie:
+        if ratio.low > 1 + self.rules.tie:
             self._out(before, "slower", f"took {ratio.median:.2f} times as much as {entry.name}")
 
     def _make_room(self) -> None:

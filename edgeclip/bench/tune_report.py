@@ -16,6 +16,7 @@ from edgeclip.tables import aligned
 
 __all__ = ["UNITS", "GainEntry", "SettingEntry", "TuneReport", "setting_entry", "undecided", "why_chosen"]
 
+_NAMED: Final = 4
 UNITS: Final = {"latency": "ms", "throughput": "ms", "memory": "MB"}
 _WHAT: Final = {
     "latency": "one picture after another, decoded already, to its label",
@@ -89,7 +90,7 @@ class TuneReport(Document, frozen=True, kw_only=True):
             ("not tried", {**late, **self.not_tried}),
         ):
             if reasons:
-                lines += ["", f"{title}:", *(f"  {name}: {why}" for name, why in reasons.items())]
+                lines += ["", f"{title}:", *_grouped(reasons)]
         lines += ["", f"chosen: {profile.variant}, {profile.settings}: {profile.why}"]
         if self.gain is not None:
             gain = self.gain
@@ -106,6 +107,18 @@ class TuneReport(Document, frozen=True, kw_only=True):
                 "the machine is quiet"
             )
         return "\n".join(lines)
+
+
+def _grouped(reasons: dict[str, str]) -> list[str]:
+    """Return a line for each reason, with those it is for; of many the first ones."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    lines = []
+    for why, found in names.items():
+        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        lines.append(f"  {'; '.join(found[:_NAMED])}{more}: {why}")
+    return lines
 
 
 def setting_entry(entry: Entry[Setting], winner: Entry[Setting], goal: Goal) -> SettingEntry:

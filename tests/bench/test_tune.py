@@ -307,7 +307,7 @@ def test_wrong_answers_are_left_out_with_the_reason(quick: None, tiny_bundle: Pa
     for why in failed.values():
         assert why.startswith("its answers on this host are below the floor: max_abs is ")
     assert report.profile.variant == "onnx-int8"
-    assert "left out:\n  onnx-fp32, " in report.to_text()
+    assert "left out:\n  onnx-fp32, ort, 1 thread" in report.to_text()
 
 
 def test_when_nothing_reaches_the_floor_that_is_an_error(tiny_bundle_session: Path) -> None:

@@ -182,10 +182,24 @@ def test_a_budget_that_is_spent_ends_it_and_says_so() -> None:
     machine = Machine(noise=0.01)
     race = run_race(machine, field_of(machine, [1.0, 0.9, 0.5]), budget_s=1.0)
     assert machine.now_s < 15
-    assert [entry.why for entry in race.entries[1:]] == ["the time was over before it ran"] * 2
+    assert [entry.why for entry in race.entries[1:]] == ["the time was over after 0 of 6 pairs"] * 2
+    assert [entry.state for entry in race.entries[1:]] == ["late"] * 2
     winner = race.winner()
     assert winner is not None
     assert winner.name == "setting 0"
+
+
+def test_who_had_few_pairs_does_not_lead() -> None:
+    """One lucky pair must not make somebody the measure of all others."""
+    machine = Machine()
+    first, lucky = field_of(machine, [1.0, 0.1])
+    race = Race(lambda: 7.0 - machine.now_s)
+    race.enter(first)
+    entry = race.enter(lucky)
+    assert (entry.state, entry.why) == ("late", "the time was over after 1 of 6 pairs")
+    assert race.leader is race.entries[0]
+    assert race.winner() is race.entries[0]
+    assert not lucky.is_open
 
 
 def test_few_may_be_left_at_once() -> None:
