@@ -95,7 +95,7 @@ def s0_subjects(work: Work, variants: Sequence[str]) -> dict[str, Subject]:
     plain = {
         "image": work.at("s0-onnx", "image.onnx"),
         "text": work.at("s0-onnx", "text.onnx"),
-        "tokenizer": work.at("s0-onnx", "tokenizer.json"),
+        "tokenizer": work.at("s0-onnx", "padded.json"),
         "bank": bank,
         "size_px": 256,
     }
@@ -104,8 +104,8 @@ def s0_subjects(work: Work, variants: Sequence[str]) -> dict[str, Subject]:
     theirs = {"model": "MobileCLIP2-S0", "weights": work.at("s0.safetensors"), "bank": bank}
     reduced, onnx, ov = "reduced scale", "ONNX Runtime", "OpenVINO"
 
-    def loop(name: str, jpeg: str, engine: str, **options: Any) -> Subject:
-        return Subject(name, "peer_plain", {**plain, **options}, "fp32", jpeg, engine)
+    def loop(name: str, jpeg: str, shown: str, **options: Any) -> Subject:
+        return Subject(name, "peer_plain", {**plain, **options}, "fp32", jpeg, shown)
 
     def ours(name: str, variant: str, jpeg: str) -> Subject:
         options = {"bundle": bundle, "variant": variant, "fast_decode": jpeg == reduced}

@@ -101,9 +101,9 @@ def prepare(work: Work, variants: Sequence[str], *, vit: bool, say: Callable[[st
     steps: list[tuple[str, Callable[[], None], tuple[str, ...]]] = [
         ("photographs", lambda: _photos(work), ("photos",)),
         ("weights of MobileCLIP2-S0", lambda: _s0_weights(work), ("s0.safetensors",)),
-        ("our bundle of MobileCLIP2-S0", lambda: _bundle(work, "s0", S0, variants), ()),
         ("labels", lambda: _labels(work), ("labels.json",)),
         ("open_clip's export", lambda: _s0_exports(work), ("s0-onnx", "done")),
+        ("our bundle of MobileCLIP2-S0", lambda: _bundle(work, "s0", S0, variants), ()),
         ("whether the probe passes with the same settings", lambda: _floor(work, variants), ("floor.json",)),
     ]
     for what, make, marker in steps:
@@ -199,10 +199,10 @@ def _edgeclip(*words: str) -> None:
 
 
 def _labels(work: Work) -> None:
-    from edgeclip.classify import ZeroShotClassifier
+    """Write down the hundred names that an export offers where nothing else is said."""
+    from edgeclip.export.reference import everyday
 
-    with ZeroShotClassifier.open(work.at("bundle-s0"), variant="onnx-fp32") as classifier:
-        names = list(classifier.bank.names)
+    names = list(everyday(("en",)).labels.names)
     Path(work.at("labels.json")).write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
 
 
@@ -277,30 +277,40 @@ def _quiet() -> Iterator[None]:
 
 
 def _tokenizer(folder: Path) -> None:
-    """Write CLIP's tokenizer as `tokenizers` reads it: vocabulary, merges, and one file with all of it."""
+    """Write CLIP's tokenizer twice: as transformers reads it, and in one file that pads as open_clip does."""
     from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTokenizerFast
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     theirs = SimpleTokenizer()
-    (folder / "vocab.json").write_text(json.dumps(theirs.encoder, ensure_ascii=False), encoding="utf-8")
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    names = {49406: start, 49407: end}
+    vocabulary = {names.get(number, text): number for text, number in theirs.encoder.items()}
     merges = sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
-        "pad_token": "<|endoftext|>",
-        **ends,
-    }
+    ends = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **ends}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    made = CLIPTokenizerFast.from_pretrained(str(folder))
-    fast = made.backend_tokenizer
-    fast.enable_padding(length=77, pad_id=0, pad_token="!")  # noqa: S106 - what open_clip pads with
-    fast.enable_truncation(77)
-    (folder / "tokenizer.json").write_text(fast.to_str(), encoding="utf-8")
+    made = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=end))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, 49406), (end, 49407)]
+    )
+    made.enable_padding(length=77, pad_id=0, pad_token="!")  # noqa: S106 - what open_clip pads with
+    made.enable_truncation(77)
+    (folder / "padded.json").write_text(made.to_str(), encoding="utf-8")
     sample = ["a photo of a cat.", "Two dogs, 3 cars & a café!"]
-    if [row.ids for row in fast.encode_batch(sample)] != theirs(sample).tolist():
+    if [row.ids for row in made.encode_batch(sample)] != theirs(sample).tolist():
         raise SystemExit("the two tokenizers give different rows")
 
 
@@ -355,7 +365,6 @@ def _vit_weights(work: Work) -> None:
         "image_std": CLIP_STD,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    (folder / "tokenizer.json").rename(folder / "padded-tokenizer.json")  # theirs pads by itself
     prompts = [TEMPLATE.format(label) for label in work.labels]
     rows = fast(prompts, padding="max_length", max_length=77, return_tensors="pt")
     with torch.inference_mode():
