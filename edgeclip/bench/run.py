@@ -8,6 +8,7 @@ target sees the same pictures equally often.
 from __future__ import annotations
 
 import datetime
+import math
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -93,7 +94,7 @@ class BenchPlan:
                 f"bench: got targets of {len(bundles)} bundles, {bundles[0]!r} first, expected one. Use "
                 "`edgeclip bench compare` for two."
             )
-        if self.min_samples < 1 or self.cold < 0 or not self.duration_s >= 0:
+        if self.min_samples < 1 or self.cold < 0 or not 0 <= self.duration_s < math.inf:
             raise ConfigError(
                 f"bench: got {self.min_samples} samples, {self.cold} cold starts and {self.duration_s} s, "
                 "expected at least 1, 0 and 0."
@@ -121,16 +122,7 @@ def benchmark(plan: BenchPlan, on_progress: Callable[[str], None] = lambda said:
     pictures = plan.workload.pictures_entry()
     subjects = _subjects(plan, bundle)
     ticks = cpu_times()
-    if plan.cold:
-        cold = measure_cold(
-            [ColdTarget(each.target, bundle, each.variant.entry.format) for each in subjects],
-            plan.workload,
-            runs=plan.cold,
-            seed=plan.seed,
-            on_run=lambda done, of: on_progress(f"cold start {done} of {of}"),
-        )
-    else:
-        cold = [ColdResult(missing={"cold_start": "--cold 0", "memory": "--cold 0"}) for _ in subjects]
+    cold = _cold(plan, bundle, subjects, on_progress)
     with ExitStack() as stack:
         lanes = _open(plan, bundle, subjects, stack, on_progress)
         texts = _texts(plan, bundle, lanes, stack)
@@ -283,6 +275,25 @@ def _texts(
                     path = str(error)
             found[lane.group] = path
     return found
+
+
+def _cold(
+    plan: BenchPlan, bundle: Bundle, subjects: list[_Subject], on_progress: Callable[[str], None]
+) -> list[ColdResult]:
+    """Return the cold starts of every target; those that differ in the batch alone share theirs."""
+    if not plan.cold:
+        return [ColdResult(missing={"cold_start": "--cold 0", "memory": "--cold 0"}) for _ in subjects]
+    alone = [replace(each.target, batch=1) for each in subjects]
+    formats = {target: each.variant.entry.format for target, each in zip(alone, subjects, strict=True)}
+    results = measure_cold(
+        [ColdTarget(target, bundle, form) for target, form in formats.items()],
+        plan.workload,
+        runs=plan.cold,
+        seed=plan.seed,
+        on_run=lambda done, of: on_progress(f"cold start {done} of {of}"),
+    )
+    found = dict(zip(formats, results, strict=True))
+    return [found[target] for target in alone]
 
 
 # --- rounds -----------------------------------------------------------------------------------------------

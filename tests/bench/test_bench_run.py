@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from PIL import Image
 from tiny_bundle import COLOURS, colour_picture
 
 from edgeclip.bench import run as bench_run
+from edgeclip.bench.cold import ColdResult, ColdTarget
 from edgeclip.bench.operations import Operations
 from edgeclip.bench.report import (
     END_TO_END,
@@ -333,6 +335,8 @@ def test_plans_that_mean_nothing(workload: Workload) -> None:
         BenchPlan((), workload)
     with pytest.raises(ConfigError, match="targets of 2 bundles, 'a' first"):
         BenchPlan((Target("a"), Target("b")), workload)
+    with pytest.raises(ConfigError, match="5 cold starts and inf s"):
+        BenchPlan((Target("a"),), workload, math.inf)
     with pytest.raises(ConfigError, match="got 0 samples"):
         BenchPlan((Target("a"),), workload, min_samples=0)
 
@@ -377,3 +381,20 @@ def test_a_text_tower_that_does_not_open_is_a_reason(
         (Target(str(tiny_bundle), threads=1),), Workload(workload.pictures), 0.0, 3, 0, peak_sizes=()
     )
     assert benchmark(plan).runs[0].missing["text"] == "it was not compiled"
+
+
+def test_batches_share_their_cold_starts(
+    tiny_bundle_session: Path, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def measure(targets: list[ColdTarget], *_: Any, **__: Any) -> list[ColdResult]:
+        started.extend(each.target.short_name for each in targets)
+        return [ColdResult(missing={"cold_start": each.target.short_name}) for each in targets]
+
+    monkeypatch.setattr(bench_run, "measure_cold", measure)
+    where = str(tiny_bundle_session)
+    targets = [Target(where, "onnx-fp32", threads=count, batch=batch) for count in (1, 2) for batch in (1, 2)]
+    report = benchmark(BenchPlan(tuple(targets), workload, 0.0, 2, cold=1, peak_sizes=()))
+    assert started == ["onnx-fp32,threads=1", "onnx-fp32,threads=2"]
+    assert [run.missing["cold_start"] for run in report.runs] == [started[0]] * 2 + [started[1]] * 2
