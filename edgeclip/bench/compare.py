@@ -65,6 +65,8 @@ _LEAST_S: Final = 0.2
 """A launch measures at least so long."""
 _START_SHARE: Final = 0.4
 """Starting processes takes at most this share of the budget, where fewer of them allow that."""
+_MOST_S: Final = 1800.0
+"""No larger budget is proposed."""
 _TAIL_CHARS: Final = 300
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -204,10 +206,14 @@ class BenchComparison(Document, frozen=True, kw_only=True):
             return f"{self.verdict}: B takes {_change(self.ratio.value)} ({reach})"
         if self.reasons:
             return f"inconclusive: {'; '.join(self.reasons)}; measure again when the machine is quiet"
-        return (
-            f"inconclusive: {reach} neither excludes a difference nor one of {_percent(self.effect)}; "
-            f"--budget {self._enough_s():.0f}s may do"
+        enough_s = self._enough_s()
+        advice = (
+            f"--budget {enough_s:.0f}s may do"
+            if enough_s <= _MOST_S
+            else "measure on a machine that is quieter"
         )
+        undecided = f"{reach} neither excludes a difference nor one of {_percent(self.effect)}"
+        return f"inconclusive: {undecided}; {advice}"
 
     def to_table(self) -> str:
         """Return the comparison as text for a terminal."""

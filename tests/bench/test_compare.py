@@ -193,7 +193,8 @@ def test_the_document_holds_what_the_verdict_was_made_of(monkeypatch: pytest.Mon
         ({"ratio": 3.0}, r"slower: B takes [23]\.\d\d times"),
         ({"ratio": 0.8}, r"faster: B takes -\d\d\.\d%"),
         ({}, r"same: whatever B differs by is less than 5 % \([+-]\d\.\d% to"),
-        ({"luck": 0.2}, r"neither excludes a difference nor one of 5 %; --budget \d+0s may do"),
+        ({"luck": 0.06}, r"neither excludes a difference nor one of 5 %; --budget \d+0s may do"),
+        ({"luck": 0.5}, r"nor one of 5 %; measure on a machine that is quieter"),
     ],
 )
 def test_the_table_ends_with_the_verdict(
