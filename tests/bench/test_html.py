@@ -33,6 +33,7 @@ from edgeclip.bench.svg import (
     Dot,
     Part,
     Strip,
+    element,
     scatter_plot,
     shorten,
     stack_plot,
@@ -384,6 +385,29 @@ def test_tags_of_points_in_one_place_stand_side_by_side() -> None:
     assert at[-1] <= WIDTH - 11
 
 
+def test_attributes_are_escaped() -> None:
+    found = _parsed(element("text", "a", class_='"><b x="', font_size=12))
+    assert found.attrib == {"class": '"><b x="', "font-size": "12"}
+
+
+def test_marks_in_one_place_share_a_name() -> None:
+    rows = [Strip("a", "", [1.0, 100.0, 100.4, 101.0], {"p50": 100.0, "p90": 100.4, "p99": 101.0})]
+    drawing = _parsed(strip_plot(rows, title="t", label="ms"))
+    assert sum(each.get("class") == "mark" for each in drawing.iter(f"{SVG}line")) == 3
+    names = [each.text for each in drawing.iter(f"{SVG}text") if "small" in each.get("class", "")]
+    assert names == ["p50"]
+
+
+def test_pieces_too_small_for_their_number_have_none() -> None:
+    bars = [Bar("a", "", [Part("x", 0.4), Part("y", 400.0)])]
+    text = stack_plot(bars, {"x": "first", "y": "second"}, title="t", label="ms")
+    inside = [
+        each.text for each in _parsed(text).iter(f"{SVG}text") if each.get("class", "").startswith("on-")
+    ]
+    assert inside == ["400"]
+    assert "first: 0.40" in text
+
+
 @pytest.mark.parametrize("width", [60.0, 200.0, 5000.0])
 def test_shortened_names_fit_and_keep_their_ends(width: float) -> None:
     name = LONG.format(4) + "的" * 20
@@ -427,6 +451,10 @@ def test_batches_are_drawn_by_the_picture_and_that_is_said() -> None:
     strips = _drawings(page)[0]
     note = next(box[4] for box in _boxes(strips) if box[4].startswith("p50 ") and "," in box[4])
     assert float(note.split()[1]) == pytest.approx(stages[END_TO_END].wall_ms / 8, abs=0.01)
+    alone = _drawings(to_html(_report((_run(1, batch=8, stages=stages),))))[0]
+    ticks = [each.text for each in alone.iter(f"{SVG}text") if each.get("class") == "soft"]
+    most = max(float(tick) for tick in ticks if tick is not None and re.fullmatch(r"[\d.]+", tick))
+    assert 100 <= most <= max(stages[END_TO_END].samples_ms) / 8 * 1.05
 
 
 def test_it_says_how_to_repeat_it() -> None:
