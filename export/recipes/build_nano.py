@@ -42,6 +42,7 @@ import torch
 from PIL import Image
 
 from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.calibration.sensitivity import Int8Target
 from edgeclip.distill.lineage import licence_of
 from edgeclip.distill.recipe import BundleTeacher, Recipe, parse_recipe
 from edgeclip.distill.recipe_text import find_recipe
@@ -71,6 +72,7 @@ from edgeclip.runtime.session import RuntimeOptions
 from edgeclip.text_encoder import TextEncoder
 from edgeclip.tokenizer import Tokenizer
 
+from ..build import BuildOptions, Int8Search
 from ..exporter import export_bundle
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, References
 from ..variants import parse_variants
@@ -101,6 +103,7 @@ _TOKEN_DIM = 96
 # Of many labels the first few are near ties to so small a model; what counts is accuracy, which
 # benchmarks/nano.py measures in both forms. The manifest names the default that is missed.
 _SAME_FIRST = 0.85
+_INT8_TARGET = Int8Target.parse("cosine=0.999,top1=0.95")
 _THING_WEIGHT = 3  # how much oftener a thing is drawn than a face, a flag or a sign
 
 
@@ -532,6 +535,7 @@ def make_bundle(
     """
     settings = ExportSettings(
         references=References(calibration=_calibration(plan), calibration_samples=256),
+        build=BuildOptions(int8=Int8Search(_INT8_TARGET, None, None, plan.threads)),
         gates=Gates((LimitChange("int8", "top1_agreement", _SAME_FIRST),)),
         threads=plan.threads,
     )
