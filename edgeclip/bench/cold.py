@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -245,7 +246,10 @@ class _Starter:
             HostCache.open(digest, host, root=root).put(PROFILE_NAME, profile)
         compiled = cache_root() / COMPILED
         if target.needs_engine and compiled.is_dir():
-            (root / COMPILED).symlink_to(compiled, target_is_directory=True)
+            try:
+                (root / COMPILED).symlink_to(compiled, target_is_directory=True)
+            except OSError:  # Windows lets few users make links
+                shutil.copytree(compiled, root / COMPILED)
         return root
 
 

@@ -147,7 +147,13 @@ def test_jobs_come_in_mixed_order_and_engines_have_no_misses(
     assert (entry.peak_rss_bytes, entry.peak_pss_bytes) == (5, UNAVAILABLE)
 
 
-def test_caches_are_empty_but_for_what_is_no_cache(target: ColdTarget, tmp_path: Path) -> None:
+def _refused(*_: object, **__: object) -> None:
+    raise OSError("links are for administrators")
+
+
+def test_caches_are_empty_but_for_what_is_no_cache(
+    target: ColdTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digest, host = target.bundle.digest, Host.here().fingerprint()
     kept = HostCache.open(digest, host)
     kept.put(PROFILE_NAME, b"{}")
@@ -160,6 +166,10 @@ def test_caches_are_empty_but_for_what_is_no_cache(target: ColdTarget, tmp_path:
     engine = ColdTarget(target.target, target.bundle, "tensorrt")
     cold._Starter._new_cache(tmp_path / "b", engine)
     assert HostCache.open("compiled", root=tmp_path / "b").get("x.engine") == b"engine"
+    monkeypatch.setattr(Path, "symlink_to", _refused)
+    cold._Starter._new_cache(tmp_path / "c", engine)
+    assert not (tmp_path / "c" / "compiled").is_symlink()
+    assert HostCache.open("compiled", root=tmp_path / "c").get("x.engine") == b"engine"
 
 
 def test_nobody_watched_is_no_memory() -> None:
