@@ -38,7 +38,7 @@ from edgeclip.bench.tune_report import (
 from edgeclip.cache import HostCache, cache_root
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.preprocess import Preprocess
-from edgeclip.runtime.choose import choose_variant, profile_name, unmet, unprovable
+from edgeclip.runtime.choose import choose_variant, open_tower, profile_name, unmet, unprovable
 from edgeclip.runtime.host import Host, cpu_times, engine_versions, versions
 from edgeclip.runtime.session import BACKENDS, RuntimeOptions, parse_device, resolve_backend
 from edgeclip.runtime.tuned import Goal, TunedProfile, TunedSettings, hardware, measurements_name
@@ -197,7 +197,7 @@ def tune(
             if winner is None:
                 raise _nothing(bundle, {**left_out, **search.failures()})
             shares.append(1.0)
-            gain = search.compare_with_untuned(winner)
+            winner, gain = search.compare_with_untuned(winner)
         finally:
             search.race.close()
     after = cpu_times()
@@ -224,6 +224,7 @@ class _Search:
     first: dict[Runner, Entry[Setting]] = field(default_factory=dict)
     seen: set[tuple[str, str]] = field(default_factory=set)
     late: int = 0
+    kept: str | None = None
 
     def enter_all(self, runners: Sequence[Runner]) -> None:
         """Let settings enter, stage by stage; what a stage is depends on who is left."""
@@ -299,19 +300,31 @@ class _Search:
         """Return who could not run, and why."""
         return {entry.name: entry.why for entry in self.race.entries if entry.state == "failed"}
 
-    def compare_with_untuned(self, winner: Entry[Setting]) -> GainEntry | None:
-        """Measure the winner against what ``auto`` takes without a profile, if that is another setting."""
+    def compare_with_untuned(self, winner: Entry[Setting]) -> tuple[Entry[Setting], GainEntry | None]:
+        """Measure the winner against what ``auto`` takes without a profile, if that is another setting.
+
+        Returns:
+            Who was better in that, and by how much if it is the winner.
+        """
         untuned = self.race.entries[0]
-        if (
-            untuned is winner
-            or untuned.state not in ("left", "slower")
-            or not self._is_what_auto_takes(untuned.contender)
-        ):
-            return None
+        if untuned is winner or untuned.state not in ("left", "slower"):
+            return winner, None
+        if not self._is_what_auto_takes(untuned.contender):
+            return winner, None
         found = self.race.compare(untuned, winner, _COMPARED[self.plan.goal])
         if found is None:
-            return None
-        return GainEntry(setting=untuned.name, ratio=found.median, low=found.low, high=found.high, n=found.n)
+            return winner, None
+        untuned.relative = winner.relative * found.median
+        is_gentler = winner.contender.rank < untuned.contender.rank
+        if found.median < (1 / (1 + self.race.rules.tie) if is_gentler else 1):
+            self.kept = (
+                f"what auto takes anyway, since {winner.name}, the best of the others, took "
+                f"{1 / found.median:.2f} times as much in the end ({1 / found.high:.2f} to "
+                f"{1 / found.low:.2f}, {found.n} pairs)"
+            )
+            return untuned, None
+        gain = GainEntry(setting=untuned.name, ratio=found.median, low=found.low, high=found.high, n=found.n)
+        return winner, gain
 
     def _is_what_auto_takes(self, setting: Setting) -> bool:
         runner = setting.runner
@@ -346,7 +359,7 @@ class _Search:
             settings=setting.settings,
             device=plan.device,
             floor=plan.floor.said,
-            why=why_chosen(winner, self.race, tried),
+            why=self.kept or why_chosen(winner, self.race, tried),
             unit=UNITS[plan.goal],
             value=chosen.value or 0.0,
             low=chosen.low,
@@ -415,6 +428,8 @@ def check_cache(bundle: Bundle) -> HostCache:
 def keep(bundle: Bundle, report: TuneReport) -> Path:
     """Write profile and measurements to the host cache, from where ``auto`` takes them.
 
+    The image tower is opened once as they say, so that what is compiled for it is in the cache, too.
+
     Raises:
         BackendError: they cannot be written.
     """
@@ -424,6 +439,8 @@ def keep(bundle: Bundle, report: TuneReport) -> Path:
     written = cache.put(measurements_name(device), report.to_json().encode())
     if not written or not cache.put(name, json.dumps(report.profile.to_dict()).encode()):
         raise BackendError(_cannot_keep(cache))
+    options = RuntimeOptions(device=device)
+    open_tower(bundle, choose_variant(bundle, options=options), "image", options).close()
     return cache.path(name)
 
 

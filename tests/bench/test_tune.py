@@ -235,6 +235,30 @@ def test_the_gain_is_measured_against_what_auto_takes(
     assert "without a profile, auto takes onnx-int8, ort, 2 threads: " in report.to_text()
 
 
+def test_what_auto_takes_anyway_stays_where_the_winner_is_not_better_in_the_end(
+    tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that became busy for one of them, and quiet again."""
+    device = Device(
+        monkeypatch, 2, lambda setting: 0.01 if setting.runner.variant.name == "onnx-fp32" else 0.02
+    )
+    real = tune_module.Race.compare
+
+    def compare(race: Any, a: Any, b: Any, pairs: int) -> Any:
+        device.tried |= {name: 0.01 for name in device.tried if name.startswith("onnx-int8")}
+        device.tried |= {name: 0.02 for name in device.tried if name.startswith("onnx-fp32")}
+        return real(race, a, b, pairs)
+
+    monkeypatch.setattr(tune_module.Race, "compare", compare)
+    report = tune(Bundle.open(tiny_bundle_session), TunePlan())
+    assert report.settings[0].name == "onnx-int8, ort, 2 threads"
+    assert (report.profile.variant, report.gain) == ("onnx-int8", None)
+    assert re.match(
+        r"what auto takes anyway, since onnx-fp32, .*, the best of the others, took (1\.9|2\.0)\d times",
+        report.profile.why,
+    )
+
+
 def test_settings_for_which_there_is_no_time_are_named(
     tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +310,7 @@ def test_a_real_run_finds_a_setting_and_auto_takes_it(quick: None, tiny_bundle_s
     assert before.settings is None
     path = keep(bundle, report)
     assert path.is_file()
+    assert list(Path(HostCache.open(COMPILED).directory or "").iterdir())
     choice = choose_variant(bundle)
     assert (choice.variant.name, choice.settings) == (profile.variant, profile.settings)
     with ZeroShotClassifier.open(bundle) as classifier:
