@@ -133,7 +133,8 @@ def throttled(sensors: SensorsEntry) -> ThrottleEntry:
         return ThrottleEntry(status="yes", why=tuple(dict.fromkeys(found)))
     if gauges:
         return ThrottleEntry(status="no", why=tuple(f"{gauge.source}: {gauge.name}" for gauge in gauges))
-    return ThrottleEntry(status="unknown", why=sensors.untold)
+    why = tuple(said for said in sensors.untold if said.startswith("throttle")) or sensors.untold
+    return ThrottleEntry(status="unknown", why=why)
 
 
 def _held_back(gauge: GaugeEntry) -> Iterator[str]:

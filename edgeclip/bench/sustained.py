@@ -130,11 +130,13 @@ class SustainedEntry(Struct, frozen=True, kw_only=True):
         lines.append(f"throttled: {self.throttled.status}" + (f" ({why})" if why else ""))
         for kind in ("temperature", "clock", "power"):
             lines += [_gauge(gauge) for gauge in self.sensors.of_kind(kind)]
+        lines += [f"not told: {said}" for said in self.sensors.untold if said not in self.throttled.why]
         cost = self.sensors.cost
-        lines.append(
-            f"reading sensors cost {cost.share:.2%} of a core, {cost.median_ms:.2f} ms each second "
-            f"(slowest {cost.slowest_ms:.1f} ms)"
-        )
+        if cost.readings:
+            lines.append(
+                f"reading sensors cost {cost.share:.2%} of a core, {cost.median_ms:.2f} ms each second "
+                f"(slowest {cost.slowest_ms:.1f} ms)"
+            )
         return "\n".join(lines)
 
 

@@ -291,6 +291,9 @@ def test_not_throttled_is_said_by_whom(gauge: GaugeEntry) -> None:
 def test_without_anybody_to_ask_it_is_unknown() -> None:
     said = throttled(_entry(_gauge("events", None, None), untold=("throttle: nobody",)))
     assert (said.status, said.why) == ("unknown", ("throttle: nobody",))
+    said = throttled(_entry(untold=("clock: nobody", "throttle of firmware: no answer")))
+    assert said.why == ("throttle of firmware: no answer",)
+    assert throttled(_entry(untold=("nvidia-smi: it says nothing",))).why == ("nvidia-smi: it says nothing",)
 
 
 def test_intels_counters_and_cooling_devices_are_summed(tree: Tree) -> None:

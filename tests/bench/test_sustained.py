@@ -82,6 +82,7 @@ def test_a_device_that_slows_down_in_the_middle() -> None:
     assert "41,500 pictures in 600 s, 69.17 a second" in text
     assert "last / first: 1.500 (1.500 to 1.500)" in text
     assert "throttled: unknown" in text
+    assert "reading sensors" not in text
 
 
 def test_a_picture_counts_for_the_second_in_which_it_was_done() -> None:
@@ -193,7 +194,7 @@ def test_every_call_is_timed_and_sensors_are_read_meanwhile() -> None:
     run = sustain(
         call,
         plan=SustainedPlan(duration_s=3.0, warmup=2),
-        sensors=SensorLog([_Hot()]),
+        sensors=SensorLog([_Hot()], ["power: nobody"]),
         clock=clock,
         on_progress=lambda *said: shown.append(said),
     )
@@ -208,7 +209,11 @@ def test_every_call_is_timed_and_sensors_are_read_meanwhile() -> None:
     assert 1 <= len(shown) <= 3
     assert run.entry.throttled.status == "yes"
     assert run.entry.sensors.gauges[0].values[:2] == (41.0, 42.0)
-    assert "temperature of soc: 41 °C at first" in run.entry.to_table()
+    text = run.entry.to_table()
+    assert "temperature of soc: 41 °C at first" in text
+    assert "throttled: yes (soc: 1 more)" in text
+    assert "not told: power: nobody" in text
+    assert f"reading sensors cost {run.entry.sensors.cost.share:.2%} of a core" in text
 
 
 @pytest.mark.parametrize("keep", [False, True])
