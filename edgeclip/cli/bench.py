@@ -350,6 +350,10 @@ def _show(
             notes.say(f"wrote {shown(html)}")
     finally:  # what was measured is shown wherever it could not be written
         click.echo(text if as_json else report.to_table())
+    if as_json:  # the table says it itself
+        for run in report.runs:
+            for warning in run.warnings():
+                notes.say(f"warning: {run.name}: {warning}: do not trust these figures, measure again")
 
 
 def _per_op(

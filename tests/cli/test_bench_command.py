@@ -120,6 +120,15 @@ def test_variants_engines_and_threads_are_combined(
     assert (report.labels.n, report.labels.source) == (2, "mine.txt")
 
 
+def test_a_disturbed_run_is_said_beside_its_document(
+    run: Command, tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeclip.bench.neighbours.Neighbours.others_share", 0.42)
+    result = run("bench", tiny_bundle_session, *_QUICK, "--threads", "1", "--json")
+    assert BenchReport.from_json(result.out).runs[0].interference.others_share == 0.42
+    assert "edgeclip: warning: onnx-int8,threads=1: other programs used 42% of the machine" in result.err
+
+
 def test_help_is_of_the_measurement_and_names_the_other_command(run: Command) -> None:
     for arguments in (("bench", "--help"), ("bench", "-h")):
         result = run(*arguments)
