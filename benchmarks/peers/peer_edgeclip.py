@@ -45,9 +45,9 @@ class Peer:
         return self.classifier.bank.embeddings[0].tolist()
 
     def add_label(self, label: str) -> None:
-        """Offer a label that was never seen before, next to the bundle's own, with one template."""
+        """Offer a label that was never seen before, next to a hundred of the bundle's, with one template."""
         if not hasattr(self, "base"):
-            self.base = list(self.classifier.bank.names)
+            self.base = list(self.classifier.bank.names)[:100]
             # Caches the others; opens the tower, where it is kept.
             self.classifier.set_labels([*self.base, f"before {label}"], templates="one")
         runs = self.classifier.text_tower_runs
