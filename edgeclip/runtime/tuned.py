@@ -9,7 +9,7 @@ longer those it was measured with, or where another edgeclip wrote it in a form 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
@@ -134,8 +134,7 @@ class TunedProfile(Document, frozen=True, kw_only=True):
         return f"{self.variant} ({self.settings}), tuned for {self.goal} on {self.created[:10]}"
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Struct, frozen=True):
     """A profile in the host cache.
 
     Attributes:
