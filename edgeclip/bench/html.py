@@ -302,8 +302,8 @@ def _pareto(runs: Sequence[BenchRun]) -> list[str]:
     metric = _metric(known.values())
     if metric is None:
         said = (
-            "No plot: no manifest of these targets carries an accuracy. `edgeclip eval` measures it; makers of "
-            "bundles write it into the manifest, under 'accuracy' of a variant."
+            "No plot: no manifest of these targets carries an accuracy. `edgeclip eval` measures it; makers "
+            "of bundles write it into the manifest, under 'accuracy' of a variant."
         )
         return [_paragraph(said, "missing")]
     points = {
