@@ -126,7 +126,7 @@ def prepare(work: Work, variants: Sequence[str], *, vit: bool, say: Callable[[st
         say(what)
         try:
             make()
-        except (OSError, subprocess.CalledProcessError) as error:
+        except Exception as error:  # a peer that cannot be had is reported, and the others go on
             failed[what] = str(getattr(error, "stderr", "") or error).strip()[-300:]
             say(f"{what}: {failed[what]}")
     return failed
@@ -335,6 +335,7 @@ def _floor(work: Work, variants: Sequence[str]) -> None:
 
 def _vit_weights(work: Work) -> None:
     """Save transformers' CLIP ViT-B/32 with random weights, processors and the embeddings of the labels."""
+    import tokenizers
     import torch
     import torchvision_shim  # noqa: F401
     import transformers
@@ -349,7 +350,6 @@ def _vit_weights(work: Work) -> None:
                 tensor.normal_(0, 0.02, generator=generator)
     model.save_pretrained(folder)
     _tokenizer(folder)
-    fast = transformers.CLIPTokenizerFast.from_pretrained(str(folder))
     settings = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -366,9 +366,10 @@ def _vit_weights(work: Work) -> None:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     prompts = [TEMPLATE.format(label) for label in work.labels]
-    rows = fast(prompts, padding="max_length", max_length=77, return_tensors="pt")
+    padded = tokenizers.Tokenizer.from_file(str(folder / "padded.json")).encode_batch(prompts)
+    rows = torch.tensor([row.ids for row in padded])
     with torch.inference_mode():
-        found = model.get_text_features(**rows)
+        found = model.get_text_features(input_ids=rows)
         features = getattr(found, "pooler_output", found)
         np.save(folder / "bank.npy", torch.nn.functional.normalize(features, dim=-1).numpy())
     (folder / "done").touch()
