@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -63,6 +63,7 @@ from edgeclip.storage import (
 )
 
 __all__ = [
+    "EMBEDDED",
     "MANIFEST_NAME",
     "SCHEMA",
     "BankEntry",
@@ -86,6 +87,9 @@ __all__ = [
     "provenance_time",
     "stored_name",
 ]
+
+EMBEDDED: Final = ("default", "nano")
+"""Words for the bundles that come with edgeclip; a directory of such a name is ``./nano``."""
 
 MAX_MANIFEST_BYTES = 8 << 20
 
@@ -256,18 +260,17 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] = "default") -> Bundle:
-        """Open a bundle directory, or with the word ``"default"`` the one that comes with edgeclip.
+        """Open a bundle directory, or one that comes with edgeclip by its word in :data:`EMBEDDED`.
 
         Raises:
             BundleError: no such directory, no manifest, or a manifest that cannot be used.
         """
-        if path == "default":
-            directory = Path(__file__).parent / "assets" / "default"
+        if path in EMBEDDED:
+            directory = Path(__file__).parent / "assets" / path
             if not (directory / MANIFEST_NAME).is_file():
                 raise BundleError(
-                    "this installation of edgeclip has no embedded default bundle: install edgeclip from a "
-                    "wheel, "
-                    "or name a bundle directory."
+                    f"this installation of edgeclip has no embedded bundle {str(path)!r}: install edgeclip "
+                    "from a wheel, or name a bundle directory."
                 )
         else:
             directory = Path(path)

@@ -19,6 +19,7 @@ import pytest
 from tiny_bundle import make_tiny_bundle
 
 from edgeclip.bundle import (
+    EMBEDDED,
     Bundle,
     BundleWriter,
     Manifest,
@@ -123,12 +124,11 @@ def test_equal_towers_have_equal_digests_in_different_bundles(tiny_bundle: Path,
     assert digests[0] != Bundle.open(tiny_bundle).variant("onnx-int8").tower("image").digest
 
 
-def test_the_word_default_is_the_embedded_bundle(repo: Path) -> None:
-    if (repo / "edgeclip/assets/default/manifest.json").is_file():
-        Bundle.open("default").check_files()
-    else:
-        with pytest.raises(BundleError, match="no embedded default bundle"):
-            Bundle.open("default")
+@pytest.mark.parametrize("word", EMBEDDED)
+def test_words_are_embedded_bundles(word: str) -> None:
+    bundle = Bundle.open(word)
+    bundle.check_files()
+    assert bundle.manifest.model.name == f"edgeclip-{word}"
 
 
 def test_a_directory_called_default_is_reached_by_path(

@@ -124,9 +124,9 @@ def eval_(
 ) -> None:
     """Measure how good models are, all on the same pictures, a row a model.
 
-    A MODEL is a bundle ("default", a directory, hf:ORG/NAME@REV), whose variants are a row each; a checkpoint
-    of ours; or NAME:FILE, a published weights file of a model in `edgeclip models`. The last two need torch.
-    The first row is the reference of "agree": the share of pictures on which both say the same.
+    A MODEL is a bundle ("default", "nano", a directory, hf:ORG/NAME@REV), whose variants are a row each; a
+    checkpoint of ours; or NAME:FILE, a published weights file of a model in `edgeclip models`. The last two
+    need torch. The first row is the reference of "agree": the share of pictures on which both say the same.
 
     \b
     zero-shot  top-1 and top-5, mean recall of the classes, calibration error (ECE)
@@ -332,10 +332,11 @@ class _Models:
 
     def add(self, said: str) -> None:
         """Open what an argument names."""
+        from edgeclip.bundle import EMBEDDED
         from edgeclip.errors import InputError
 
         path, colon, file = Path(said), *said.partition(":")[1:]
-        if said == "default" or said.startswith("hf:") or (path / "manifest.json").is_file():
+        if said in EMBEDDED or said.startswith("hf:") or (path / "manifest.json").is_file():
             self._bundle(said)
         elif (path / "config.json").is_file() or path.is_file():
             self._eager(said, said, None)

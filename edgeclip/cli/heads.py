@@ -89,7 +89,7 @@ def temperature(
 
     Example: edgeclip heads temperature my-bundle --data labelled/ --write
     """
-    from edgeclip.bundle import Bundle
+    from edgeclip.bundle import EMBEDDED, Bundle
     from edgeclip.confidence import fit_temperature
     from edgeclip.errors import ConfigError
     from edgeclip.evaluate.picture_sets import open_set
@@ -100,10 +100,10 @@ def temperature(
     pictures = open_set(data)
     opened = Bundle.open(bundle_directory(bundle_path, notes))
     name = _bank_name(opened, bank)
-    if write and bundle_path == "default":
+    if write and bundle_path in EMBEDDED:
         raise ConfigError(
-            "bundle 'default' is part of the installation, which every program shares: copy it with "
-            "`edgeclip bundle slim default -o DIR` and write there."
+            f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
+            f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
         )
     model = ModelChoice(bundle_path, variant, "auto", "cpu", threads, cache_dir)
     labels, images, targets, left_out = _embed(opened, name, pictures, model, limit, max_left_out, notes)

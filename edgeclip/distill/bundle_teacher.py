@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeclip.bundle import Bundle, Variant
+from edgeclip.bundle import EMBEDDED, Bundle, Variant
 from edgeclip.distill.inputs import TextInput, ViewForm
 from edgeclip.distill.lineage import parent_of
 from edgeclip.distill.online_teacher import OnlineTeacher
@@ -76,7 +76,7 @@ def open_bundle_teacher(spec: BundleTeacher, root: Path) -> OnlineTeacher:
         BackendError: nothing here can run it.
     """
     who = f"teacher {spec.name!r}"
-    bundle = Bundle.open("default" if spec.path == "default" else root / spec.path)
+    bundle = Bundle.open(spec.path if spec.path in EMBEDDED else root / spec.path)
     options = RuntimeOptions(threads=torch.get_num_threads())
     variant = choose_variant(
         bundle, variant=spec.variant or _preferred(bundle, options), options=options

@@ -236,7 +236,7 @@ class BundleTeacher(_Table, frozen=True, kw_only=True, tag_field="kind", tag="bu
 
     Attributes:
         name: as losses call it.
-        path: its directory; ``"default"`` is the one that comes with edgeclip.
+        path: its directory; ``"default"`` and ``"nano"`` come with edgeclip.
         variant: which of its variants; the first in float32 that runs here, if not given, else the one that
             ``edgeclip classify`` would take.
         scale: the teacher's own multiplier of cosines.

@@ -567,12 +567,12 @@ def _complete(plan: Plan, found: Materials, bundle: Bundle) -> Bundle:
             "licence": teacher.licence,
             "role": "teacher, and its text tower with a narrower table",
         },
-        *({**parent, "role": f"of the teacher: {parent['role']}"} for parent in teacher.parents),
+        *({**each, "role": f"of the teacher: {each['role']}"} for each in _packages(teacher.parents)),
     ]
     licence = bundle.manifest.model.licence
     notice = notice_of(
         "the small model",
-        [each for each in parents if "package" in each],
+        parents,
         f"Image tower and text tower: by the edgeclip authors, licensed under {licence}.",
         (found.external or {}).get("wordnet-base"),
     )
@@ -592,6 +592,14 @@ def _complete(plan: Plan, found: Materials, bundle: Bundle) -> Bundle:
             "document": "docs/default-model.md",
         }
         return writer.commit()
+
+
+def _packages(parents: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield what models descend from that came in a package, whoever they have it from."""
+    for each in parents:
+        if "package" in each:
+            yield each
+        yield from _packages(each.get("parents", ()))
 
 
 def _calibration(plan: Plan) -> Path:
