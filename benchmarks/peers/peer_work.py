@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -401,10 +403,12 @@ def _vit_exports(work: Work) -> None:
 
     folder = work.folder / "vit-onnx"
     folder.mkdir(exist_ok=True)
-    _export(Tower("image").eval(), torch.rand(2, 3, 224, 224), ("IMAGE", "embedding"), folder / "image.onnx")
+    _export(
+        Tower("image").eval(), torch.rand(2, 3, 224, 224), ("IMAGE", "image_embedding"), folder / "image.onnx"
+    )
     tokens = torch.full((2, 77), 49407)
     tokens[:, 0] = 49406
-    _export(Tower("text").eval(), tokens, ("TEXT", "embedding"), folder / "text.onnx")
+    _export(Tower("text").eval(), tokens, ("TEXT", "text_embedding"), folder / "text.onnx")
     (folder / "done").touch()
 
 
@@ -437,6 +441,10 @@ def _modern(work: Work) -> None:
         (folder / f"{name}.onnx").unlink(missing_ok=True)
         (folder / f"{name}.onnx").symlink_to(work.folder.resolve() / "vit-onnx" / f"{kind}.onnx")
     (folder / "config.json").write_text('{"image_size": 224, "context_length": 77}', encoding="utf-8")
+    found = importlib.util.find_spec("open_clip")
+    assert found is not None and found.origin is not None
+    vocabulary = "bpe_simple_vocab_16e6.txt.gz"  # which it would download
+    shutil.copyfile(Path(found.origin).with_name(vocabulary), folder / vocabulary)
     (folder / "done").touch()
 
 
