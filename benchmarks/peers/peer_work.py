@@ -40,6 +40,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "transformers<4.58",
         "huggingface_hub<1",
         "tokenizers<0.23",
+        "requests",
+        "urllib3",
+        "charset-normalizer",
+        "certifi",
     ),
 }
 # Peers that were looked at and are not run, and why.
@@ -442,7 +446,8 @@ def _modern(work: Work) -> None:
         (folder / f"{name}.onnx").symlink_to(work.folder.resolve() / "vit-onnx" / f"{kind}.onnx")
     (folder / "config.json").write_text('{"image_size": 224, "context_length": 77}', encoding="utf-8")
     found = importlib.util.find_spec("open_clip")
-    assert found is not None and found.origin is not None
+    assert found is not None
+    assert found.origin is not None
     vocabulary = "bpe_simple_vocab_16e6.txt.gz"  # which it would download
     shutil.copyfile(Path(found.origin).with_name(vocabulary), folder / vocabulary)
     (folder / "done").touch()
