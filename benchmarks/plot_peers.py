@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "benchmarks/results/peers.json"
 TARGET = ROOT / "docs/images/peers.svg"
 
-WIDTH, LEFT, RIGHT, TOP, BAR, GAP, PANEL = 860, 300, 90, 66, 20, 9, 74
+WIDTH, LEFT, RIGHT, TOP, BAR, GAP, PANEL = 900, 340, 90, 66, 20, 9, 74
 OURS, OTHERS, INK, SOFT, LINE = "#e8710a", "#9aa5b1", "#1f2933", "#616e7c", "#1f2933"
 
 
@@ -93,7 +93,9 @@ def _row(
     middle, low, high = (row[key] * scale for key in ("p50", "p50_low", "p50_high"))
     centre = y + BAR / 2
     value = f"{row['p50'] * factor:.0f} {unit}" if factor == 1 else f"{row['p50'] * factor:.2f} {unit}"
-    bare = name.partition(",")[0] if cell["ours"] else name.replace(", reduced-scale JPEG", "")
+    bare = (
+        name.partition(",")[0].partition("@")[0] if cell["ours"] else name.replace(", reduced-scale JPEG", "")
+    )
     mode = {"full": "full JPEG", "reduced scale": "fast JPEG"}[cell["jpeg"]]
     said = f"{bare.replace(', ViT-B/32', '')} · {cell['precision']} · {mode}"
     colour = OURS if cell["ours"] else OTHERS

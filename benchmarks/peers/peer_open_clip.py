@@ -20,7 +20,14 @@ class Peer:
         import numpy as np
 
         torch.set_num_threads(threads)
-        created, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=weights)
+        # As published for MobileCLIP2-S0; a local file of weights would get OpenAI's mean, std and bicubic.
+        created, _, self.preprocess = open_clip.create_model_and_transforms(
+            model,
+            pretrained=weights,
+            image_mean=(0.0, 0.0, 0.0),
+            image_std=(1.0, 1.0, 1.0),
+            image_interpolation="bilinear",
+        )
         self.model = reparameterize_model(created.eval())
         self.tokenizer_name, self.tokenizer = model, None
         self.bank = torch.from_numpy(np.load(bank))
