@@ -50,7 +50,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 LEFT_OUT = {
     "clip.cpp (clip-cpp 0.5.0)": "reads GGUF files only, its wheel holds no converter and no weights",
     "faster-clip 0.4.0": "downloads its own int8 weights at run time and takes no others",
-    "immich-machine-learning": "not on the package registry",
 }
 
 
