@@ -7,7 +7,6 @@ report is self-contained: tables, pages and gates are made of it and nothing els
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -15,14 +14,14 @@ from msgspec import Meta, Struct, field
 
 from edgeclip.runtime.documents import Document
 from edgeclip.runtime.host import UNAVAILABLE
-from edgeclip.runtime.latency import STAGES, LatencySamples
+from edgeclip.runtime.latency import STAGES
 from edgeclip.runtime.latency_report import (
     Count,
     DriftEntry,
-    PercentileEntry,
     Share,
     StageEntry,
     Unavailable,
+    stage_entry,
 )
 from edgeclip.tables import aligned
 
@@ -344,26 +343,6 @@ def _megabytes(size_bytes: int | str) -> str:
 
 
 # --- making one -------------------------------------------------------------------------------------------
-
-
-def stage_entry(samples: LatencySamples, *, drift: DriftEntry | None = None) -> StageEntry:
-    """Return samples as a stage of a report.
-
-    Args:
-        samples: at least one.
-        drift: found elsewhere; pictures that differ would look like a drift of few samples.
-    """
-    return StageEntry(
-        ms=samples.median_ms / samples.batch,
-        wall_ms=samples.median_ms,
-        batch=samples.batch,
-        n=len(samples),
-        warmup=samples.warmup,
-        samples_ms=tuple(samples.samples_ms.tolist()),
-        first_ms=samples.first_ms,
-        percentiles=tuple(PercentileEntry(**asdict(found)) for found in samples.percentiles()),
-        drift=drift,
-    )
 
 
 def bench_schema() -> dict[str, Any]:

@@ -30,6 +30,7 @@ __all__ = [
     "RatioEntry",
     "StageEntry",
     "latency_schema",
+    "stage_entry",
 ]
 
 SCHEMA_ID = "urn:edgeclip:latency-report:1"
@@ -204,8 +205,13 @@ def latency_schema() -> dict[str, Any]:
     }
 
 
-def _stage(samples: LatencySamples) -> StageEntry:
-    drift = samples.drift()
+def stage_entry(samples: LatencySamples, *, drift: DriftEntry | None = None) -> StageEntry:
+    """Return samples as a stage of a report.
+
+    Args:
+        samples: at least one.
+        drift: found elsewhere; pictures that differ would look like a drift of few samples.
+    """
     return StageEntry(
         ms=samples.median_ms / samples.batch,
         wall_ms=samples.median_ms,
@@ -215,8 +221,13 @@ def _stage(samples: LatencySamples) -> StageEntry:
         samples_ms=tuple(samples.samples_ms.tolist()),
         first_ms=samples.first_ms,
         percentiles=tuple(PercentileEntry(**asdict(found)) for found in samples.percentiles()),
-        drift=None if drift is None else DriftEntry(**asdict(drift)),
+        drift=drift,
     )
+
+
+def _stage(samples: LatencySamples) -> StageEntry:
+    drift = samples.drift()
+    return stage_entry(samples, drift=None if drift is None else DriftEntry(**asdict(drift)))
 
 
 def _ratio(names: tuple[str, str], interval: RatioInterval) -> RatioEntry:
