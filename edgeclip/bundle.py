@@ -20,7 +20,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -399,21 +399,23 @@ def _reason(error: BaseException) -> str:
 
 # --- writing -----------------------------------------------------------------------------------------------
 
-_TAGGED = re.compile(r"\.([0-9a-f]{8})(?=(\.[A-Za-z0-9]+)?(\.gz)?$)")
+_TAGGED = re.compile(r"((?:\.[0-9a-f]{8})+)(?=(\.[A-Za-z0-9]+)?(\.gz)?$)")
 
 
-def stored_name(name: str, sha256: str) -> str:
+def stored_name(name: str, *sha256s: str) -> str:
     """Return the name under which :class:`BundleWriter` stores a file: with 8 digits of its hash.
 
     ``onnx-int8/image.onnx`` becomes ``onnx-int8/image.1a2b3c4d.onnx``; a tag that is already there is
     replaced. Use it where another file must name this one, as an ONNX graph names its external data.
+    Files that are called alike carry the hashes of all of them: see :meth:`BundleWriter.add_alike`.
     """
     folder, slash, base = name.rpartition("/")
     stem, suffixes = _TAGGED.sub("", base), ""
     for suffix in (r"\.gz$", r"\.[A-Za-z0-9]+$"):
         if (match := re.search(suffix, stem)) and match.start():
             stem, suffixes = stem[: match.start()], match.group() + suffixes
-    return f"{folder}{slash}{stem}.{sha256[:8]}{suffixes}"
+    tags = "".join(f".{sha256[:8]}" for sha256 in sha256s)
+    return f"{folder}{slash}{stem}{tags}{suffixes}"
 
 
 def provenance_time() -> str:
@@ -495,6 +497,31 @@ class BundleWriter:
         Raises:
             BundleError: a name that cannot be used, an unreadable source, a full disk or read-only directory.
         """
+        return self._add(name, content, name if exact else None)
+
+    def add_alike(self, files: Mapping[str, bytes | os.PathLike[str]]) -> dict[str, str]:
+        """Store files of which one is found by the name of another, as OpenVINO finds the weights of a graph.
+
+        ``image.xml`` and ``image.bin`` become ``image.1a2b3c4d.5e6f7a8b.xml`` and ``….bin``: both names carry
+        both hashes, so that files of which either differs are stored beside them.
+
+        Args:
+            files: content by name; the names differ in their suffixes alone.
+
+        Returns:
+            Names in the bundle by name.
+
+        Raises:
+            BundleError: as :meth:`add`.
+        """
+        hashes = []
+        for name, content in files.items():
+            with self._translated(f"the file {name!r} cannot be read"):
+                hashes.append(_hash(content))
+        return {name: self._add(name, content, stored_name(name, *hashes)) for name, content in files.items()}
+
+    def _add(self, name: str, content: bytes | os.PathLike[str], stored: str | None) -> str:
+        """Store a file under a name, its own with 8 digits of its hash where that is ``None``; return it."""
         self._open_or_raise()
         try:
             parts = msgspec.convert(name, FileName).split("/")
@@ -512,7 +539,7 @@ class BundleWriter:
                 raise OSError(errno.EPERM, "its folder is a link")
             temporary, size_bytes, sha256 = write_temporary(folder, content)
             try:
-                stored = name if exact else stored_name(name, sha256)
+                stored = stored_name(name, sha256) if stored is None else stored
                 self._check_collision(stored, sha256)
                 target = self.path.joinpath(*stored.split("/"))
                 if not target.exists():
@@ -708,4 +735,12 @@ def _is_ours(path: Path) -> bool:
     with FileIO(
         path, "r"
     ) as stream:  # somebody else's file may look like ours by its name, not by its content
-        return hash_stream(stream)[1].startswith(tag.group(1))
+        return hash_stream(stream)[1][:8] in tag.group(1).split(".")
+
+
+def _hash(content: bytes | os.PathLike[str]) -> str:
+    """Return the sha256 of bytes or of a file."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with FileIO(os.fspath(content), "r") as stream:
+        return hash_stream(stream)[1]

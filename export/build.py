@@ -160,12 +160,14 @@ class BuiltTower:
             A file that names another one names it as ``edgeclip.bundle.stored_name`` will call it.
         inputs: of the tower.
         outputs: of the tower.
+        alike: whether the engine finds one file by the name of another: they are stored under one stem.
     """
 
     model: str
     files: Mapping[str, bytes | Path]
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+    alike: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -353,9 +353,13 @@ def _store(spec: VariantSpec, built: BuiltVariant, writer: BundleWriter) -> dict
     }
     sizes = {}
     for name, tower in built.towers.items():
-        stored = {file: writer.add(f"{spec.name}/{file}", content) for file, content in tower.files.items()}
+        files = {f"{spec.name}/{file}": content for file, content in tower.files.items()}
+        if tower.alike:
+            stored = writer.add_alike(files)
+        else:
+            stored = {file: writer.add(file, content) for file, content in files.items()}
         entry["towers"][name] = {
-            "model": stored[tower.model],
+            "model": stored[f"{spec.name}/{tower.model}"],
             "files": list(stored.values()),
             "inputs": msgspec.to_builtins(tower.inputs),
             "outputs": msgspec.to_builtins(tower.outputs),

@@ -170,7 +170,8 @@ def _stored(
         ) from error
     names = [entry.name for entry in (*inputs, *outputs)]
     path.write_bytes(_canonical(path.read_bytes(), names))
-    return BuiltTower(path.name, {path.name: path, f"{tower}.bin": path.with_suffix(".bin")}, inputs, outputs)
+    files = {path.name: path, f"{tower}.bin": path.with_suffix(".bin")}
+    return BuiltTower(path.name, files, inputs, outputs, alike=True)
 
 
 def _sparing(network: Any, path: Path) -> Any:

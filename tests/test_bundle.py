@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -516,6 +517,38 @@ def test_stored_names_carry_eight_digits_of_the_hash() -> None:
     assert stored_name("a/image.1a2b3c4d.onnx", sha256) == "a/image.01234567.onnx"
     assert stored_name("a/merges.1a2b3c4d.txt.gz", sha256) == "a/merges.01234567.txt.gz"
     assert stored_name("onnx-int8@arm64/x.data", sha256) == "onnx-int8@arm64/x.01234567.data"
+    both = stored_name("a/image.xml", sha256, "fedcba98" * 8)
+    assert both == "a/image.01234567.fedcba98.xml"
+    assert stored_name(both, sha256) == "a/image.01234567.xml"
+
+
+def test_files_that_are_called_alike_are_stored_once_and_removed_when_nobody_names_them(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "image.bin").write_bytes(b"weights")
+    hashes = [hashlib.sha256(content).hexdigest()[:8] for content in (b"graph", b"weights")]
+    for _ in range(2):  # the second time they are there already
+        with BundleWriter(tiny_bundle) as writer:
+            stored = writer.add_alike({"ov/image.xml": b"graph", "ov/image.bin": tmp_path / "image.bin"})
+            known = writer.manifest["variants"]["onnx-fp32"]
+            files = {"model": stored["ov/image.xml"], "files": list(stored.values())}
+            towers = {"image": {**known["towers"]["image"], **files}}
+            writer.manifest["variants"]["ov"] = {**known, "towers": towers}
+            writer.commit().check_files()
+    stem = "ov/image." + ".".join(hashes)
+    assert stored == {"ov/image.xml": f"{stem}.xml", "ov/image.bin": f"{stem}.bin"}
+    assert len(list((tiny_bundle / "ov").iterdir())) == 2
+    with BundleWriter(tiny_bundle) as writer:
+        del writer.manifest["variants"]["ov"]
+        writer.commit()
+    with BundleWriter(tiny_bundle) as writer:  # the write after the one that dropped them
+        writer.commit()
+    assert not (tiny_bundle / "ov").exists()
+    with (
+        BundleWriter(tiny_bundle) as writer,
+        pytest.raises(BundleError, match=r"'image\.bin' cannot be read"),
+    ):
+        writer.add_alike({"image.xml": b"", "image.bin": tmp_path / "missing"})
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

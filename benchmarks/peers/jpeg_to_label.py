@@ -416,9 +416,12 @@ def towers_scene(run: Run, n: int, seconds: float) -> None:
 
 def _as_openvino_names(work: Work) -> str:
     """Return our OpenVINO tower under one stem for both files, as other tools look for them."""
-    folder = work.folder / "tower-openvino"
+    tower = Bundle.open(work.at("bundle-s0")).variant("openvino-fp32").tower("image")
+    if tower.model.with_suffix(".bin") in tower.files:
+        return str(tower.model)
+    folder = work.folder / "tower-openvino"  # a bundle that was made when each file had its own hash alone
     folder.mkdir(exist_ok=True)
-    for path in Bundle.open(work.at("bundle-s0")).variant("openvino-fp32").tower("image").files:
+    for path in tower.files:
         link = folder / f"image{path.suffix}"
         link.unlink(missing_ok=True)
         link.symlink_to(path.resolve())
