@@ -13,6 +13,7 @@ from ._options import BACKENDS, SCHEMA, Notes, bundle_directory, prepare_stdout,
 
 if TYPE_CHECKING:
     from edgeclip.bundle import Bundle, Variant
+    from edgeclip.runtime.choose import VariantChoice
     from edgeclip.runtime.compile import CompiledTower
     from edgeclip.runtime.session import RuntimeOptions
 
@@ -75,8 +76,8 @@ def compile_(
 
     TensorRT variants run only after it: it builds their engines, which takes seconds to minutes and holds
     for this GPU and this version of TensorRT. OpenVINO keeps its blobs, ONNX Runtime its optimised graphs.
-    What is there already is left alone. BUNDLE is a directory, or hf:ORG/NAME@REV; without, the embedded
-    bundle.
+    What is there already is left alone. "auto" is what the tuned profile names, made for its engine. BUNDLE
+    is a directory, or hf:ORG/NAME@REV; without, the embedded bundle.
     """
     if compute_capability is not None and output is None:
         raise click.UsageError("--compute-capability builds for another machine: say where to with -o DIR.")
@@ -94,7 +95,8 @@ def compile_(
     )
     opened = Bundle.open(bundle_directory(bundle, notes))
     options = _options(opened, variant, backend, device, threads)
-    chosen = _variant(opened, variant, options)
+    choice = _choice(opened, variant, options)
+    chosen = choice.variant
     if output is not None:
         from dataclasses import replace
 
@@ -107,7 +109,7 @@ def compile_(
 
     try:
         compiled = compile_variant(
-            chosen,
+            choice,
             towers=None if tower == "all" else (tower,),
             options=options,
             choices=choices,
@@ -135,12 +137,12 @@ def _options(
     return RuntimeOptions(backend=backend, device=device, threads=threads)
 
 
-def _variant(bundle: Bundle, name: str, options: RuntimeOptions) -> Variant:
-    if name != "auto":
-        return bundle.variant(name)
-    from edgeclip.runtime.choose import choose_variant
+def _choice(bundle: Bundle, name: str, options: RuntimeOptions) -> VariantChoice:
+    from edgeclip.runtime.choose import VariantChoice, choose_variant
 
-    return choose_variant(bundle, options=options).variant
+    if name != "auto":  # it may be for another host: whether it runs is for the compiler to say
+        return VariantChoice(bundle.variant(name), f"variant {name} was asked for")
+    return choose_variant(bundle, options=options)
 
 
 def _said(compiled: CompiledTower) -> str:

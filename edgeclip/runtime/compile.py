@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from edgeclip.errors import BackendError, BackendUnavailableError
-from edgeclip.runtime.choose import unmet, version_fits, with_cache
+from edgeclip.runtime.choose import VariantChoice, unmet, version_fits, with_cache
 from edgeclip.runtime.host import Host
 from edgeclip.runtime.session import (
     BACKENDS,
@@ -64,7 +64,7 @@ class CompiledTower:
 
 
 def compile_variant(
-    variant: Variant,
+    choice: VariantChoice | Variant,
     *,
     towers: Sequence[str] | None = None,
     options: RuntimeOptions = DEFAULT_OPTIONS,
@@ -75,7 +75,7 @@ def compile_variant(
     """Compile towers of a variant for this host, or for another one.
 
     Args:
-        variant: of an open bundle.
+        choice: a variant of an open bundle. One of a tuned profile is made for its engine.
         towers: which; all without.
         options: backend, device, and ``cache_dir`` instead of the host cache.
         choices: for TensorRT.
@@ -88,6 +88,7 @@ def compile_variant(
         BundleError: there is no such tower, or its files are damaged.
     """
     choices = choices or EngineChoices()
+    variant = choice.variant if isinstance(choice, VariantChoice) else choice
     is_tensorrt = variant.entry.format == "tensorrt"
     if not is_tensorrt and choices != EngineChoices():
         raise BackendUnavailableError(
@@ -95,11 +96,12 @@ def compile_variant(
             "batch; batches, compute capability and workspace are for TensorRT alone."
         )
     _check(variant, options, choices)
-    backend, _ = resolve_backend(variant.entry.format, options)
-    module = cast(Any, importlib.import_module(BACKENDS[backend].module))
     compiled = []
     for tower in towers or sorted(variant.entry.towers):
-        chosen = with_cache(variant, tower, options)
+        asked = choice.options_for(options, tower) if isinstance(choice, VariantChoice) else options
+        backend, _ = resolve_backend(variant.entry.format, asked)
+        module = cast(Any, importlib.import_module(BACKENDS[backend].module))
+        chosen = with_cache(variant, tower, asked)
         if chosen.cache_dir is None and (is_tensorrt or tower == "image"):
             raise BackendError(
                 "this host has no cache directory that can be written: set EDGECLIP_CACHE_DIR to one."

@@ -12,6 +12,7 @@ import pytest
 from command import Command
 from PIL import Image
 from tiny_bundle import colour_picture
+from tuned_profiles import put_profile, tuned_profile
 
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.cache import COMPILED, HostCache
@@ -106,6 +107,27 @@ def test_what_was_compiled_into_a_directory_is_found_there(
     assert run(command, *arguments, "--cache-dir", folder).code == 0
     assert {path.read_bytes() for path in kept} != {b"damaged"}  # looked for there, and made again
     assert "does not exist" in run(command, *arguments, "--cache-dir", tmp_path / "nowhere").err
+
+
+def test_what_a_tuned_profile_names_is_compiled_with_its_engine(run: Command, tiny_bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = Bundle.open(tiny_bundle)
+    put_profile(bundle, tuned_profile(bundle, settings={"backend": "openvino", "threads": 1}))
+    assert choose_variant(bundle).variant.name != bundle.manifest.default_variants[0]
+    said = json.loads(run("compile", tiny_bundle, "--json").out)
+    assert said["variant"] == "onnx-fp32"
+    # Profiles are of pictures: the text tower is run as without one.
+    assert {name: tower["backend"] for name, tower in said["towers"].items()} == {
+        "image": "openvino",
+        "text": "ort",
+    }
+    before = {path: path.stat().st_mtime_ns for path in HostCache.open(COMPILED).directory.iterdir()}
+    with open_tower(bundle, choose_variant(bundle), "image") as session:
+        assert session.chosen.backend == "openvino"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert run("compile", tiny_bundle, "--tower", "image").out.startswith("onnx-fp32 image tower: up to date")
+    asked = json.loads(run("compile", tiny_bundle, "--backend", "ort", "--json").out)
+    assert asked["variant"] == bundle.manifest.default_variants[0]  # the profile is for another engine
 
 
 # --- TensorRT
