@@ -6,7 +6,7 @@
     ...     best.label, best.score, best.similarity
 
 It knows no result files, no command line and no network; it prints nothing, installs no signal handlers and
-changes no setting of the process.
+changes no setting of the process, but for memory that Pillow keeps while it is open (`picture_memory.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .errors import BackendError, BundleError, ConfigError, EdgeClipError, Input
 from .heads import Head, rank, temperature_head
 from .label_sets import Label, LabelSet, Templates
 from .labels import BankProgress, LabelBank
+from .picture_memory import PictureMemory
 from .preprocess import Preprocess
 from .runtime.choose import choose_variant, open_tower
 from .runtime.host import usable_cores
@@ -135,9 +136,13 @@ class ZeroShotClassifier:
         self._session = session
         self._preprocess = preprocess
         self._exact = Preprocess(preprocess.spec) if preprocess.fast_decode else preprocess
+        wanted = choice.options_for(options, "image")
+        self._memory = None if wanted.low_memory else PictureMemory()
         self._clock = clock
         self._active: _Active | None = None
-        self._labels = BundleLabels(bundle, choice.variant, options, keep_text_tower, clock)
+        self._labels = BundleLabels(
+            bundle, choice.variant, choice.options_for(options, "text"), keep_text_tower, clock
+        )
         self._lock = threading.RLock()  # labels and text tower; never held while a picture is classified
         self._process = os.getpid()
         self._closed = False
@@ -193,7 +198,7 @@ class ZeroShotClassifier:
             choice,
             session,
             preprocess=Preprocess(opened.manifest.preprocess, fast_decode=fast_decode),
-            options=choice.options_for(options, "text"),
+            options=options,
             keep_text_tower=keep_text_tower,
             clock=clock,
         )
@@ -437,6 +442,8 @@ class ZeroShotClassifier:
         self._closed = True
         self._session.close()
         self._labels.close()
+        if self._memory is not None:
+            self._memory.release()
 
     def __enter__(self) -> ZeroShotClassifier:
         return self
@@ -458,11 +465,16 @@ class ZeroShotClassifier:
             and source.dtype == np.uint8
         ):
             return source
+        self._keep_memory()
         clock = self._clock
         with clock.span("decode"):
             image = preprocess.decode(source, channels=channels)
         with clock.span("resize"):
             return preprocess.resize(image)
+
+    def _keep_memory(self) -> None:
+        if self._memory is not None:
+            self._memory.hold()
 
     def _is_ready(self, images: Any, channels: Channels) -> TypeGuard[NDArray[np.uint8]]:
         """Return whether this is a batch of pictures of the tower's own size, which no resizing changes."""
@@ -536,6 +548,7 @@ class ZeroShotClassifier:
         preprocess: Preprocess,
     ) -> Iterator[list[Embedded]]:
         """Yield groups of at most ``batch_size`` pictures, embedded, in order."""
+        self._keep_memory()
         tuned = self.choice.settings
         if batch_size is None:
             batch_size = (tuned and tuned.batch_size) or 1

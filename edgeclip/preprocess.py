@@ -3,7 +3,8 @@
 Decoding and resizing are two calls, because they are two stages of the latency report and may run on
 different threads. For opaque 8-bit RGB without rotation the result equals torchvision's ``Resize`` and
 ``CenterCrop`` on PIL pictures bit for bit (``tests/test_preprocess_parity.py``). Cropping inside Pillow's
-resize (``box=``) would save work and is not used: its float32 edges change single levels.
+resize (``box=``) saves work, but its float32 edges change single levels: it is used for pictures decoded at
+reduced scale alone.
 """
 
 from __future__ import annotations
@@ -103,14 +104,20 @@ class Preprocess:
 
         height, width = self.spec.image_size_px
         new_height, new_width = self._new_size(image, image)
-        reduction = reduction_of(image)
         resample = (
             Image.Resampling.BICUBIC if self.spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
         )
-        resized = image.resize((new_width, new_height), resample, box=reduction.box if reduction else None)
         # torchvision's CenterCrop: round() to even, and the resized picture is never smaller than the crop
         top = round((new_height - height) / 2)
         left = round((new_width - width) / 2)
+        reduction = reduction_of(image)
+        if reduction is not None:
+            x, y, right, bottom = reduction.box
+            step_x, step_y = (right - x) / new_width, (bottom - y) / new_height
+            x, y = x + left * step_x, y + top * step_y
+            box = (x, y, min(x + width * step_x, right), min(y + height * step_y, bottom))
+            return np.array(image.resize((width, height), resample, box=box), dtype=np.uint8)
+        resized = image.resize((new_width, new_height), resample)
         if (new_height, new_width) != (height, width):
             resized = resized.crop((left, top, left + width, top + height))
         return np.array(resized, dtype=np.uint8)
