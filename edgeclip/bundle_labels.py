@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .bundle import Bundle, Variant
 from .cache import HostCache
@@ -28,9 +28,16 @@ __all__ = ["BundleLabels"]
 
 DEFAULT_TEMPLATES = "one"
 
+_RECENT_BANKS: Final = 4
+_RECENT_ROWS: Final = 16_384  # 32 MiB at E = 512
+
 
 class BundleLabels:
     """Make and read label banks for one open bundle. Safe from many threads: they take turns.
+
+    The last banks made stay in memory, so that a set which differs by a few labels costs these labels alone:
+    the newest whatever its size (it is in force anyway), and up to three older ones while all of them
+    together have at most 16,384 rows.
 
     Args:
         bundle: the bundle.
@@ -48,6 +55,8 @@ class BundleLabels:
         self._clock = clock
         self._lock = threading.RLock()
         self._banks: dict[str, LabelBank] = {}
+        self._recent: list[LabelBank] = []  # newest first
+        self._store: LabelStore | None = None
         variant = text_variant(bundle, image, options)
         self._encoder = None if variant is None else TextEncoder(bundle, variant, options=options)
 
@@ -105,13 +114,15 @@ class BundleLabels:
         self,
         labels: LabelSet,
         templates: Templates | None,
+        use: Callable[[LabelBank], None],
         on_progress: Callable[[BankProgress], None] | None = None,
-    ) -> LabelBank:
-        """Return the bank of a label set, from the host cache or the bundle's banks as far as they go.
+    ) -> None:
+        """Make the bank of a label set, of recent banks, the host cache and the bundle's as far as they go.
 
         Args:
             labels: the labels.
             templates: ``None`` takes those of the bundle's own bank of the labels' language.
+            use: takes the bank, before what was encoded is written to the host cache.
             on_progress: called after each batch of texts encoded.
 
         Raises:
@@ -121,21 +132,27 @@ class BundleLabels:
         if templates is None:
             templates = self._templates_of(name)
         if self._encoder is None:
-            return self._without_text_tower(labels, templates, name)
+            use(self._without_text_tower(labels, templates, name))
+            return
         with self._lock:
-            try:
+            if self._store is None:
                 cache = HostCache.open(self._bundle.digest, Host.here().fingerprint())
-                return build_bank(
+                self._store = LabelStore(cache, self._encoder.digest)
+            try:
+                bank = build_bank(
                     labels,
                     templates,
                     self._encoder,
-                    store=LabelStore(cache, self._encoder.digest),
+                    recent=self._recent,
+                    store=self._store,
                     known=None if name is None else lambda: self.bank(name),
+                    use=use,
                     on_progress=on_progress,
                     clock=self._clock,
                 )
             finally:
                 self._leave_text_tower()
+            self._remember(bank)
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return embeddings of texts as they stand, and which of them were cut.
@@ -155,6 +172,12 @@ class BundleLabels:
         """Close the text tower."""
         if self._encoder is not None:
             self._encoder.close()
+
+    def _remember(self, bank: LabelBank) -> None:
+        recent = [bank, *self._recent][:_RECENT_BANKS]
+        while len(recent) > 1 and sum(map(len, recent)) > _RECENT_ROWS:
+            recent.pop()
+        self._recent = recent
 
     def _leave_text_tower(self) -> None:
         if not self._keep_text_tower:

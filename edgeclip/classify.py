@@ -235,7 +235,7 @@ class ZeroShotClassifier:
         checked = LabelSet.of(labels)
         chosen = None if templates is None else Templates.of(templates)
         with self._lock:
-            self._activate(self._labels.build(checked, chosen, on_progress), None)
+            self._labels.build(checked, chosen, lambda bank: self._activate(bank, None), on_progress)
 
     def set_bundle_labels(self, language: str | None = None) -> None:
         """Offer the labels the bundle brings: its default ones, or those in a language such as ``"zh"``.

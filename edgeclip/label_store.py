@@ -8,14 +8,19 @@
   no lock.
 * ``bank-*.safetensors``: whole banks as one file, so that a warm start maps one file and looks up no vectors.
 
+An open store remembers which keys a chunk holds once it has read it (8 bytes a key), so that a chunk is read
+again only where it may hold what is asked for. The folder is listed at each call: chunks of other processes
+are noticed.
+
 Files are safetensors whose metadata entry ``crc32`` covers the tensors. Whatever is damaged counts as absent
 and is encoded again.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LabelStore", "StoredVectors", "is_sound", "seal"]
 
+_SUFFIX = ".safetensors"
 _MAX_CHUNKS = 32
 _MAX_BANKS = 32
 
@@ -70,9 +76,14 @@ class StoredVectors:
     embeddings: dict[bytes, NDArray[np.float32]] = field(default_factory=dict)
     truncated: set[bytes] = field(default_factory=set)
 
+    def update(self, other: StoredVectors) -> None:
+        """Add those of another."""
+        self.embeddings.update(other.embeddings)
+        self.truncated |= other.truncated
+
 
 class LabelStore:
-    """Label vectors and whole banks of one context in the host cache.
+    """Label vectors and whole banks of one context in the host cache. One thread at a time.
 
     Args:
         cache: host cache of the bundle; where it is unwritable nothing is found and nothing kept.
@@ -82,6 +93,7 @@ class LabelStore:
     def __init__(self, cache: HostCache, context: str) -> None:
         self._cache = cache
         self._folder = f"labels/{context[:16]}"
+        self._heads: dict[str, NDArray[np.uint64]] = {}  # chunk -> sorted first eight bytes of its keys
 
     def bank(self, key: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]] | None:
         """Return the tensors and metadata of the whole bank ``key``, memory-mapped, or ``None``."""
@@ -103,8 +115,14 @@ class LabelStore:
         """Return what is known of ``keys``; ``width`` is E where known, and others are left out."""
         wanted = set(keys)
         found = StoredVectors()
-        for path in self._chunks():
-            _collect(path, wanted, width, found)
+        if not wanted:
+            return found
+        names = self._chunks()
+        self._heads = {name: heads for name, heads in self._heads.items() if name in names}
+        heads = _heads(wanted)
+        for name in names:
+            if name not in self._heads or _meet(self._heads[name], heads):
+                self._collect(name, wanted, width, found)
         return found
 
     def put_vectors(self, new: StoredVectors) -> bool:
@@ -114,18 +132,18 @@ class LabelStore:
         chunks = self._chunks()
         if len(chunks) >= _MAX_CHUNKS:
             merged = StoredVectors()
-            for path in chunks:
-                _collect(path, None, None, merged)
+            for name in chunks:
+                self._collect(name, None, None, merged)
             merged.embeddings.update(new.embeddings)
             merged.truncated |= new.truncated
             new = merged
         else:
             chunks = []
-        name = self._write_chunk(new)
-        for path in chunks if name else ():  # now held by the merged chunk
-            if path.name != name:
-                self._cache.remove(f"{self._folder}/{path.name}")
-        return name is not None
+        written = self._write_chunk(new)
+        for name in chunks if written else ():  # now held by the merged chunk
+            if name != written:
+                self._cache.remove(f"{self._folder}/{name}")
+        return written is not None
 
     def _write_chunk(self, new: StoredVectors) -> str | None:
         keys = sorted(new.embeddings)
@@ -139,17 +157,23 @@ class LabelStore:
         )
         # Named by content: two processes that encode the same labels write the same file.
         name = f"vectors-{zlib.crc32(content):08x}-{keys[0].hex()[:16]}-{len(keys)}.safetensors"
-        return name if self._cache.put(f"{self._folder}/{name}", content) else None
+        if not self._cache.put(f"{self._folder}/{name}", content):
+            return None
+        self._heads[name] = _heads(keys)
+        return name
 
     def _path(self, name: str) -> Path | None:
         return None if self._cache.directory is None else self._cache.path(*self._folder.split("/"), name)
 
-    def _chunks(self) -> list[Path]:
+    def _chunks(self) -> list[str]:
+        """Return the names of the chunks that are there now."""
         folder = self._path("")
         if folder is None:
             return []
         with suppress(OSError):
-            return sorted(folder.glob("vectors-*.safetensors"))
+            with os.scandir(folder) as entries:
+                names = [entry.name for entry in entries]
+            return sorted(name for name in names if name.startswith("vectors-") and name.endswith(_SUFFIX))
         return []
 
     def _drop_old_banks(self) -> None:
@@ -161,27 +185,41 @@ class LabelStore:
                 for path in banks[:-_MAX_BANKS]:
                     self._cache.remove(f"{self._folder}/{path.name}")
 
-
-def _collect(path: Path, wanted: set[bytes] | None, width: int | None, found: StoredVectors) -> None:
-    """Copy the vectors of one chunk that are wanted (all, for ``None``) into ``found``."""
-    chunk = _map_sound(path)
-    if chunk is None:
-        return
-    tensors, _ = chunk
-    try:
-        keys, embeddings, truncated = tensors["keys"], tensors["embeddings"], tensors["truncated"]
-        fits = len(keys) == len(embeddings) == len(truncated)
-        if not fits or keys.shape[1:] != (32,) or embeddings.ndim != 2 or embeddings.dtype != np.float32:
+    def _collect(self, name: str, wanted: set[bytes] | None, width: int | None, found: StoredVectors) -> None:
+        """Copy the vectors of one chunk that are wanted (all, for ``None``) into ``found``."""
+        path = self._path(name)
+        chunk = None if path is None else _map_sound(path)
+        if chunk is None:
             return
-    except (KeyError, TypeError):
-        return
-    if width is not None and embeddings.shape[1] != width:
-        return
-    joined = keys.tobytes()
-    for row in range(len(keys)):
-        key = joined[32 * row : 32 * row + 32]
-        if wanted is None or key in wanted:
-            # A copy: the map of a chunk that is merged away must not be held open by single rows.
-            found.embeddings[key] = np.array(embeddings[row])
-            if truncated[row]:
-                found.truncated.add(key)
+        tensors, _ = chunk
+        try:
+            keys, embeddings, truncated = tensors["keys"], tensors["embeddings"], tensors["truncated"]
+            fits = len(keys) == len(embeddings) == len(truncated)
+            are_keys = keys.shape[1:] == (32,) and keys.dtype == np.uint8
+            if not fits or not are_keys or embeddings.ndim != 2 or embeddings.dtype != np.float32:
+                return
+        except (KeyError, TypeError):
+            return
+        if width is not None and embeddings.shape[1] != width:
+            return
+        joined = keys.tobytes()
+        rows = [joined[start : start + 32] for start in range(0, len(joined), 32)]
+        self._heads[name] = _heads(rows)
+        for row, key in enumerate(rows):
+            if wanted is None or key in wanted:
+                # A copy: the map of a chunk that is merged away must not be held open by single rows.
+                found.embeddings[key] = np.array(embeddings[row])
+                if truncated[row]:
+                    found.truncated.add(key)
+
+
+def _heads(keys: Iterable[bytes]) -> NDArray[np.uint64]:
+    """Return the first eight bytes of each key as sorted numbers."""
+    return np.sort(np.frombuffer(b"".join([key[:8] for key in keys]), np.uint64))
+
+
+def _meet(held: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> bool:
+    """Return whether two sorted arrays share a number. Two keys of one head cost a reading, no more."""
+    places = np.searchsorted(held, wanted)
+    places[places == len(held)] = 0
+    return bool(len(held)) and bool((held[places] == wanted).any())

@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -45,6 +46,7 @@ from .errors import InputError
 from .label_sets import TEMPLATES, Label, LabelSet, Templates, labels_from_bytes, parse_labels, read_labels
 from .label_store import LabelStore, StoredVectors, is_sound, seal
 from .tensors import read_tensors
+from .text_encoder import TEXTS_A_CALL, even_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,6 +122,13 @@ class LabelBank:
     def names(self) -> tuple[str, ...]:
         """Names in the order of the rows."""
         return self.labels.names
+
+    @cached_property
+    def rows(self) -> Mapping[bytes, int]:
+        """The row of each label, by the key of its vector; see :func:`label_key`."""
+        return {
+            label_key(label, self.templates, self.tower): row for row, label in enumerate(self.labels.labels)
+        }
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -304,22 +313,28 @@ def build_bank(
     templates: Templates,
     encoder: Encoder,
     *,
+    recent: Sequence[LabelBank] = (),
     store: LabelStore | None = None,
     known: Callable[[], LabelBank | None] | None = None,
+    use: Callable[[LabelBank], None] | None = None,
     on_progress: Callable[[BankProgress], None] | None = None,
     clock: Clock | None = None,
 ) -> LabelBank:
-    """Return the bank of a label set, encoding only labels found neither in the store nor in a known bank.
+    """Return the bank of a label set, encoding only labels found in no other bank and not in the store.
 
     What is encoded goes to the store every few seconds, so a run that is killed continues where it stopped.
+    The bank itself goes there only where there are no recent ones: what a process begins with, it is likely
+    to begin with again; sets that change while it runs are put together from single vectors.
 
     Args:
         labels: the labels.
         templates: prompt templates.
         encoder: texts to embeddings; not asked when every label is found.
-        store: vectors kept on this host.
-        known: gives a finished bank, whose rows count for equal labels when templates and tower are the same;
-            asked only where the store does not hold the whole bank.
+        recent: finished banks at hand, whose rows count for equal labels when templates and tower are the
+            same.
+        store: vectors kept on this host, asked for what is in none of them.
+        known: gives one more finished bank, asked only where labels are still missing.
+        use: called with the bank before what is new goes to the store; that happens even if it raises.
         on_progress: called after each batch.
         clock: where tokenizing and the text tower are timed.
     """
@@ -327,29 +342,43 @@ def build_bank(
     bank_key = _digest(
         digest, templates.digest, json.dumps([label.to_json() for label in labels.labels])
     ).hex()
-    cached = None if store is None else _from_store(store.bank(bank_key), labels, templates, encoder)
-    if cached is not None:
-        return cached
+    if store is not None and not recent:
+        cached = _from_store(store.bank(bank_key), labels, templates, encoder)
+        if cached is not None:
+            if use is not None:
+                use(cached)
+            return cached
     keys = [label_key(label, templates, digest) for label in labels.labels]
-    found = StoredVectors() if store is None else store.vectors(keys)
+    found = StoredVectors()
+    for bank in recent:
+        _take_known(bank, keys, templates, digest, found)
+    if store is not None:
+        found.update(store.vectors([key for key in keys if key not in found.embeddings]))
     if known is not None and len(found.embeddings) < len(labels):
         _take_known(known(), keys, templates, digest, found)
     missing = {
         key: label for key, label in zip(keys, labels.labels, strict=True) if key not in found.embeddings
     }
+    fresh = StoredVectors()
     if missing:
-        _encode(missing, templates, encoder, found, store=store, on_progress=on_progress, clock=clock)
-    bank = LabelBank(
-        labels,
-        np.stack([found.embeddings[key] for key in keys]),
-        templates,
-        space=encoder.space,
-        tower=digest,
-        truncated=tuple(
-            label.name for key, label in zip(keys, labels.labels, strict=True) if key in found.truncated
-        ),
-    )
-    if store is not None:
+        fresh = _encode(missing, templates, encoder, found, store, on_progress=on_progress, clock=clock)
+    try:
+        bank = LabelBank(
+            labels,
+            np.stack([found.embeddings[key] for key in keys]),
+            templates,
+            space=encoder.space,
+            tower=digest,
+            truncated=tuple(
+                label.name for key, label in zip(keys, labels.labels, strict=True) if key in found.truncated
+            ),
+        )
+        if use is not None:
+            use(bank)
+    finally:
+        if store is not None:
+            store.put_vectors(fresh)
+    if store is not None and not recent:
         store.put_bank(bank_key, bank.to_bytes())
     return bank
 
@@ -360,11 +389,11 @@ def _take_known(
     """Add the rows of a finished bank that stand for ``keys`` to ``found``."""
     if known is None or known.tower != tower or known.templates.digest != templates.digest:
         return
-    rows = {label_key(label, templates, tower): row for row, label in enumerate(known.labels.labels)}
+    rows, truncated = known.rows, set(known.truncated)
     for key in keys:
         if key in rows and key not in found.embeddings:
             found.embeddings[key] = known.embeddings[rows[key]]
-            if known.names[rows[key]] in known.truncated:
+            if known.labels.labels[rows[key]].name in truncated:
                 found.truncated.add(key)
 
 
@@ -397,7 +426,6 @@ def _from_store(
 
 
 _KEEP_EVERY_S = 5.0
-_TEXTS_A_CALL = 64
 
 
 def _encode(
@@ -405,12 +433,12 @@ def _encode(
     templates: Templates,
     encoder: Encoder,
     found: StoredVectors,
-    *,
     store: LabelStore | None,
+    *,
     on_progress: Callable[[BankProgress], None] | None,
     clock: Clock | None,
-) -> None:
-    """Encode ``missing`` into ``found``, handing finished vectors to the store on the way."""
+) -> StoredVectors:
+    """Encode ``missing`` into ``found``; return what is not in the store yet, which is of a few seconds."""
     plan = {key: label.texts(templates.texts) for key, label in missing.items()}
     total = sum(len(phrase) for phrases in plan.values() for phrase in phrases)
     queue = ((key, text) for key, phrases in plan.items() for phrase in phrases for text in phrase)
@@ -419,7 +447,8 @@ def _encode(
     started = kept = time.perf_counter()
     texts_done = labels_done = 0
     try:
-        while batch := list(islice(queue, _TEXTS_A_CALL)):
+        for size in even_parts(total, TEXTS_A_CALL):
+            batch = list(islice(queue, size))
             embeddings, cut = encoder.encode([text for _, text in batch], clock=clock)
             for (key, _), row, was_cut in zip(batch, embeddings, cut, strict=True):
                 waiting.setdefault(key, []).append(row)
@@ -431,20 +460,18 @@ def _encode(
             texts_done += len(batch)
             now = time.perf_counter()
             if store is not None and now - kept > _KEEP_EVERY_S:
-                _keep(fresh, found, store)
+                store.put_vectors(fresh)
+                found.update(fresh)
                 fresh, kept = StoredVectors(truncated=fresh.truncated & waiting.keys()), now
             if on_progress is not None:
                 remaining_s = (now - started) / texts_done * (total - texts_done)
                 on_progress(BankProgress(len(missing), labels_done, total, texts_done, remaining_s))
-    finally:  # also when interrupted: the next run continues here
-        _keep(fresh, found, store)
-
-
-def _keep(fresh: StoredVectors, found: StoredVectors, store: LabelStore | None) -> None:
-    found.embeddings.update(fresh.embeddings)
-    found.truncated |= fresh.truncated & fresh.embeddings.keys()
-    if store is not None:
-        store.put_vectors(fresh)
+    except BaseException:  # Ctrl-C, say: the next run continues here
+        if store is not None:
+            store.put_vectors(fresh)
+        raise
+    found.update(fresh)
+    return fresh
 
 
 def _pool(

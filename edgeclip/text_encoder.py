@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .runtime.session import OpenSession
     from .tokenizer import Tokenizer
 
-__all__ = ["TextEncoder", "open_tokenizer", "text_variant"]
+__all__ = ["TEXTS_A_CALL", "TextEncoder", "even_parts", "open_tokenizer", "text_variant"]
 
-_BATCH = 64
+TEXTS_A_CALL: Final = 32
 
 
 class TextEncoder:
@@ -85,22 +85,24 @@ class TextEncoder:
             session, tokenizer = self._open()
             embeddings = np.empty((len(texts), self.embed_dim), np.float32)
             truncated = np.zeros(len(texts), np.bool_)
-            for start in range(0, len(texts), _BATCH):
-                batch = texts[start : start + _BATCH]
+            done = 0
+            for size in even_parts(len(texts), TEXTS_A_CALL):
+                start, done = done, done + size
+                batch = texts[start:done]
                 with clock.span("tokenize", batch=len(batch)):
                     tokens = tokenizer(batch, truncate=True)
                     # Only a row without padding can have been cut.
                     for row in np.flatnonzero(tokens[:, -1] != tokenizer.config.special.pad).tolist():
                         truncated[start + row] = tokenizer.count(batch[row]) > tokenizer.context_length
                 with clock.span("text_tower", batch=len(batch)):
-                    out = run_rows(session, tokens, batch=_BATCH)
+                    out = run_rows(session, tokens, batch=TEXTS_A_CALL)
                 self.runs += 1
                 if out.shape != (len(batch), self.embed_dim):
                     raise BundleError(
                         f"{self._bundle.where}: the text tower gave {out.shape}, expected "
                         f"({len(batch)}, {self.embed_dim}); export it again."
                     )
-                embeddings[start : start + len(batch)] = out
+                embeddings[start:done] = out
         return embeddings, truncated
 
     def close(self) -> None:
@@ -116,6 +118,12 @@ class TextEncoder:
         if self._session is None:
             self._session = open_tower(self._bundle, self.variant, "text", self._options)
         return self._session, self._tokenizer
+
+
+def even_parts(count: int, most: int) -> list[int]:
+    """Return the sizes of the fewest parts of at most ``most`` each, as equal as can be: 100, 64 → 50, 50."""
+    parts = -(-count // most)
+    return [(count + part) // parts for part in range(parts)]
 
 
 def open_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -20,7 +20,7 @@ from edgeclip.cache import HostCache
 from edgeclip.errors import InputError
 from edgeclip.label_store import LabelStore
 from edgeclip.labels import BankProgress, Label, LabelBank, LabelSet, Templates, build_bank
-from edgeclip.text_encoder import TextEncoder
+from edgeclip.text_encoder import TEXTS_A_CALL, TextEncoder, even_parts
 
 ONE = Templates.of("one")
 SEVEN = Templates.of("openai-7")
@@ -179,6 +179,52 @@ def test_a_bank_made_otherwise_is_not_taken(encoder: Counting, other: dict[str, 
     assert encoder.texts == ["a photo of a red."]
 
 
+def test_rows_of_recent_banks_are_taken_before_the_store_is_asked(
+    encoder: Counting, store: LabelStore, tmp_path: Path
+) -> None:
+    first = build_bank(LabelSet.of(["red", "blue"]), ONE, encoder, store=store)
+    other = replace(build_bank(LabelSet.of(["red"]), SEVEN, encoder), tower="f" * 64)
+    encoder.texts.clear()
+    for path in _files(tmp_path, "*"):
+        path.unlink()
+    labels = LabelSet.of(["blue", "green", "red"])
+    bank = build_bank(labels, ONE, encoder, recent=[other, first], store=store)
+    assert encoder.texts == ["a photo of a green."]
+    assert bank.embeddings[[2, 0]].tobytes() == first.embeddings.tobytes()
+    assert len(_files(tmp_path, "vectors-*")) == 1
+    assert not _files(tmp_path, "bank-*")  # what changes while a process runs is kept as vectors
+
+
+def test_the_bank_is_used_before_it_is_written_and_written_all_the_same(
+    encoder: Counting, store: LabelStore, tmp_path: Path
+) -> None:
+    labels = LabelSet.of(["red"])
+
+    def refuse(bank: LabelBank) -> None:
+        assert bank.names == ("red",)
+        assert not _files(tmp_path, "vectors-*")
+        raise InputError("refused")
+
+    with pytest.raises(InputError, match="refused"):
+        build_bank(labels, ONE, encoder, store=store, use=refuse)
+    assert len(_files(tmp_path, "vectors-*")) == 1
+    used: list[LabelBank] = []
+    for _ in range(2):  # from vectors, then as a whole
+        assert build_bank(labels, ONE, encoder, store=store, use=used.append) is used[-1]
+    assert len(used) == 2
+    assert len(encoder.texts) == 1
+
+
+def test_texts_are_shared_out_evenly() -> None:
+    assert even_parts(100, 64) == [50, 50]
+    for count in range(200):
+        for most in (1, 7, 32):
+            sizes = even_parts(count, most)
+            assert sum(sizes) == count
+            assert len(sizes) == -(-count // most)
+            assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1)
+
+
 def test_an_unwritable_cache_costs_time_alone(encoder: Counting, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     store = LabelStore(HostCache.open("0" * 64, root=tmp_path / "file" / "below"), encoder.digest)
@@ -265,7 +311,7 @@ def test_a_killed_run_continues(tmp_path: Path, tiny_bundle_session: Path, encod
     names = [f"label {number}" for number in range(2000)]
     build_bank(LabelSet.of(names), ONE, encoder, store=_store(tmp_path, encoder))
     # the batch in flight and the one not yet written may be lost, no more
-    assert len(encoder.texts) <= 2000 - 2 * 64
+    assert len(encoder.texts) <= 2000 - 2 * (TEXTS_A_CALL - 1)
 
 
 _BUILD = """
@@ -310,13 +356,12 @@ def test_progress_estimates_what_is_left(encoder: Counting) -> None:
     seen: list[BankProgress] = []
     encoder.before = lambda: time.sleep(0.002)
     build_bank(
-        LabelSet.of([f"label {number}" for number in range(150)]), ONE, encoder, on_progress=seen.append
+        LabelSet.of([f"label {number}" for number in range(70)]), ONE, encoder, on_progress=seen.append
     )
-    assert [(each.labels_done, each.texts_done, each.texts) for each in seen] == [
-        (64, 64, 150),
-        (128, 128, 150),
-        (150, 150, 150),
-    ]
+    sizes = even_parts(70, TEXTS_A_CALL)
+    done = [sum(sizes[: part + 1]) for part in range(len(sizes))]
+    assert len(done) > 1
+    assert [(each.labels_done, each.texts_done, each.texts) for each in seen] == [(n, n, 70) for n in done]
     assert all(each.remaining_s is not None for each in seen)
     assert seen[0].remaining_s
     assert seen[-1].remaining_s == 0
