@@ -17,6 +17,7 @@ class Peer:
         variant: str,
         fast_decode: bool = False,
         low_memory: bool = False,
+        spinning: bool = False,
         keep_text_tower: bool = False,
     ) -> None:
         self.classifier = ZeroShotClassifier.open(
@@ -24,7 +25,7 @@ class Peer:
             variant=variant,
             fast_decode=fast_decode,
             keep_text_tower=keep_text_tower,
-            options=RuntimeOptions(threads=threads, low_memory=low_memory),
+            options=RuntimeOptions(threads=threads, low_memory=low_memory, spinning=spinning),
         )
         self.names = None
 

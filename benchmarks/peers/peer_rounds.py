@@ -81,20 +81,25 @@ class Subject:
 
 @dataclass(frozen=True)
 class Places:
-    """Where workers write their logs and find our host caches, and what their environments hold besides."""
+    """Where workers write their logs and find our host caches, and what their environments hold besides.
+
+    ``site`` is where our package is installed as users install it: compiled to byte code, as every peer is.
+    """
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
+    site: str = ""
 
     def environment_of(self, subject: Subject, threads: int) -> dict[str, str]:
         """Return the environment of a worker."""
+        path = [*subject.path, *([self.site] if self.site and subject.ours else [])]
         return {
             **os.environ,
             **self.environment,
             "EDGECLIP_CACHE_DIR": str(self.folder / subject.cache),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": str(threads),
-            "PYTHONPATH": os.pathsep.join(subject.path),
+            "PYTHONPATH": os.pathsep.join(path),
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
         }

@@ -104,6 +104,7 @@ def prepare(work: Work, variants: Sequence[str], *, vit: bool, say: Callable[[st
     work.folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     steps: list[tuple[str, Callable[[], None], tuple[str, ...]]] = [
+        ("our package, installed", lambda: _installed(work), ()),
         ("photographs", lambda: _photos(work), ("photos",)),
         ("weights of MobileCLIP2-S0", lambda: _s0_weights(work), ("s0.safetensors",)),
         ("labels", lambda: _labels(work), ("labels.json",)),
@@ -139,6 +140,14 @@ def prepare(work: Work, variants: Sequence[str], *, vit: bool, say: Callable[[st
 
 def _plain(variants: Sequence[str]) -> list[str]:
     return [name for name in variants if "@" not in name and name != "openvino-fp32"]
+
+
+def _installed(work: Work) -> None:
+    """Install our package as users do, so that its processes find byte code as those of the peers do."""
+    target = work.folder / "site-edgeclip"
+    shutil.rmtree(target, ignore_errors=True)
+    asked = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), str(ROOT)]
+    subprocess.run([sys.executable, "-m", "pip", *asked], check=True)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
