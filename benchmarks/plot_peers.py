@@ -93,9 +93,7 @@ def _row(
     middle, low, high = (row[key] * scale for key in ("p50", "p50_low", "p50_high"))
     centre = y + BAR / 2
     value = f"{row['p50'] * factor:.0f} {unit}" if factor == 1 else f"{row['p50'] * factor:.2f} {unit}"
-    bare = (
-        name.partition(",")[0].partition("@")[0] if cell["ours"] else name.replace(", reduced-scale JPEG", "")
-    )
+    bare = name.replace(", reduced-scale JPEG", "").replace(", fast decode", "")
     mode = {"full": "full JPEG", "reduced scale": "fast JPEG"}[cell["jpeg"]]
     said = f"{bare.replace(', ViT-B/32', '')} · {cell['precision']} · {mode}"
     colour = OURS if cell["ours"] else OTHERS
