@@ -28,7 +28,7 @@ import numpy as np
 from default_model import mean_figure
 from written import ROOT, ratio, write
 
-from edgeclip.bench.per_op import example_feeds
+from edgeclip.bench.feeds import example_feeds
 from edgeclip.bundle import Bundle
 from edgeclip.evaluate.subjects import Subject, open_bundle
 from edgeclip.export.recipes.nano_eval import judged, pictogram_questions, stamp_questions

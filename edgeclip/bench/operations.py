@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from edgeclip.bench.per_op import example_feeds
+from edgeclip.bench.feeds import example_feeds
 from edgeclip.errors import BackendError, InputError
 from edgeclip.onnx_files import GraphNode, graph_nodes
 from edgeclip.runtime.session import ModelFiles, TensorSpec, model_files
@@ -24,7 +24,7 @@ from edgeclip.runtime.session import ModelFiles, TensorSpec, model_files
 if TYPE_CHECKING:
     from edgeclip.bundle import TowerFiles
 
-__all__ = ["Operations", "count_operations"]
+__all__ = ["Operations", "Product", "count_operations", "products_of"]
 
 Shape = Sequence[int]
 
@@ -42,6 +42,27 @@ class Operations:
     int8: int
 
 
+class Product(NamedTuple):
+    """A matrix product or convolution of a file, with the sizes it has for one item of a batch.
+
+    ``node`` is its name in the file, ``operations`` counts multiplications and additions, ``int8`` says that
+    its factors are both 8-bit integers, and shapes are those of both factors and of what it gives.
+    """
+
+    node: str
+    operations: int
+    int8: bool
+    factors: tuple[tuple[int, ...], ...]
+    output: tuple[int, ...]
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is convolved by itself."""
+        weight = self.factors[1]
+        inner = weight[1:2] if len(weight) == 4 else weight[1:3]  # OpenVINO: (G, O / G, C / G, …)
+        return len(weight) >= 4 and all(size == 1 for size in inner) and self.output[1] > 1
+
+
 def count_operations(tower: TowerFiles | Path) -> Operations:
     """Count what one item costs. Runs an ONNX tower once, which takes a little longer than a call.
 
@@ -52,11 +73,19 @@ def count_operations(tower: TowerFiles | Path) -> Operations:
         InputError: the format, or an operator in the file, is not one whose products can be counted.
         BackendError: the engine that tells the sizes cannot load it.
     """
+    products = products_of(tower)
+    return Operations(
+        sum(each.operations for each in products), sum(each.operations for each in products if each.int8)
+    )
+
+
+def products_of(tower: TowerFiles | Path) -> tuple[Product, ...]:
+    """Return the products of a file in the order they run; see :func:`count_operations`."""
     model = model_files(tower)
-    if model.format == "onnx":
-        return _count_onnx(model)
+    if model.format == "onnx" or model.model.suffix == ".onnx":  # what TensorRT builds engines from
+        return _onnx_products(model)
     if model.format == "openvino":
-        return _count_openvino(model)
+        return _openvino_products(model)
     raise InputError(f"{model.name}: a {model.format} file does not say the sizes of its products.")
 
 
@@ -103,13 +132,13 @@ _MOVES: Final = frozenset(
 )
 
 
-def _count_onnx(model: ModelFiles) -> Operations:
+def _onnx_products(model: ModelFiles) -> tuple[Product, ...]:
     path, name = model.model, model.name
     events, batch = _notes_of_one_run(path, name)
     nodes = graph_nodes(path)
     by_name = {node.name: node for node in nodes if node.name}
     makers = {output: node for node in nodes for output in node.outputs}
-    total = int8 = 0
+    products = []
     for event in events:
         said = event["args"]
         op = said["op_name"]
@@ -119,11 +148,14 @@ def _count_onnx(model: ModelFiles) -> Operations:
             continue
         inputs, outputs = _shapes(said["input_type_shape"]), _shapes(said["output_type_shape"])
         operations = 2 * _COUNTED[op](inputs, outputs[0])
-        total += operations
-        node = by_name.get(event["name"].removesuffix("_kernel_time"))
-        if op in _INTEGER or (node is not None and all(_is_byte(each, makers) for each in node.inputs[:2])):
-            int8 += operations
-    return Operations(total // batch, int8 // batch)
+        name_there = event["name"].removesuffix("_kernel_time")
+        node = by_name.get(name_there)
+        is_int8 = op in _INTEGER or (
+            node is not None and all(_is_byte(each, makers) for each in node.inputs[:2])
+        )
+        factors = tuple(map(tuple, inputs[:2]))
+        products.append(Product(name_there, operations // batch, is_int8, factors, tuple(outputs[0])))
+    return tuple(products)
 
 
 def _notes_of_one_run(path: Path, name: str) -> tuple[list[dict[str, Any]], int]:
@@ -208,12 +240,12 @@ _OV_COUNTED: Final[Mapping[str, _Counter]] = {
 }
 
 
-def _count_openvino(model: ModelFiles) -> Operations:
+def _openvino_products(model: ModelFiles) -> tuple[Product, ...]:
     name = model.name
     from edgeclip.runtime.ov import import_openvino, openvino_message
 
     openvino = import_openvino()
-    total = int8 = 0
+    products = []
     try:
         weights = next((each for each in model.files if each.suffix == ".bin"), None)
         network = openvino.Core().read_model(str(model.model), str(weights or ""))
@@ -222,6 +254,7 @@ def _count_openvino(model: ModelFiles) -> Operations:
             for port in network.inputs
         ]
         network.reshape(dict(zip(network.inputs, map(openvino.PartialShape, shapes), strict=True)))
+        batch = shapes[0][0]
         for node in network.get_ordered_ops():
             op = node.get_type_name()
             if op in _OV_UNCOUNTED:
@@ -230,14 +263,16 @@ def _count_openvino(model: ModelFiles) -> Operations:
                 inputs = [list(node.get_input_shape(place)) for place in (0, 1)]
                 if op == "MatMul" and node.get_attributes()["transpose_a"]:
                     inputs[0].append(inputs[0][-2])  # the axis that is summed stands last but one
-                operations = 2 * _OV_COUNTED[op](inputs, list(node.get_output_shape(0)))
-                total += operations
-                if op != "ScaledDotProductAttention" and all(_ov_is_byte(node, each) for each in (0, 1)):
-                    int8 += operations
+                output = tuple(node.get_output_shape(0))
+                operations = 2 * _OV_COUNTED[op](inputs, output)
+                is_int8 = op != "ScaledDotProductAttention" and all(_ov_is_byte(node, i) for i in (0, 1))
+                factors = tuple(map(tuple, inputs))
+                products.append(
+                    Product(node.get_friendly_name(), operations // batch, is_int8, factors, output)
+                )
     except RuntimeError as error:
         raise BackendError(f"{name}: OpenVINO does not tell its sizes: {openvino_message(error)}") from error
-    batch = shapes[0][0]
-    return Operations(total // batch, int8 // batch)
+    return tuple(products)
 
 
 def _ov_is_byte(node: Any, place: int) -> bool:

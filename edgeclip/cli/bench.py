@@ -18,9 +18,12 @@ import click
 from ._options import BACKENDS, LabelChoice, Notes, bundle_directory, label_options, prepare_stdout, shown
 
 if TYPE_CHECKING:
+    from edgeclip.bench.op_tables import Level
     from edgeclip.bench.report import BenchReport
     from edgeclip.bench.targets import Target
     from edgeclip.bench.workload import Workload
+
+    from ._bench_per_op import PerOpChoice
 
 __all__ = ["bench"]
 
@@ -106,7 +109,20 @@ def _per_op_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--runs", type=click.IntRange(min=1), help="With --per-op: timed calls.  [default: 30]"
             ),
             click.option(
-                "--most", type=click.IntRange(min=1), help="With --per-op: rows to show.  [default: 20]"
+                "--by",
+                type=click.Choice(["block", "stage", "kernel"]),
+                help="With --per-op: what is summed in a row.  [default: block]",
+            ),
+            click.option(
+                "--most",
+                type=click.IntRange(min=1),
+                help="With --per-op: rows to show, the slowest.  [default: all; 20 of kernels]",
+            ),
+            click.option(
+                "--trace",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="With --per-op: write one call here, for ui.perfetto.dev or chrome://tracing.",
             ),
         )
     ):
@@ -211,7 +227,9 @@ def run(
     per_op: bool,
     tower: str | None,
     runs: int | None,
+    by: Level | None,
     most: int | None,
+    trace: Path | None,
     device_report: Path | None,
     device_name: str | None,
     keep_partial: bool,
@@ -225,20 +243,22 @@ def run(
     disturbs all of them. BUNDLE is a directory, or hf:ORG/NAME@REV; without, the embedded bundle.
     """
     prepare_stdout()
-    for option, path in (("--output", output), ("--html", html), ("--device-report", device_report)):
+    written = {"--output": output, "--html": html, "--device-report": device_report, "--trace": trace}
+    for option, path in written.items():
         _check_output(option, path)
     offered = LabelChoice(labels, label_file, templates, language)
     offered.check()
     if not per_op:
-        _refuse("--per-op", {"--tower": tower, "--runs": runs, "--most": most})
+        _refuse("--per-op", {"--tower": tower, "--runs": runs, "--by": by, "--most": most, "--trace": trace})
     else:
         given = {"--images": images, "--labels": labels, "--label-file": label_file, "--duration": duration}
         given |= {"--min-samples": min_samples, "--cold": cold, "--fast-decode": fast_decode or None}
         given |= {"--html": html, "--device-report": device_report}
         _refuse("figures of whole calls", {**given, "--templates": templates, "--language": language})
-        _per_op(
-            bundle, variants, backends, device, threads, batch, tower, runs, most, output, as_json=as_json
-        )
+        from ._bench_per_op import PerOpChoice
+
+        choice = PerOpChoice(tower or "image", batch[0], runs or 30, most, by or "block")
+        _per_op(bundle, variants, backends, device, threads, batch, choice, output, trace, as_json=as_json)
         return
     if device_report is None:
         _refuse("--device-report", {"--device-name": device_name, "--keep-partial": keep_partial or None})
@@ -363,16 +383,15 @@ def _per_op(
     device: str,
     threads: tuple[int, ...] | None,
     batch: tuple[int, ...],
-    tower: str | None,
-    runs: int | None,
-    most: int | None,
+    choice: PerOpChoice,
     output: Path | None,
+    trace: Path | None,
     *,
     as_json: bool,
 ) -> None:
     from edgeclip.runtime.session import RuntimeOptions
 
-    from ._bench_per_op import PerOpChoice, per_op
+    from ._bench_per_op import per_op
 
     for name, values in (("--backend", backends), ("--threads", threads or ()), ("--batch", batch)):
         if len(values) > 1:
@@ -380,8 +399,7 @@ def _per_op(
     options = RuntimeOptions(
         backend=backends[0] if backends else "auto", device=device, threads=threads[0] if threads else None
     )
-    choice = PerOpChoice(tower or "image", batch[0], runs or 30, most or 20)
-    per_op(bundle, variants, options, choice, output=output, as_json=as_json)
+    per_op(bundle, variants, options, choice, output=output, trace=trace, as_json=as_json)
 
 
 def _refuse(what: str, given: Mapping[str, object]) -> None:

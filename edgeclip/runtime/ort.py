@@ -191,19 +191,28 @@ class OrtEngine:
         return dict(zip(self._names, values, strict=True))
 
     def kernel_times(self) -> list[list[KernelTime]]:
-        """Return the kernels of every call so far, in the order they ran, and stop timing.
+        """Return the kernels of every call so far, in the order they ran and with their starts; stop timing.
 
         For engines of :func:`load_profiled`, once.
         """
         events = json.loads(Path(self._session.end_profiling()).read_bytes())
         calls: list[list[KernelTime]] = []
-        kernels: list[KernelTime] = []
+        kernels: list[dict[str, Any]] = []
         for event in events:
             if event.get("cat") == "Node":
-                name = event["name"].removesuffix("_kernel_time")
-                kernels.append(KernelTime(name, event["args"]["op_name"], event["dur"] / 1e3))
+                kernels.append(event)
             elif event.get("name") == "model_run":  # stands behind the kernels of its call
-                calls.append(kernels)
+                calls.append(
+                    [
+                        KernelTime(
+                            each["name"].removesuffix("_kernel_time"),
+                            each["args"]["op_name"],
+                            each["dur"] / 1e3,  # microseconds, as their starts
+                            (each["ts"] - event["ts"]) / 1e3,
+                        )
+                        for each in kernels
+                    ]
+                )
                 kernels = []
         return calls
 

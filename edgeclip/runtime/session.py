@@ -55,11 +55,17 @@ __all__ = [
 
 
 class KernelTime(NamedTuple):
-    """How long one kernel took in one call, as its engine says: its name there, its code, milliseconds."""
+    """How long one kernel took in one call, as its engine says: its name there, its code, milliseconds.
+
+    ``start_ms`` is when it began, from the start of its call; ``None`` where an engine does not tell.
+    ``nodes`` are those of the file that it computes, where an engine tells more than a name.
+    """
 
     name: str
     kernel: str
     ms: float
+    start_ms: float | None = None
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

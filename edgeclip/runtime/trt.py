@@ -24,6 +24,7 @@ from edgeclip.cache import HostCache
 from edgeclip.errors import BackendError, BackendUnavailableError, ConfigError
 from edgeclip.runtime.cuda import CudaRuntime, Gpu, find_gpu
 from edgeclip.runtime.session import (
+    KernelTime,
     ModelFiles,
     Placement,
     Prepared,
@@ -34,11 +35,14 @@ from edgeclip.runtime.session import (
 )
 from edgeclip.runtime.trt_build import BatchRange, EngineLog, build_engine, import_tensorrt, is_rtx
 from edgeclip.runtime.trt_cache import EngineCache, EngineRecord
+from edgeclip.runtime.trt_profile import LayerTimes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
-__all__ = ["EngineSettings", "Kernels", "TrtEngine", "load", "prepare"]
+__all__ = ["EngineSettings", "Kernels", "TrtEngine", "load", "load_profiled", "prepare"]
 
 _ENGINE_SUFFIXES: Final = (".engine", ".plan")
 _DTYPES: Final = {
@@ -190,6 +194,23 @@ def load(model: ModelFiles, options: RuntimeOptions, *, reason: str) -> TrtEngin
     )
 
 
+def load_profiled(model: ModelFiles, options: RuntimeOptions, *, folder: Path) -> TrtEngine:
+    """Load the engine of a tower so that its layers are timed; :meth:`TrtEngine.kernel_times` reads it.
+
+    Args:
+        model: as for :func:`load`.
+        options: as for :func:`load`.
+        folder: not used; other backends write there.
+
+    Raises:
+        BackendUnavailableError: as :func:`load`.
+        BackendError: as :func:`load`.
+    """
+    engine = load(model, options, reason="to be profiled")
+    engine.time_layers()
+    return engine
+
+
 def _gpu(model: ModelFiles, options: RuntimeOptions) -> Gpu:
     kind, index = parse_device(options.device)
     if kind != "cuda":
@@ -328,6 +349,7 @@ class TrtEngine:
         index: int,
         kernels: Kernels | None = None,
     ) -> None:
+        self._trt = trt
         self._cuda = cuda
         self._index = index
         self._model = model
@@ -358,6 +380,7 @@ class TrtEngine:
         self._rows = 0  # what shapes and addresses are set for
         self._lock = threading.Lock()  # closing frees memory that a call in another thread may be using
         self._closed = False
+        self._times: LayerTimes | None = None
         self._stream = cuda.create_stream()
         self._finalizer = weakref.finalize(self, _release, cuda, index, self._stream, self._buffers)
         self._finalizer.atexit = False  # at exit the driver may be gone, and takes all with it
@@ -376,6 +399,8 @@ class TrtEngine:
                 raise BackendError(
                     f"{self._model.name}: the session is closed. Open it again with open_session()."
                 )
+            if self._times is not None:
+                self._times.begin()
             results = self._run_parts(feeds)
             if self._kernels is not None and self._to_keep:
                 self._to_keep = False  # a process that is killed has them kept then
@@ -397,6 +422,15 @@ class TrtEngine:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
+    def time_layers(self) -> None:
+        """Time the layers of every call from now on, which makes calls slower."""
+        with self._lock:
+            self._times = LayerTimes(self._trt, self._engine, self._context)
+
+    def kernel_times(self) -> list[list[KernelTime]]:
+        """Return the layers of every call so far; for engines of :func:`load_profiled`."""
+        return [] if self._times is None else self._times.calls()
+
     def close(self) -> None:
         """Free the engine and its memory on the GPU, after the call in flight."""
         with self._lock:
@@ -405,6 +439,8 @@ class TrtEngine:
                 self._cuda.use(self._index)
             if self._kernels is not None:
                 self._kernels.keep()
+            if self._times is not None:
+                self._times.close()
             self._context = None  # before what it was made from
             if self._kernels is not None:
                 self._kernels.close()
@@ -429,6 +465,8 @@ class TrtEngine:
             buffer = self._buffers[name]
             self._cuda.to_host(buffer.host, buffer.device, buffer.view(rows).nbytes, stream)
         self._cuda.synchronize(stream)
+        if self._times is not None and not self._times.collect():
+            raise BackendError(f"{self._model.name}: TensorRT reports no times{self._log.last()}.")
         return {name: self._buffers[name].view(rows)[:taken].copy() for name in self.outputs}
 
     def _set_rows(self, rows: int) -> None:

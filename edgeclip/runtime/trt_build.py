@@ -289,6 +289,7 @@ def _configuration(trt: Any, builder: Any, workspace_bytes: int | None, what: st
     config = builder.create_builder_config()
     if config is None:
         raise BackendError(f"{what} gives no build configuration{log.last()}.")
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers name their nodes, for profiles
     config.clear_flag(trt.BuilderFlag.TF32)  # on by itself, and float32 would have 10 bits of mantissa
     if workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)

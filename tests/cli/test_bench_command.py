@@ -25,10 +25,36 @@ def run(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def test_a_table_says_where_the_time_goes(run: Command, tiny_bundle: Path) -> None:
-    result = run("bench", "--per-op", tiny_bundle, "--runs", "3", "--threads", "1", "--most", "2")
+    chosen = ("--by", "kernel", "--most", "2")
+    result = run("bench", "--per-op", tiny_bundle, "--runs", "3", "--threads", "1", *chosen)
     assert result.code == 0
     assert "ort on cpu, 1 thread(s), batch 1, medians of 3 runs" in result.out
     assert "more" in result.out
+    # Its nodes have no names: no kernel is found in the file, and the table says so.
+    assert "kernels name 0% of these operations" in result.out
+
+
+def test_variants_stand_side_by_side_by_block(run: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    chosen = ("--variant", "onnx-fp32", "--variant", "onnx-int8")
+    result = run("bench", "--per-op", tiny_bundle, *chosen, "--runs", "2", "--threads", "1", "--trace", trace)
+    assert result.code == 0, result.err
+    heading = next(line for line in result.out.splitlines() if line.startswith("block "))
+    assert heading.split() == ["block", "onnx-fp32", "onnx-int8", "ratio"]
+    ends = [line.split()[0] for line in result.out.splitlines()[-2:]]
+    assert ends == ["kernels", "call"]
+    assert "matrix products reach in this run" in result.out
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    assert {each["pid"] for each in events} == {1, 2}
+    assert "ui.perfetto.dev" in result.err
+
+
+@pytest.mark.parametrize("level", ["block", "stage", "kernel"])
+def test_a_row_is_a_block_a_stage_or_a_kernel(run: Command, level: str) -> None:
+    result = run("bench", "--per-op", "--by", level, "--runs", "2", "--threads", "1", "--tower", "text")
+    assert result.code == 0, result.err
+    columns = ["ms", "share", "kernel"] if level == "kernel" else [level, "ms", "share"]
+    assert any(line.split()[:3] == columns for line in result.out.splitlines())
 
 
 def test_json_holds_a_profile_of_each_variant(run: Command, tmp_path: Path) -> None:
@@ -48,6 +74,11 @@ def test_json_holds_a_profile_of_each_variant(run: Command, tmp_path: Path) -> N
     ("arguments", "code", "message"),
     [
         (("--runs", "3"), 2, "--runs is for --per-op"),
+        (("--by", "stage"), 2, "--by is for --per-op"),
+        (("--trace", "x.json"), 2, "--trace is for --per-op"),
+        (("--per-op", "--by", "layer"), 2, "'layer' is not one of"),
+        (("--per-op", "--trace", "not-there/x.json"), 1, "--trace 'not-there/x.json': there is no directory"),
+        (("--per-op", "--trace", "."), 1, "--trace '.': this is a directory"),
         (("--per-op", "--threads", "1,2"), 2, "--per-op takes one --threads, got 2"),
         (("--per-op", "--cold", "1"), 2, "--cold is for figures of whole calls"),
         (("--per-op", "--fast-decode"), 2, "--fast-decode is for figures of whole calls"),

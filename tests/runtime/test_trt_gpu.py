@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeclip.bench.per_op import profile_tower
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.errors import BackendUnavailableError
 from edgeclip.export.verify import verify_bundle
@@ -71,6 +72,23 @@ def test_compiled_towers_give_the_numbers_of_onnx_runtime(bundle: Bundle) -> Non
                 got = session.run({name: rows[:count]})[f"{tower}_embedding"]
                 numbers = compare_embeddings(expected[:count], got)
                 assert check_parity(numbers, ParityLimits.of("fp32")) == (), (tower, count, numbers)
+
+
+def test_layers_are_timed_and_found_in_the_file(bundle: Bundle) -> None:
+    variant = bundle.variant("tensorrt-fp32")
+    compile_variant(variant, options=CUDA)
+    profile = profile_tower(variant.tower("image"), options=CUDA, runs=5, account=True)
+    assert profile.placement["device"] == "cuda:0"
+    assert all(len(each.samples_ms) == 5 for each in profile.ops)
+    assert profile.kernels_ms > 0
+    # The GPU's own time of the layers is part of the time of the call.
+    assert min(map(sum, zip(*(each.samples_ms for each in profile.ops), strict=True))) < max(
+        profile.timed_wall_samples_ms
+    )
+    found = sum(each.operations or 0 for each in profile.ops)
+    assert profile.operations is not None
+    assert found == profile.operations, "a product of the file is in no layer"
+    assert {each.block for each in profile.ops} != {None}
 
 
 def test_many_threads_get_the_answers_of_one(bundle: Bundle) -> None:

@@ -9,6 +9,7 @@ given: if a buffer, shape or copy were wrong, so would be its numbers.
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Callable
 from ctypes import CFUNCTYPE, POINTER, c_int, c_size_t, c_uint, c_void_p
 from types import SimpleNamespace
@@ -152,6 +153,8 @@ class FakeTensorRT:
         self.refuse: set[str] = set()
         self.runs: list[int] = []
         self.compiled: list[bytes] = []
+        self.information = ""
+        """What the engine inspector says; each of its layers is reported as a millisecond a row."""
 
         class Severity:
             INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -162,6 +165,12 @@ class FakeTensorRT:
         ILogger.Severity = Severity  # type: ignore[attr-defined]
         self.ILogger = ILogger
         self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+
+        class IProfiler:
+            pass
+
+        self.IProfiler = IProfiler
+        self.LayerInformationFormat = SimpleNamespace(JSON="json")
 
     @staticmethod
     def engine(onnx_bytes: bytes, smallest: int = 1, best: int = 1, largest: int = 8) -> bytes:
@@ -248,6 +257,9 @@ class _FakeEngine:
     def create_execution_context(self, running: Any = None) -> Any:
         return None if "create_execution_context" in self.trt.refuse else _FakeContext(self, running)
 
+    def create_engine_inspector(self) -> Any:
+        return SimpleNamespace(get_engine_information=lambda form: self.trt.information)
+
     def create_runtime_config(self) -> Any:
         return None if "create_runtime_config" in self.trt.refuse else _FakeRuntimeConfig(self.trt)
 
@@ -284,6 +296,19 @@ class _FakeContext:
         self.kernels = None if running is None else running.kernels
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.profiler: Any = None
+        self.enqueue_emits_profile = True
+
+    def report_to_profiler(self) -> bool:
+        if (
+            self.profiler is None
+            or self.enqueue_emits_profile
+            or "report_to_profiler" in self.engine.trt.refuse
+        ):
+            return False
+        for layer in json.loads(self.engine.trt.information)["Layers"]:
+            self.profiler.report_layer_time(layer["Name"], float(self.engine.trt.runs[-1]))
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.profile
