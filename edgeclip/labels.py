@@ -454,9 +454,7 @@ def _encode(
                 waiting.setdefault(key, []).append(row)
                 if was_cut:
                     fresh.truncated.add(key)
-            for key in [key for key, rows in waiting.items() if len(rows) == sum(map(len, plan[key]))]:
-                fresh.embeddings[key] = _pool(waiting.pop(key), plan[key], missing[key].name)
-                labels_done += 1
+            labels_done += _pool_finished(waiting, plan, missing, fresh)
             texts_done += len(batch)
             now = time.perf_counter()
             if store is not None and now - kept > _KEEP_EVERY_S:
@@ -474,19 +472,42 @@ def _encode(
     return fresh
 
 
-def _pool(
-    rows: Sequence[NDArray[np.float32]], phrases: tuple[tuple[str, ...], ...], name: str
-) -> NDArray[np.float32]:
-    """Return the label's vector from its texts' embeddings, as the module docstring says."""
-    each = np.stack(rows)
-    ends = np.cumsum([len(phrase) for phrase in phrases])
-    means = np.stack([part.mean(axis=0) for part in np.split(each, ends[:-1])])
-    vector = _unit(_unit(means).mean(axis=0))
-    if not np.isfinite(vector).all() or not vector.any():
-        raise InputError(
-            f"label {name!r}: its embedding has no direction; use another name or other templates."
-        )
-    return vector
+def _pool_finished(
+    waiting: dict[bytes, list[NDArray[np.float32]]],
+    plan: Mapping[bytes, tuple[tuple[str, ...], ...]],
+    missing: Mapping[bytes, Label],
+    fresh: StoredVectors,
+) -> int:
+    """Move the labels all of whose texts are encoded from ``waiting`` to ``fresh``; return how many."""
+    alike: dict[tuple[int, ...], list[bytes]] = {}  # texts in each phrase -> labels with so many
+    for key, rows in waiting.items():
+        sizes = tuple(map(len, plan[key]))
+        if len(rows) == sum(sizes):
+            alike.setdefault(sizes, []).append(key)
+    for sizes, keys in alike.items():
+        vectors = _pool(np.stack([row for key in keys for row in waiting.pop(key)]), sizes)
+        sound: list[bool] = np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1)).tolist()
+        for key, vector, has_direction in zip(keys, vectors, sound, strict=True):
+            if not has_direction:
+                raise InputError(
+                    f"label {missing[key].name!r}: its embedding has no direction; use another name or other "
+                    "templates."
+                )
+            fresh.embeddings[key] = vector
+    return sum(map(len, alike.values()))
+
+
+def _pool(rows: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
+    """Return the vectors ``(N, E)`` of labels from their texts' embeddings, as the module docstring says.
+
+    Args:
+        rows: ``(N * T, E)``, the texts of each label one after the other.
+        sizes: texts in each phrase, T in all; the same for every label.
+    """
+    each = rows.reshape(-1, sum(sizes), rows.shape[1])
+    phrases = np.split(each, np.cumsum(sizes)[:-1], axis=1)
+    means = np.stack([phrase.mean(axis=1) for phrase in phrases], axis=1)  # (N, phrases, E)
+    return _unit(_unit(means).mean(axis=1))
 
 
 def make_folder(folder: Path) -> None:

@@ -225,6 +225,35 @@ def test_texts_are_shared_out_evenly() -> None:
             assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1)
 
 
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_a_label_without_direction_is_named_and_what_came_before_is_kept(
+    encoder: Counting, store: LabelStore, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = encoder.encode
+
+    def broken(texts: Sequence[str], *, clock: Any = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        embeddings, cut = real(texts)
+        embeddings[["bad" in text for text in texts]] = bad
+        return embeddings, cut
+
+    monkeypatch.setattr(encoder, "encode", broken)
+    labels = LabelSet.of(["red", "bad one", "blue"])
+    with np.errstate(invalid="ignore"), pytest.raises(InputError, match=r"'bad one'.*has no direction"):
+        build_bank(labels, ONE, encoder, store=store)
+    encoder.texts.clear()
+    build_bank(LabelSet.of(["red"]), ONE, encoder, store=store)
+    assert not encoder.texts
+
+
+def test_labels_with_several_texts_are_pooled_across_calls(encoder: Counting) -> None:
+    many = Templates.of([f"{number} {{}}" for number in range(TEXTS_A_CALL - 1)])
+    labels = (Label("red", ("crimson",)), Label("blue"), Label("green", (), ("leaves",)), Label("grey"))
+    bank = build_bank(LabelSet(labels), many, encoder)
+    for label, row in zip(labels, bank.embeddings, strict=True):
+        alone = build_bank(LabelSet((label,)), many, encoder)
+        np.testing.assert_allclose(row, alone.embeddings[0], atol=1e-6)  # other batches, other roundings
+
+
 def test_an_unwritable_cache_costs_time_alone(encoder: Counting, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     store = LabelStore(HostCache.open("0" * 64, root=tmp_path / "file" / "below"), encoder.digest)
