@@ -125,10 +125,9 @@ class LabelBank:
 
     @cached_property
     def rows(self) -> Mapping[bytes, int]:
-        """The row of each label, by the key of its vector; see :func:`label_key`."""
-        return {
-            label_key(label, self.templates, self.tower): row for row, label in enumerate(self.labels.labels)
-        }
+        """The row of each label, by the key of its vector; see :func:`label_keys`."""
+        keys = label_keys(self.labels, self.templates, self.tower)
+        return {key: row for row, key in enumerate(keys)}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -339,16 +338,16 @@ def build_bank(
         clock: where tokenizing and the text tower are timed.
     """
     digest = encoder.digest
-    bank_key = _digest(
-        digest, templates.digest, json.dumps([label.to_json() for label in labels.labels])
-    ).hex()
+    bank_key = ""
     if store is not None and not recent:
+        said = json.dumps([label.to_json() for label in labels.labels])
+        bank_key = hashlib.sha256("\0".join([digest, templates.digest, said]).encode()).hexdigest()
         cached = _from_store(store.bank(bank_key), labels, templates, encoder)
         if cached is not None:
             if use is not None:
                 use(cached)
             return cached
-    keys = [label_key(label, templates, digest) for label in labels.labels]
+    keys = label_keys(labels, templates, digest)
     found = StoredVectors()
     for bank in recent:
         _take_known(bank, keys, templates, digest, found)
@@ -397,14 +396,16 @@ def _take_known(
                 found.truncated.add(key)
 
 
-def label_key(label: Label, templates: Templates, tower: str) -> bytes:
-    """Return the 32-byte key of a label's vector: hash of text tower, tokenizer, templates and label."""
-    said = json.dumps([label.name, label.synonyms, label.descriptions])  # aliases are not encoded
-    return _digest(tower, templates.digest, said)
-
-
-def _digest(*parts: str) -> bytes:
-    return hashlib.sha256("\0".join(parts).encode()).digest()
+def label_keys(labels: LabelSet, templates: Templates, tower: str) -> list[bytes]:
+    """Return the 32-byte key of each label's vector: hash of text tower, tokenizer, templates and label."""
+    context = hashlib.sha256(f"{tower}\0{templates.digest}\0".encode())
+    keys = []
+    for label in labels.labels:
+        key = context.copy()
+        said = json.dumps([label.name, label.synonyms, label.descriptions])  # aliases are not encoded
+        key.update(said.encode())
+        keys.append(key.digest())
+    return keys
 
 
 def _from_store(

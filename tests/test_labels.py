@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.cache import HostCache
 from edgeclip.errors import InputError
 from edgeclip.label_store import LabelStore
-from edgeclip.labels import BankProgress, Label, LabelBank, LabelSet, Templates, build_bank
+from edgeclip.labels import BankProgress, Label, LabelBank, LabelSet, Templates, build_bank, label_keys
 from edgeclip.text_encoder import TEXTS_A_CALL, TextEncoder, even_parts
 
 ONE = Templates.of("one")
@@ -155,6 +156,13 @@ def test_only_what_changes_is_encoded(encoder: Counting, store: LabelStore, chan
     }[change]
     build_bank(labels, templates, encoder, store=store)
     assert encoder.texts == expected
+
+
+def test_keys_are_those_of_stores_that_are_in_use() -> None:
+    labels = LabelSet.of({"red": {"synonyms": ["crimson"], "aliases": {"zh": "红"}}, "blue": []})
+    said = ['["red", ["crimson"], []]', '["blue", [], []]']
+    expected = [hashlib.sha256(f"tower\0{ONE.digest}\0{each}".encode()).digest() for each in said]
+    assert label_keys(labels, ONE, "tower") == expected
 
 
 def test_aliases_do_not_count(encoder: Counting, store: LabelStore) -> None:
