@@ -38,10 +38,12 @@ __all__ = [
     "is_there",
     "label_options",
     "model_options",
+    "output_options",
     "prepare_stdout",
     "quiet_broken_pipe",
     "shown",
     "templates_of",
+    "workload_options",
 ]
 
 SCHEMA = 1
@@ -129,6 +131,27 @@ def label_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+def workload_options(command: _Command) -> _Command:
+    """Add the options that say what a benchmark classifies: pictures, and labels that are offered."""
+    return click.option(
+        "--images",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Pictures to classify.  [default: the demonstration photographs]",
+    )(label_options(command))
+
+
+def output_options(command: _Command) -> _Command:
+    """Add the options that say where the document of a benchmark goes."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write the JSON document here, too.",
+    )(click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command))
 
 
 def int8_options(*, without_target: str, pictures: str) -> Callable[[_Command], _Command]:

@@ -1,38 +1,49 @@
 """``edgeclip bench``: how fast a bundle is here, and where the time goes.
 
 A group whose own work is its default: ``edgeclip bench my-bundle`` measures, ``edgeclip bench compare A B``
-compares. A bundle in a folder called ``compare`` is ``./compare``.
+compares, ``edgeclip bench loadgen`` checks our clock. A bundle in a folder called ``compare`` is
+``./compare``.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ._options import BACKENDS, LabelChoice, Notes, bundle_directory, label_options, prepare_stdout, shown
+from ._bench_parts import ARGUMENTS, check_output, command_line, show_document, workload_of
+from ._options import (
+    BACKENDS,
+    LabelChoice,
+    Notes,
+    bundle_directory,
+    output_options,
+    prepare_stdout,
+    shown,
+    workload_options,
+)
 
 if TYPE_CHECKING:
     from edgeclip.bench.op_tables import Level
     from edgeclip.bench.report import BenchReport
     from edgeclip.bench.targets import Target
-    from edgeclip.bench.workload import Workload
 
     from ._bench_per_op import PerOpChoice
 
 __all__ = ["bench"]
 
 _RUN: Final = "run"
-_ARGUMENTS: Final = "edgeclip.arguments"
 _COMMANDS: Final = {
     "compare": (
         "edgeclip.cli.bench_compare:compare",
         "Say which of two targets is faster, or that it is open.",
+    ),
+    "loadgen": (
+        "edgeclip.cli.bench_loadgen:loadgen",
+        "Let MLPerf's LoadGen check our clock.",
     ),
 }
 
@@ -50,11 +61,6 @@ class _RunCommand(click.Command):
 
     context_class = _RunContext
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the arguments, which are part of the report, then parse them."""
-        ctx.meta[_ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
-
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(f"{name} …", said) for name, (_, said) in _COMMANDS.items()])
@@ -65,6 +71,7 @@ class _BenchGroup(click.Group):
     """A group that measures unless another command is named; those are imported when they are run."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)  # they are part of reports
         named = bool(args) and args[0] in _COMMANDS
         return super().parse_args(ctx, args if named else [_RUN, *args])
 
@@ -161,13 +168,7 @@ def _per_op_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Pictures a call, such as 1,8.",
 )
-@click.option(
-    "--images",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Pictures to classify.  [default: the demonstration photographs]",
-)
-@label_options
+@workload_options
 @click.option(
     "--fast-decode/--exact", default=False, show_default=True, help="Decode large JPEGs at reduced scale."
 )
@@ -204,8 +205,7 @@ def _per_op_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with drawings here, too."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON document here, too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@output_options
 def run(
     *,
     bundle: str,
@@ -245,7 +245,7 @@ def run(
     prepare_stdout()
     written = {"--output": output, "--html": html, "--device-report": device_report, "--trace": trace}
     for option, path in written.items():
-        _check_output(option, path)
+        check_output(option, path)
     offered = LabelChoice(labels, label_file, templates, language)
     offered.check()
     if not per_op:
@@ -275,7 +275,7 @@ def run(
         batches=batch,
         fast_decode=fast_decode,
     )
-    workload = _workload(images, offered, notes)
+    workload = workload_of(images, offered, notes)
     if device_report is not None:
         from . import _bench_sustained as long
 
@@ -301,7 +301,7 @@ def run(
         min_samples=min_samples or 100,
         cold=5 if cold is None else cold,
         seed=seed,
-        command=shlex.join(["edgeclip", "bench", *click.get_current_context().meta[_ARGUMENTS]]),
+        command=command_line(),
     )
     try:
         report = benchmark(plan, notes.progress)
@@ -333,43 +333,18 @@ def _targets(
     return tuple(dict.fromkeys(found))
 
 
-def _workload(images: Path | None, offered: LabelChoice, notes: Notes) -> Workload:
-    from edgeclip.bench.workload import DEMO, MAX_PICTURES, Workload, picture_files
-
-    pictures = picture_files(DEMO if images is None else images)
-    if images is not None and len(pictures) == MAX_PICTURES:
-        notes.say(f"the first {MAX_PICTURES} pictures of {shown(images)} are used")
-    if offered.labels is not None:
-        labels_source = "--labels"
-    else:
-        labels_source = "bundle" if offered.label_file is None else shown(offered.label_file.name)
-    return Workload(
-        pictures,
-        "demonstration photographs" if images is None else f"pictures of {shown(images.name or images)}",
-        offered.read(),
-        offered.read_templates(),
-        labels_source,
-        language=offered.language,
-    )
-
-
 def _show(
     report: BenchReport, output: Path | None, html: Path | None, notes: Notes, *, as_json: bool
 ) -> None:
-    from edgeclip.labels import write_atomic
-
-    text = report.to_json()
     try:
-        if output is not None:
-            write_atomic(output, (text + "\n").encode())
-            notes.say(f"wrote {shown(output)}")
         if html is not None:
             from edgeclip.bench.html import to_html
+            from edgeclip.labels import write_atomic
 
             write_atomic(html, to_html(report).encode())
             notes.say(f"wrote {shown(html)}")
     finally:  # what was measured is shown wherever it could not be written
-        click.echo(text if as_json else report.to_table())
+        show_document(report, output, notes, as_json=as_json)
     if as_json:  # the table says it itself
         for run in report.runs:
             for warning in run.warnings():
@@ -407,18 +382,3 @@ def _refuse(what: str, given: Mapping[str, object]) -> None:
     names = [name for name, value in given.items() if value is not None]
     if names:
         raise click.UsageError(f"{names[0]} is for {what}.")
-
-
-def _check_output(option: str, path: Path | None) -> None:
-    """Refuse a path that cannot be written, before anything is measured."""
-    from edgeclip.errors import InputError
-
-    if path is None:
-        return
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise InputError(f"{option} {str(path)!r}: there is no directory {str(path.parent)!r}; make it.")
-    if path.is_dir():
-        raise InputError(f"{option} {str(path)!r}: this is a directory, expected the name of a file.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{option} {str(path)!r}: nothing can be written to {str(path.parent)!r}.")

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
-from ._options import LabelChoice, Notes, bundle_directory, label_options, prepare_stdout, shown
+from ._bench_parts import check_output, labels_asked, pictures_of, show_document
+from ._options import (
+    LabelChoice,
+    Notes,
+    bundle_directory,
+    output_options,
+    prepare_stdout,
+    workload_options,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from edgeclip.bench.compare_child import LabelsAsked
     from edgeclip.bench.targets import Target
 
 __all__ = ["EXIT_CODES", "compare"]
@@ -50,13 +55,7 @@ def _share(_ctx: click.Context, _param: click.Parameter, said: str) -> float:
     show_default=True,
     help="What is timed: file to label, or a stage of it.",
 )
-@click.option(
-    "--images",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Pictures to classify.  [default: the demonstration photographs]",
-)
-@label_options
+@workload_options
 @click.option(
     "--effect",
     callback=_share,
@@ -85,8 +84,7 @@ def _share(_ctx: click.Context, _param: click.Parameter, said: str) -> float:
     help="What an inconclusive comparison counts as: exit code 0 or 4.  [default: neither, 3]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write JSON here, too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@output_options
 @click.pass_context
 def compare(
     ctx: click.Context,
@@ -119,13 +117,10 @@ def compare(
     slower        B takes more time: a regression, exit code 4
     inconclusive  the interval allows too much, or the machine was disturbed: exit code 3
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
-    from edgeclip.errors import InputError
-
     prepare_stdout()
     offered = LabelChoice(labels, label_file, templates, language)
     offered.check()
-    if output is not None and not output.resolve().parent.is_dir():
-        raise InputError(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}; make it.")
+    check_output("--output", output)
     notes = Notes()
     from edgeclip.bench.compare import ComparePlan
     from edgeclip.bench.compare import compare as run
@@ -133,9 +128,9 @@ def compare(
     plan = ComparePlan(
         _target(a, notes),
         _target(b, notes),
-        _pictures(images, notes),
+        pictures_of(images, notes),
         stage=stage,
-        labels=_labels(offered),
+        labels=labels_asked(offered),
         effect=effect,
         budget_s=budget,
         processes=processes,
@@ -147,15 +142,7 @@ def compare(
         )
     finally:
         notes.done()
-    text = found.to_json()
-    try:
-        if output is not None:
-            from edgeclip.labels import write_atomic
-
-            write_atomic(output, (text + "\n").encode())
-            notes.say(f"wrote {shown(output)}")
-    finally:  # what was measured is shown wherever it could not be written
-        click.echo(text if as_json else found.to_table())
+    show_document(found, output, notes, as_json=as_json)
     counts_as = {"pass": 0, "fail": 4, None: EXIT_CODES["inconclusive"]}
     ctx.exit(counts_as[inconclusive] if found.verdict == "inconclusive" else EXIT_CODES[found.verdict])
 
@@ -172,25 +159,3 @@ def _target(said: str, notes: Notes) -> Target:
     target = parse_target(said)
     bundle_directory(target.bundle, notes)  # downloads what is not here, before anything is timed
     return target
-
-
-def _pictures(images: Path | None, notes: Notes) -> Sequence[Path]:
-    from edgeclip.bench.workload import DEMO, MAX_PICTURES, picture_files
-
-    found = picture_files(DEMO if images is None else images)
-    if images is not None and len(found) == MAX_PICTURES:
-        notes.say(f"the first {MAX_PICTURES} pictures of {shown(images)} are used")
-    return found
-
-
-def _labels(offered: LabelChoice) -> LabelsAsked:
-    from edgeclip.bench.compare_child import LabelsAsked
-    from edgeclip.label_sets import LabelSet
-
-    said, templates = offered.read(), offered.read_templates()
-    if not isinstance(said, LabelSet):  # a bank is read once more where it is used
-        return LabelsAsked(language=offered.language, bank=None if said is None else str(offered.label_file))
-    return LabelsAsked(
-        labels=tuple(label.to_json() for label in said.labels),
-        templates=None if templates is None else templates.texts,
-    )
