@@ -154,6 +154,7 @@ def task(target: Target, measure_s: float, seed: int) -> Task:
         pictures=tuple(map(str, sorted(PHOTOS.glob("*.jpg")))),
         labels=LabelsAsked(),
         measure_s=measure_s,
+        opened_first="b" if seed % 2 else "a",  # balanced, as comparisons are
         seed=seed,
     )
 

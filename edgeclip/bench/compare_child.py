@@ -100,6 +100,7 @@ class Task(Struct, frozen=True, kw_only=True):
         pictures: files, the same for both.
         labels: what is offered.
         measure_s: how long to measure, warm-up not included.
+        opened_first: which side is opened, and warmed up, first.
         seed: of what is random.
     """
 
@@ -109,6 +110,7 @@ class Task(Struct, frozen=True, kw_only=True):
     pictures: tuple[str, ...]
     labels: LabelsAsked
     measure_s: float
+    opened_first: Literal["a", "b"] = "a"
     seed: int
 
 
@@ -204,7 +206,7 @@ class _Side:
 
 
 def launch(task: Task, open_side: Open | None = None) -> Told:
-    """Open both sides, in random order, and time them in turns.
+    """Open both sides and time them in turns.
 
     Args:
         task: what to do.
@@ -215,8 +217,7 @@ def launch(task: Task, open_side: Open | None = None) -> Told:
     """
     rng = random.Random(task.seed)  # noqa: S311 - an order of measurements, not a secret
     targets = {"a": Target(**task.a), "b": Target(**task.b)}
-    order: list[Literal["a", "b"]] = ["a", "b"]
-    rng.shuffle(order)
+    order = ("a", "b") if task.opened_first == "a" else ("b", "a")
     with ExitStack() as stack:
         sides: dict[str, _Side] = {}
         for name in order:
@@ -247,7 +248,7 @@ def launch(task: Task, open_side: Open | None = None) -> Told:
         return Told(
             a=sides["a"].told(),
             b=sides["b"].told(),
-            opened_first=order[0],
+            opened_first=task.opened_first,
             blocks=tuple(blocks),
             units=units,
             items=work.per_unit,

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import msgspec
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from command import Command
 
 from edgeclip.bench import compare as module
 from edgeclip.bench import compare_child as child
-from edgeclip.bench.compare import BenchComparison, ComparePlan, compare, run_launch
+from edgeclip.bench.compare import BenchComparison, ComparePlan, compare, compare_schema, run_launch
 from edgeclip.bench.compare_child import COMPARED, LabelsAsked, SideTold, Task, Told, launch
 from edgeclip.bench.targets import Target, open_target, parse_target
 from edgeclip.bench.verdict import judge_launches
@@ -45,7 +46,7 @@ def told(task: Task, *, ratio: float = 1.0, luck: float = 0.01, blocks: int = 6,
     return Told(
         a=SideTold(samples_ms=tuple(a), **told_of),
         b=SideTold(samples_ms=tuple(ms * lucky for ms in b), **told_of),
-        opened_first="a",
+        opened_first=task.opened_first,
         blocks=("abba",) * blocks,
         units=3,
         items=1,
@@ -88,6 +89,23 @@ def test_launches_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.used_s == pytest.approx(60)
     assert {round(task.measure_s, 2) for task in launches.tasks[2:]} == {2.55}
     assert len({task.seed for task in launches.tasks}) == 21
+
+
+def test_both_sides_are_opened_first_equally_often_in_an_order_that_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    orders = []
+    for seed in range(12):
+        launches = Launches(monkeypatch, luck=0.2)
+        found = compare(plan(seed=seed), launcher=launches)
+        order = "".join(each.opened_first for each in found.launches)
+        assert order == "".join(task.opened_first for task in launches.tasks[1:])
+        assert {"".join(sorted(order[at : at + 2])) for at in range(0, len(order), 2)} == {"ab"}
+        for seen in range(1, len(order) + 1):  # at every look
+            assert abs(order[:seen].count("a") - order[:seen].count("b")) <= 1
+        orders.append(order)
+    assert len(set(orders)) == len(orders)  # no fixed rhythm
+    assert {order[0] for order in orders} == {"a", "b"}
 
 
 def test_what_is_done_once_is_not_part_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +204,18 @@ def test_the_document_holds_what_the_verdict_was_made_of(monkeypatch: pytest.Mon
     assert again.b.name == "default,threads=1"
 
 
+def test_it_meets_its_schema(monkeypatch: pytest.MonkeyPatch, repo: Path) -> None:
+    schema = json.loads((repo / "docs" / "bench-comparison.schema.json").read_text(encoding="utf-8"))
+    # After a change of edgeclip/bench/compare.py: python tests/tools/write_bench_schema.py
+    assert schema == compare_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    document = compare(plan(), launcher=Launches(monkeypatch)).to_dict()
+    validator.validate(document)
+    assert not validator.is_valid({**document, "verdict": "maybe"})
+    assert not validator.is_valid({**document, "launches": []})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -277,17 +307,16 @@ def test_both_sides_handle_the_same_pictures_in_turns(monkeypatch: pytest.Monkey
     assert len(found.a.samples_ms) == len(found.b.samples_ms) == len(found.blocks) * 2 * found.units
 
 
-def test_which_side_is_opened_first_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_the_side_that_is_asked_for_is_opened_first(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     monkeypatch.setattr(child, "_WARM_MS", 0.0)
     log: list[tuple[str, Any]] = []
-    opened = [
-        launch(
-            task_of(Target(), Target(), seed=seed, measure_s=0.0),
-            lambda *_: Recorder("x", log),  # type: ignore[arg-type,return-value]
-        ).opened_first
-        for seed in range(20)
-    ]
-    assert 4 <= opened.count("a") <= 16
+    sides = {1: "a", 2: "b"}
+    found = launch(
+        task_of(Target(), Target(batch=2), opened_first=first, measure_s=0.0),
+        lambda target, _: Recorder(sides[target.batch], log),  # type: ignore[arg-type,return-value]
+    )
+    assert found.opened_first == log[0][0] == first
 
 
 @pytest.mark.parametrize("stage", COMPARED)

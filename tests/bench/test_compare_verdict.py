@@ -67,6 +67,24 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- truth is known
 
 
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("count", [9, 10, 20])
+def test_what_the_first_to_open_has_of_it_cancels_where_orders_are_balanced(count: int) -> None:
+    """Two equal sides, and 4 % for whoever is opened first: the interval keeps its promise, in the middle."""
+    trials = 150
+    rng = np.random.default_rng(count)
+    missed, errors = {"balanced": 0, "free": 0}, {"balanced": 0.0, "free": 0.0}
+    for seed in range(trials):
+        pairs = rng.permuted(np.tile([-1.0, 1.0], (10, 1)), axis=1).reshape(-1)[:count]
+        luck = rng.normal(0, 0.01, count)
+        for name, signs in (("balanced", pairs), ("free", rng.choice([-1.0, 1.0], count))):
+            found = interval(luck + 0.04 * signs, 0.98, seed=seed)
+            missed[name] += not found.low <= 1 <= found.high
+            errors[name] += np.log(found.ratio) ** 2
+    assert missed["balanced"] <= 0.02 * trials
+    assert errors["balanced"] < 0.5 * errors["free"]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_draws")
 @pytest.mark.parametrize("luck", [0.01, 0.04])
