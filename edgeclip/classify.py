@@ -214,8 +214,10 @@ class ZeroShotClassifier:
     ) -> None:
         """Offer these labels from now on; calls that are running finish with the old ones.
 
-        The text tower is opened only for labels whose embeddings are neither in the host cache nor in the
-        bundle's default bank, and closed again unless the classifier keeps it.
+        A change costs what is new in it: the labels of the last sets stay in memory, at most 16,384 beside
+        those in force. The text tower is opened only for labels whose embeddings are neither there nor in
+        the host cache nor in the bundle's default bank, and closed again unless the classifier keeps it.
+        New labels are in force before they are written to the host cache.
 
         Args:
             labels: names, a label set, or a finished bank.
