@@ -12,6 +12,7 @@ for its process, and ends it where something goes wrong.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -133,7 +134,8 @@ def check(plan: LoadGenPlan, on_progress: Callable[[str], None] = lambda said: N
             )
         )
         stack.callback(process.kill)  # before it is waited for; it may have ended by itself
-        with cast("IO[bytes]", process.stdin) as task:
+        # A process that is gone already says why below.
+        with contextlib.suppress(BrokenPipeError), cast("IO[bytes]", process.stdin) as task:
             task.write(msgspec.json.encode(_task(plan, logs)))
         for line in cast("IO[bytes]", process.stdout):
             message = msgspec.json.decode(line, type=Message)
@@ -173,7 +175,8 @@ def _raised(failure: Failure) -> EdgeClipError:
     kind = getattr(errors, failure.kind, None)
     if kind is None:
         return BackendError(f"a call that LoadGen asked for failed: {failure.error}.")
-    error: EdgeClipError = kind(failure.error)
+    # The sentence names the extra already, which the class would put into one of its own.
+    error: EdgeClipError = (EdgeClipError if kind is MissingExtraError else kind)(failure.error)
     return error
 
 

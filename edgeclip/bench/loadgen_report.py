@@ -145,7 +145,7 @@ class LoadGenCheck(Document, frozen=True, kw_only=True):
             f"{self.labels.n:,} labels"
         )
         turns = (
-            f"LoadGen {self.loadgen_version}, {len(first.loadgen)} rounds; a turn takes at least "
+            f"LoadGen {self.loadgen_version}, rounds: {len(first.loadgen)}; a turn takes at least "
             f"{first.min_duration_s:g} s and {first.min_query_count:,} pictures, and is valid by that"
         )
         why = [f"LoadGen says of what is not valid: {reason or 'nothing'}" for reason in reasons]

@@ -28,7 +28,7 @@ from edgeclip.bench.loadgen import LoadGenPlan, check, require_loadgen
 from edgeclip.bench.loadgen_report import LoadGenCheck, loadgen_schema
 from edgeclip.bench.targets import Target
 from edgeclip.bench.workload import picture_files
-from edgeclip.errors import BackendError, ConfigError, InputError, MissingExtraError
+from edgeclip.errors import BackendError, ConfigError, EdgeClipError, InputError, MissingExtraError
 
 needs_loadgen = pytest.mark.skipif(
     importlib.util.find_spec("mlperf_loadgen") is None, reason="MLPerf's LoadGen is not installed"
@@ -176,6 +176,22 @@ def test_what_goes_wrong_in_a_call_is_told_at_once(
     with pytest.raises(kind, match=said):
         check(replace(plan, given=("decoded",), turn_s=600))
     assert time.perf_counter() - began < 60
+
+
+@needs_loadgen
+def test_a_process_that_never_begins_is_an_error(plan: LoadGenPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PROGRAM", "import os; os.close(0); raise SystemExit('it rains')")
+    many = replace(plan, pictures=plan.pictures * 5000)  # more than a pipe holds
+    with pytest.raises(BackendError, match=r"ended with 1 and without a report \(it rains\)"):
+        check(many)
+
+
+@needs_loadgen
+def test_an_engine_that_is_not_installed_is_named(plan: LoadGenPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = '{"type": "failure", "kind": "MissingExtraError", "error": "needs the extra x"}'
+    monkeypatch.setattr(module, "_PROGRAM", f"print({said!r})")
+    with pytest.raises(EdgeClipError, match=r"^needs the extra x$"):
+        check(plan)
 
 
 @needs_loadgen
