@@ -144,13 +144,13 @@ DECISIONS = {
     "ragged tail": ("kept", "a batch that is not full is run as it is"),
     "head as one matmul": ("not kept", "BLAS threads stall beside other work (`benchmarks/head_threads.py`)"),
     "mapped bank": ("not kept", "a bank is small, and equal once it was read"),
-    "no arena": ("low_memory", ""),
-    "no prepacking": ("low_memory", ""),
-    "initializers apart": ("low_memory", ""),
-    "mapped weights": ("not kept", "prepacking copies the weights all the same"),
+    "no arena": ("low_memory", "part of it"),
+    "no prepacking": ("low_memory", "part of it"),
+    "initializers apart": ("low_memory", "part of it"),
+    "mapped weights": ("not yet", "saves a third for float32, costs memory for int8, which is packed anew"),
     "mapped weights, no prepacking": (
         "not kept",
-        "would tie a cached file to `low_memory`, which meets its bar",
+        "calls are slower; `low_memory` meets its bar without",
     ),
     "low_memory": ("option", "less memory for more time"),
 }
