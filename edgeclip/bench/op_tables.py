@@ -14,6 +14,7 @@ __all__ = ["Level", "profile_table", "side_by_side"]
 
 Level = Literal["block", "stage", "kernel"]
 _NOWHERE: Final = "-"
+_DISTURBED: Final = 1.05
 
 
 @dataclass
@@ -155,23 +156,25 @@ def _account(profile: OpProfile) -> list[str]:
     )
     if found < profile.operations:
         return [said, reached, f"kernels name {found / profile.operations:.0%} of these operations"]
-    products_ms = _median_call_ms([entry for entry in profile.ops if entry.operations])
-    others_ms = _median_call_ms([entry for entry in profile.ops if not entry.operations])
+    products_ms = sum(entry.ms for entry in profile.ops if entry.operations)
+    runs_ms = [sum(times) for times in zip(*(entry.samples_ms for entry in profile.ops), strict=True)]
+    walls_ms = profile.timed_wall_samples_ms
+    outside_ms = statistics.median(wall - run for wall, run in zip(walls_ms, runs_ms, strict=True))
     parts = {
         "products at that peak": ideal_ms,
         "what they take beyond it": products_ms - ideal_ms,
-        "other kernels": others_ms,
-        "outside of kernels, and timing them": profile.timed_wall_ms - products_ms - others_ms,
+        "other kernels": profile.kernels_ms - products_ms,
+        "outside of kernels, and timing them": outside_ms,
+        # One kernel or another is interrupted in every call, but not the same: medians do not have it.
+        "interruptions": profile.timed_wall_ms - profile.kernels_ms - outside_ms,
     }
     rows = [(f"  {what}", f"{ms:.2f}", f"{ms / profile.timed_wall_ms:.1%}") for what, ms in parts.items()]
+    alone_ms = profile.kernels_ms + outside_ms
+    if profile.timed_wall_ms > _DISTURBED * alone_ms:
+        reached += f",\n{ideal_ms / alone_ms:.0%} without interruptions"
     return [
         said,
         reached,
         f"where the {profile.timed_wall_ms:.2f} ms go:",
         *aligned(rows, (1, 2)),
     ]
-
-
-def _median_call_ms(ops: Sequence[OpEntry]) -> float:
-    """Return what some kernels take together in a call: what disturbs one of them now and then is in it."""
-    return statistics.median(map(sum, zip(*(entry.samples_ms for entry in ops), strict=True))) if ops else 0.0
