@@ -14,7 +14,7 @@ from .errors import BundleError
 from .runtime.choose import open_tower, unmet
 from .runtime.host import Host
 from .runtime.latency import NO_CLOCK
-from .runtime.rows import run_rows
+from .runtime.rows import run_texts
 from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class TextEncoder:
                     for row in np.flatnonzero(tokens[:, -1] != tokenizer.config.special.pad).tolist():
                         truncated[start + row] = tokenizer.count(batch[row]) > tokenizer.context_length
                 with clock.span("text_tower", batch=len(batch)):
-                    out = run_rows(session, tokens, batch=TEXTS_A_CALL)
+                    lengths = tokenizer.config.lengths(tokens)
+                    out = run_texts(session, tokens, lengths, batch=TEXTS_A_CALL)
                 self.runs += 1
                 if out.shape != (len(batch), self.embed_dim):
                     raise BundleError(

@@ -37,7 +37,7 @@ from edgeclip.words import WordList, split_words
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["SpecialIds", "Tokenizer", "TokenizerConfig", "train_bpe"]
+__all__ = ["SpecialIds", "Tokenizer", "TokenizerConfig", "read_config", "train_bpe"]
 
 _MAX_CONFIG_BYTES = 1 << 16
 _MAX_CONTEXT = 4096
@@ -166,8 +166,23 @@ class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     pooling: Literal["argmax", "last", "mask"]
     languages: tuple[str, ...]
 
+    def lengths(self, tokens: NDArray[np.int32]) -> NDArray[np.intp]:
+        """Return how many tokens of each row ``(n, L)`` say something, at least 1: padding follows."""
+        said = tokens != self.special.pad
+        if self.pooling == "last":
+            return np.full(len(tokens), tokens.shape[1], np.intp)
+        last = tokens.shape[1] - said[:, ::-1].argmax(axis=1)
+        # Where a text ends with the id that fills up, the first one of them is its end.
+        last += self.special.end == self.special.pad
+        return np.where(said.any(axis=1), np.minimum(last, tokens.shape[1]), 1)
 
-def _read_config(data: bytes) -> TokenizerConfig:
+
+def read_config(data: bytes) -> TokenizerConfig:
+    """Return what the content of a ``tokenizer.json`` says.
+
+    Raises:
+        BundleError: it is no tokenizer of schema 1.
+    """
     if len(data) > _MAX_CONFIG_BYTES:
         raise BundleError(f"tokenizer.json: got {len(data)} bytes, expected at most {_MAX_CONFIG_BYTES}.")
     try:
@@ -274,7 +289,7 @@ class Tokenizer:
         Raises:
             BundleError: one of them is damaged or of an unknown schema, or they do not belong together.
         """
-        return cls(_read_config(config), merges_gz, words)
+        return cls(read_config(config), merges_gz, words)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Tokenizer:
@@ -295,7 +310,7 @@ class Tokenizer:
     def clip(cls, context_length: int = 77) -> Tokenizer:
         """Return the tokenizer of OpenAI's CLIP (49,408 ids), equal to open_clip's ``SimpleTokenizer``."""
         directory = Path(__file__).parent / "assets" / "clip"
-        config = _read_config(_read_file(directory / "tokenizer.json", _MAX_CONFIG_BYTES))
+        config = read_config(_read_file(directory / "tokenizer.json", _MAX_CONFIG_BYTES))
         merges = _read_file(directory / "merges.txt.gz", MAX_FILE_BYTES)
         return cls(msgspec.structs.replace(config, context_length=context_length), merges)
 

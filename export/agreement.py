@@ -23,6 +23,7 @@ from edgeclip.runtime.parity import (
     check_tower,
     compare_embeddings,
     compare_logits,
+    run_both_lengths,
 )
 from edgeclip.runtime.rows import run_rows
 from edgeclip.runtime.session import OpenSession, RuntimeOptions, open_session
@@ -81,7 +82,13 @@ def verify_tower(
             _record(spec, tower, yardstick, report)
             return report
         with session:
-            candidate = run_rows(session, _rows(tower, yardstick))
+            if tower == "text":
+                tokens, expected = yardstick.tokens, yardstick.expected.text
+                assert tokens is not None
+                assert expected is not None
+                candidate = run_both_lengths(draft, session, tokens, expected)
+            else:
+                candidate = run_rows(session, _rows(yardstick))
             numbers = _compare(tower, candidate, yardstick)
             missed = _judge(spec, tower, yardstick, gates, numbers, proxy)
             status = "unverified" if reason else "passed"
@@ -150,10 +157,7 @@ def _stand_in(
     return session, f"ONNX Runtime {installed.get('onnxruntime', '')} on this CPU"
 
 
-def _rows(tower: str, yardstick: Yardstick) -> NDArray[Any]:
-    if tower == "text":
-        assert yardstick.tokens is not None
-        return yardstick.tokens
+def _rows(yardstick: Yardstick) -> NDArray[Any]:
     pixels = yardstick.reference.pictures.pixels
     return Preprocess(yardstick.spec).normalize(pixels) if yardstick.spec.applied == "host" else pixels
 

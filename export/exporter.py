@@ -32,6 +32,7 @@ from .calibration_rows import calibration_set
 from .contents import write_contents, write_provenance
 from .options import Checkpoint, Exported, ExportReport, ExportSettings, VariantReport
 from .steps import OnStep, Steps
+from .text_length import graphs_for
 from .variants import VariantSpec
 
 if TYPE_CHECKING:
@@ -285,6 +286,8 @@ def _make(
         # It has learnt with the nearest levels.
         nearest = replace(options.quantization, rounding="nearest")
         options = replace(options, quantization=nearest)
+    tokens = yardstick.tokens
+    graphs = graphs_for(spec, graphs, None if tokens is None else tokens.shape[1])
     with steps(f"{spec.name}: make"):
         request = BuildRequest(
             spec,

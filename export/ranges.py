@@ -38,7 +38,16 @@ def check_rows(graph: onnx.ModelProto, rows: NDArray[np.generic] | None, *, what
     """
     (entry,), _ = tensor_entries(graph)
     shape = entry.shape[1:]
-    if rows is None or rows.dtype.name != entry.dtype or rows.shape[1:] != shape or len(rows) < LEAST_ROWS:
+    fits = (
+        rows is not None
+        and rows.dtype.name == entry.dtype
+        and rows.ndim == len(entry.shape)
+        and all(
+            isinstance(want, str) or want == size for want, size in zip(shape, rows.shape[1:], strict=True)
+        )
+        and len(rows) >= LEAST_ROWS
+    )
+    if rows is None or not fits:
         got = "none" if rows is None else f"{rows.dtype.name} {rows.shape}"
         expected = ", ".join(map(str, shape))
         raise CalibrationError(

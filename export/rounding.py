@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -54,8 +54,10 @@ def rounded_weights(
     products = [node for node in model.graph if node.outputs[0].name in chosen]
     weights = [_name(node.inputs[1]) for node in products]
     readers: dict[Windows, list[ir.Node]] = {}
+    shape = model.graph.inputs[0].shape
+    sizes = {str(name): size for name, size in zip(shape or (), rows.shape, strict=False)}
     for node, weight in zip(products, weights, strict=True):
-        windows = windows_of(node)
+        windows = windows_of(node, sizes)
         if windows is not None and windows.terms <= _MOST_TERMS and weights.count(weight) == 1:
             readers.setdefault(windows, []).append(node)
     found = {}
@@ -66,14 +68,20 @@ def rounded_weights(
     return found
 
 
-def windows_of(node: ir.Node) -> Windows | None:
-    """Return what a product sums up; ``None`` where shapes do not tell."""
+def windows_of(node: ir.Node, sizes: Mapping[str, int]) -> Windows | None:
+    """Return what a product sums up; ``None`` where shapes do not tell.
+
+    Args:
+        node: the product.
+        sizes: that free axes have, by their names.
+    """
     source, weight = node.inputs[0], constant(node.inputs[1])
     assert source is not None
     assert weight is not None
     if source.shape is None:
         return None
-    shape = [size for size in tuple(source.shape)[1:] if isinstance(size, int)]
+    named = [sizes.get(str(size), size) for size in tuple(source.shape)[1:]]
+    shape = [size for size in named if isinstance(size, int)]
     is_known = len(shape) == source.shape.rank() - 1
     if node.op_type != "Conv":
         terms = weight.shape[1 - channel_axis(node)]

@@ -141,7 +141,10 @@ class Source:
             graph = trace_image_tower(self.model.image_tower, self.config, options)
             self.model.image_tower = nn.Identity()
         else:
-            graph = trace_text_tower(self.model.text_tower, self.config.text.context_length, options)
+            text = self.config.text
+            graph = trace_text_tower(
+                self.model.text_tower, text.context_length, options, free_length=text.free_length
+            )
             self.model.text_tower = nn.Identity()
         return apply(graph, shared(), what=f"{tower} tower")
 

@@ -2,7 +2,8 @@
 
 Image graph: ``image`` uint8 ``(B, H, W, 3)`` RGB -> cast, scale, mean and std, transpose, tower, L2 norm ->
 ``image_embedding`` float32 ``(B, E)``. Text graph: ``tokens`` int32 ``(B, L)`` -> ``text_embedding`` float32
-``(B, E)``, unit norm. Batch symbolic, the rest static, opset 20, unless :class:`GraphOptions` say otherwise.
+``(B, E)``, unit norm. Batch symbolic, and ``L`` where padding takes no part in the text tower; the rest
+static, opset 20, unless :class:`GraphOptions` say otherwise.
 
 The graph to export is a wrapper of its own, so that no tower ever asks whether it is being exported. Towers
 are folded in a copy before tracing, and explicit padding goes into the convolutions after it; both are exact.
@@ -35,6 +36,7 @@ from .options import OPSET, OPSETS, GraphOptions
 from .passes import apply, check
 from .passes.fold_padding import FoldPadding
 from .passes.strip_provenance import StripProvenance
+from .text_length import LEAST_LENGTH, LENGTH
 
 __all__ = [
     "OPSET",
@@ -135,7 +137,9 @@ def trace(model: CLIP, config: CLIPConfig, options: GraphOptions = _DEFAULT) -> 
     """
     return TracedTowers(
         trace_image_tower(model.image_tower, config, options),
-        trace_text_tower(model.text_tower, config.text.context_length, options),
+        trace_text_tower(
+            model.text_tower, config.text.context_length, options, free_length=config.text.free_length
+        ),
     )
 
 
@@ -176,16 +180,33 @@ def trace_image_graph(
 
 
 def trace_text_tower(
-    tower: nn.Module, context_length: int, options: GraphOptions = _DEFAULT
+    tower: nn.Module,
+    context_length: int,
+    options: GraphOptions = _DEFAULT,
+    *,
+    free_length: bool = False,
 ) -> onnx.ModelProto:
     """Trace a text tower for rows of ``context_length`` tokens, folded in a copy.
+
+    Args:
+        tower: ``(B, L)`` to ``(B, E)``.
+        context_length: tokens a row, at most.
+        options: a static batch has a static length, too.
+        free_length: let rows be shorter, where the tower gives the same embedding then.
 
     Raises:
         ExportError: the tower cannot be traced or fails the checker.
     """
     graph = TextGraph(reparameterize(tower))
     example = torch.ones(options.static_batch or _EXAMPLE_BATCH, context_length, dtype=torch.int32)
-    return _trace(graph, example, input_name="tokens", output_name="text_embedding", options=options)
+    return _trace(
+        graph,
+        example,
+        input_name="tokens",
+        output_name="text_embedding",
+        options=options,
+        length=context_length if free_length and context_length > LEAST_LENGTH else None,
+    )
 
 
 def trace_module(
@@ -206,9 +227,19 @@ def trace_module(
 
 
 def _trace(
-    graph: nn.Module, example: Tensor, *, input_name: str, output_name: str, options: GraphOptions = _DEFAULT
+    graph: nn.Module,
+    example: Tensor,
+    *,
+    input_name: str,
+    output_name: str,
+    options: GraphOptions = _DEFAULT,
+    length: int | None = None,
 ) -> onnx.ModelProto:
+    """Trace a graph; ``length`` is the most that its second axis may have, where that is free."""
     graph = graph.eval().requires_grad_(False)
+    free = {0: torch.export.Dim("batch", min=1, max=1 << 16)}
+    if length is not None:
+        free[1] = torch.export.Dim(LENGTH, min=LEAST_LENGTH, max=length)
     is_static = options.static_batch is not None
     try:
         with _quiet():
@@ -219,7 +250,7 @@ def _trace(
                 opset_version=max(options.opset, _LEAST_TRACED),
                 input_names=[input_name],
                 output_names=[output_name],
-                dynamic_shapes=None if is_static else ({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
+                dynamic_shapes=None if is_static else (free,),
                 verbose=False,
             )
         assert program is not None
@@ -238,7 +269,7 @@ def _trace(
         model = _fresh(model)
         gc.collect()  # passes leave circles behind that hold the weights
     if not is_static:
-        _name_batch(model)
+        _name_axes(model, free_length=length is not None)
     model.ir_version = _IR_VERSIONS[options.opset]
     check_model(model, what=f"{input_name!r} tower", opset=options.opset)
     return model
@@ -343,15 +374,20 @@ def strip_provenance(model: onnx.ModelProto) -> None:
         part.doc_string = ""
 
 
-def _name_batch(model: onnx.ModelProto) -> None:
-    """Call the first axis of inputs and outputs ``batch``."""
-    for value in (*model.graph.input, *model.graph.output):
-        dim = value.type.tensor_type.shape.dim
-        if not dim or dim[0].WhichOneof("value") == "dim_value":
+def _name_axes(model: onnx.ModelProto, *, free_length: bool) -> None:
+    """Call the first axis of inputs and outputs ``batch``, and a free second one of inputs ``length``."""
+    graph = model.graph
+    axes = [(value, 0, "batch") for value in (*graph.input, *graph.output)]
+    if free_length:
+        axes += [(value, 1, LENGTH) for value in graph.input]
+    for value, axis, name in axes:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) <= axis or dims[axis].WhichOneof("value") == "dim_value":
             raise ExportError(
-                f"{value.name!r}: the exporter made the batch a constant; trace with a batch of 2."
+                f"{value.name!r}: the exporter made the {name} a constant; trace with an example of 2 rows, "
+                "and a network that asks for no size."
             )
-        dim[0].dim_param = "batch"
+        dims[axis].dim_param = name
 
 
 @contextlib.contextmanager

@@ -217,6 +217,11 @@ class TextTransformerConfig:
     embed_dim: int = 512
     projection_bias: bool = False
 
+    @property
+    def free_length(self) -> bool:
+        """Whether padding takes no part in the result, so that rows may be cut behind the end of a text."""
+        return self.attention != "full"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BagTextConfig:
@@ -243,6 +248,11 @@ class BagTextConfig:
     hidden_dim: int = 768
     embed_dim: int = 512
     token_dim: int = 0
+
+    @property
+    def free_length(self) -> bool:
+        """As :attr:`TextTransformerConfig.free_length`: always."""
+        return True
 
 
 ImageConfig: TypeAlias = FastViTConfig | ViTConfig | EfficientNetImageConfig | PosteriorImageConfig

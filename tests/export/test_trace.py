@@ -147,7 +147,7 @@ def test_interface_is_the_documented_one(traced: TracedTowers) -> None:
     assert said == {
         "image": (TensorProto.UINT8, ["batch", SIZE, SIZE, 3]),
         "image_embedding": (TensorProto.FLOAT, ["batch", 16]),
-        "tokens": (TensorProto.INT32, ["batch", 8]),
+        "tokens": (TensorProto.INT32, ["batch", "length"]),
         "text_embedding": (TensorProto.FLOAT, ["batch", 16]),
     }
 
