@@ -22,8 +22,8 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 BAR_MB = 190.0
 MB = 1e6
-# Parts of our own package that are data: the embedded bundle and the demonstration photographs.
-BUNDLE, PHOTOS = "edgeclip/assets/default/", "edgeclip/assets/photos/"
+# Parts of our own package that are data: the embedded bundles and the demonstration photographs.
+BUNDLES, PHOTOS = ("edgeclip/assets/default/", "edgeclip/assets/nano/"), "edgeclip/assets/photos/"
 # Runs in the measured environment, with its Python and nothing but the standard library.
 _LISTING = """
 import importlib.metadata, json
@@ -62,7 +62,18 @@ def measure(wheel: Path, scratch: Path, interpreter: str) -> list[dict[str, Any]
     environment = scratch / "environment"
     run(interpreter, "-m", "venv", environment)
     python = environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, cwd=scratch)
+    constraints = ("-c", REPO / "constraints.txt")  # the versions that every other figure is of
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        *constraints,
+        wheel,
+        cwd=scratch,
+    )
     run(python, "-m", "pip", "check", cwd=scratch)
     rows = [json.loads(line) for line in run(python, "-c", _LISTING, cwd=scratch).splitlines()]
     return [row for row in rows if row["name"].lower() not in ("pip", "setuptools")]
@@ -75,7 +86,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         code = {name: size for name, size in row["sizes"].items() if not name.endswith(".pyc")}
         bytecode += sum(row["sizes"].values()) - sum(code.values())
         if row["name"] == "edgeclip":
-            bundle = sum(size for name, size in code.items() if name.startswith(BUNDLE))
+            bundle = sum(size for name, size in code.items() if name.startswith(BUNDLES))
             photos = sum(size for name, size in code.items() if name.startswith(PHOTOS))
         packages.append(
             {"name": row["name"], "version": row["version"], "mb": round(sum(code.values()) / MB, 2)}
