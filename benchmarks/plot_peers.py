@@ -1,7 +1,7 @@
 """Draw how long a picture takes with each tool, from `results/peers.json`: docs/images/peers.svg.
 
-Two panels: a 12-megapixel JPEG to its label in a process that is warm, and from the start of a process to its
-first label. The tables of docs/peers.md go to standard output.
+Panels: a 12-megapixel JPEG to its label in a process that is warm, and from the start of a process to its
+first label. The tables of README.md and docs/peers.md are put in their places there, between comments.
 
 python benchmarks/peers/jpeg_to_label.py --work ~/peers && python benchmarks/plot_peers.py
 """
@@ -118,16 +118,30 @@ def _text(
 
 
 def main() -> None:
-    """Read the result, write the drawing, print the tables."""
+    """Read the result; write the drawing and the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--target", type=Path, default=TARGET)
     options = parser.parse_args()
     document = json.loads(options.source.read_text(encoding="utf-8"))
     options.target.write_text(draw(document), encoding="utf-8")
-    print(peers_table(document, same_weights=True))
-    print(peers_table(document, same_weights=False))
-    print(bars_table(document))
+    tables = {
+        "same weights": peers_table(document, same_weights=True),
+        "vit": peers_table(document, same_weights=False),
+        "bars": bars_table(document),
+    }
+    for page in (ROOT / "README.md", ROOT / "docs/peers.md"):
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """Return a page with new tables: they stand between ``<!-- peers: NAME -->`` and ``<!-- end -->``."""
+    for name, table in tables.items():
+        start, end = f"<!-- peers: {name} -->", "<!-- end -->"
+        before, found, rest = text.partition(start)
+        if found:
+            text = f"{before}{start}\n{table}{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ asks for on a machine that is ours alone; one subject shows what we do by oursel
     edgeclip data fetch photos
     python benchmarks/peers/jpeg_to_label.py --work ~/peers              # first makes exports and bundles
     python benchmarks/peers/jpeg_to_label.py --work ~/peers --quick      # a smoke run: numbers mean nothing
-    python benchmarks/plot_peers.py                                      # the plot, and the tables on stdout
+    python benchmarks/plot_peers.py                                      # plot, and tables of the pages
 """
 
 from __future__ import annotations
