@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
     from edgeclip.runtime.session import TensorSpec
 
-__all__ = ["example_feeds"]
+__all__ = ["TEXT_LENGTH", "example_feeds"]
 
+TEXT_LENGTH: Final = 16
+"""Tokens of a row where a text tower takes any number: those of a label in a template."""
 _TOKENS: Final = 64  # ids below it are in every vocabulary
 
 
@@ -22,12 +24,15 @@ def example_feeds(inputs: Mapping[str, TensorSpec], batch: int = 1) -> dict[str,
 
     Args:
         inputs: of a session.
-        batch: taken where the tower leaves it open.
+        batch: taken where the tower leaves the first axis open.
     """
     draw = np.random.default_rng(0)
     feeds: dict[str, NDArray[Any]] = {}
     for name, spec in inputs.items():
-        shape = tuple(size if isinstance(size, int) else batch for size in spec.shape)
+        free = (batch, *[TEXT_LENGTH] * (len(spec.shape) - 1))
+        shape = tuple(
+            size if isinstance(size, int) else instead for size, instead in zip(spec.shape, free, strict=True)
+        )
         if np.issubdtype(np.dtype(spec.dtype), np.floating):
             feeds[name] = draw.standard_normal(shape).astype(spec.dtype)
         else:

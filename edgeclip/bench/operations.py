@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from edgeclip.bench.feeds import example_feeds
+from edgeclip.bench.feeds import TEXT_LENGTH, example_feeds
 from edgeclip.errors import BackendError, InputError
 from edgeclip.onnx_files import GraphNode, graph_nodes
 from edgeclip.runtime.session import ModelFiles, TensorSpec, model_files
@@ -250,7 +250,10 @@ def _openvino_products(model: ModelFiles) -> tuple[Product, ...]:
         weights = next((each for each in model.files if each.suffix == ".bin"), None)
         network = openvino.Core().read_model(str(model.model), str(weights or ""))
         shapes = [
-            [1 if size.is_dynamic else size.get_length() for size in port.partial_shape]
+            [
+                size.get_length() if not size.is_dynamic else TEXT_LENGTH if axis else 1
+                for axis, size in enumerate(port.partial_shape)
+            ]
             for port in network.inputs
         ]
         network.reshape(dict(zip(network.inputs, map(openvino.PartialShape, shapes), strict=True)))
