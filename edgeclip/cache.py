@@ -39,7 +39,7 @@ _BUNDLE_FOLDER = re.compile(rf"[0-9a-f]{{16}}|{COMPILED}")
 _HOST_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 # Any file or folder name that every system takes; no leading dot, which marks our own checksums.
 _PART = re.compile(r"[A-Za-z0-9_@+=-][A-Za-z0-9._@+=-]{0,199}")
-_NPY_HEADER_BYTES = 1 << 16
+_NPY_HEADER_BYTES, _READ_BYTES = 1 << 16, 1 << 20
 _TEMPORARY_PREFIX, _SUM_SUFFIX = ".tmp-", ".sum"
 # https://bford.info/cachedir: backup programs leave directories with this file out.
 _TAG_NAME = "CACHEDIR.TAG"
@@ -129,6 +129,22 @@ class HostCache:
             _log.debug("damaged, so ignored: %s", path)
             return None
         return data
+
+    def is_sound(self, name: str) -> bool:
+        """Return whether an entry is there and undamaged, for who maps the file at ``path(name)``."""
+        path = self._path(name)
+        if path is None:
+            return False
+        size_bytes = value = 0
+        try:
+            with path.open("rb", buffering=0) as stream:
+                while data := stream.read(_READ_BYTES):
+                    size_bytes, value = size_bytes + len(data), zlib.crc32(data, value)
+            expected = _sum_path(path).read_bytes()
+        except OSError as error:
+            _log.debug("not cached: %s: %s", path, error)
+            return False
+        return _said(size_bytes, value) == expected
 
     def put(self, name: str, data: bytes | memoryview) -> bool:
         """Replace an entry atomically; return whether it was written.
@@ -234,7 +250,11 @@ def _sum_path(path: Path) -> Path:
 def _checksum(data: bytes | memoryview) -> bytes:
     """Return size and CRC-32: against damage, not against malice, which needs write access here anyway."""
     size_bytes = data.nbytes if isinstance(data, memoryview) else len(data)
-    return f"{size_bytes} {zlib.crc32(data):08x}".encode()
+    return _said(size_bytes, zlib.crc32(data))
+
+
+def _said(size_bytes: int, value: int) -> bytes:
+    return f"{size_bytes} {value:08x}".encode()
 
 
 def _replace(path: Path, data: bytes | memoryview) -> None:

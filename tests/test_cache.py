@@ -34,6 +34,7 @@ def test_entries_come_back(cache: HostCache, root: Path) -> None:
     assert cache.put("engines/image.bin", b"one")
     assert cache.put("engines/image.bin", b"two, longer")
     assert cache.get("engines/image.bin") == b"two, longer"
+    assert cache.is_sound("engines/image.bin")
     assert cache.directory == root / DIGEST[:16] / "host-1"
     assert cache.path("engines", "image.bin").read_bytes() == b"two, longer"  # the plain content, for engines
     cache.remove("engines/image.bin")
@@ -76,6 +77,7 @@ def test_a_damaged_entry_counts_as_absent(cache: HostCache, damage: str) -> None
             path.unlink()
             path.mkdir()
     assert cache.get("x") is None
+    assert not cache.is_sound("x")
     assert cache.map_array("a.npy") is None
 
 

@@ -53,6 +53,7 @@ _DTYPES: Final = {
     "tensor(bool)": "bool",
 }
 _MAX_CACHED_BYTES: Final = 256 << 20
+_MAPPED: Final = "session.use_memory_mapped_ort_model"
 _log = logging.getLogger(__name__)
 _QUIET: Final = 4  # fatal only: what goes wrong arrives as an exception, nothing is printed
 
@@ -226,7 +227,9 @@ class _GraphCache:
     """The optimised graph of one tower on this host, kept beside the bundle's other cached parts.
 
     Optimising an int8 tower is two thirds of the time of opening it. The stored graph is for this machine's
-    kernels, so its name depends on host, engine version and settings. Damage is seen by its checksum.
+    kernels, so its name depends on host, engine version and settings. Damage is seen by its checksum. The
+    file is mapped while it is read. Its weights are copied all the same: used where they lie, they would stay
+    in memory beside the copies that kernels rearrange (docs/experiments.md).
     """
 
     ort: Any
@@ -240,7 +243,7 @@ class _GraphCache:
     ) -> _GraphCache | None:
         """Return the cache for a tower, ``None`` where there is none or it is not worth it."""
         directory = options.cache_dir
-        if directory is None or model.digest is None or providers != (CPU,) or options.low_memory:
+        if directory is None or model.digest is None or providers != (CPU,):
             return None
         if model.model.stat().st_size > _MAX_CACHED_BYTES or not directory.is_dir():
             return None
@@ -256,13 +259,15 @@ class _GraphCache:
 
     def open(self, settings: Any, make: Callable[[str], Any]) -> tuple[Any, bool]:
         """Return a session and whether its graph came from here; keep the graph where it did not."""
-        if self.entries.get(self.name) is not None:
+        if self.entries.is_sound(self.name):
             settings.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            settings.add_session_config_entry(_MAPPED, "1")
             try:
                 return make(str(self.entries.path(self.name))), True
             except Exception:  # made again below
                 _log.debug("the cached graph %s does not load", self.name, exc_info=True)
                 settings.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+                settings.add_session_config_entry(_MAPPED, "0")
         return self._make_and_keep(settings, make), False
 
     def _make_and_keep(self, settings: Any, make: Callable[[str], Any]) -> Any:

@@ -340,12 +340,23 @@ def test_a_cache_that_does_not_exist_or_refuses_costs_nothing_but_time(
         session.run(FEEDS)
 
 
-def test_a_bare_file_and_low_memory_keep_no_graph(
+def test_a_bare_file_keeps_no_graph(tower: TowerFiles, tmp_path: Path, cached: RuntimeOptions) -> None:
+    open_session(tower.model, options=cached).close()
+    assert graphs(tmp_path) == []
+
+
+def test_little_memory_takes_the_same_graph(
     tower: TowerFiles, tmp_path: Path, cached: RuntimeOptions
 ) -> None:
-    open_session(tower.model, options=cached).close()
-    open_session(tower, options=replace(cached, low_memory=True)).close()
-    assert graphs(tmp_path) == []
+    little = replace(cached, low_memory=True)
+    with open_session(tower, options=little) as made, open_session(tower, options=little) as opened:
+        assert "from the cache" not in made.chosen.reason
+        assert "from the cache" in opened.chosen.reason
+        answers = [session.run(FEEDS)["image_embedding"] for session in (made, opened)]
+    np.testing.assert_array_equal(answers[0], answers[1])
+    with open_session(tower, options=cached) as plain:
+        np.testing.assert_allclose(plain.run(FEEDS)["image_embedding"], answers[0], atol=1e-5)
+    assert len(graphs(tmp_path)) == 1
 
 
 def test_a_file_that_does_not_load_fails_with_its_reason_and_leaves_nothing(
