@@ -206,9 +206,9 @@ def load_profiled(model: ModelFiles, options: RuntimeOptions, *, folder: Path) -
         BackendUnavailableError: as :func:`load`.
         BackendError: as :func:`load`.
     """
-    engine = load(model, options, reason="to be profiled")
-    engine.time_layers()
-    return engine
+    loaded = load(model, options, reason="to be profiled")
+    loaded.time_layers()
+    return loaded
 
 
 def _gpu(model: ModelFiles, options: RuntimeOptions) -> Gpu:

@@ -157,7 +157,7 @@ def test_a_bundle_says_what_it_is_and_checks_itself(bundle: Path) -> None:
     (head,) = said["heads"].values()
     assert (head["kind"], head["bank"]) == ("temperature", "everyday")
     entry = said["variants"]["onnx-fp32"]
-    for tower, shape in (("image", ["batch", 64, 64, 3]), ("text", ["batch", 24])):
+    for tower, shape in (("image", ["batch", 64, 64, 3]), ("text", ["batch", "length"])):
         assert entry["towers"][tower]["inputs"][0]["shape"] == shape
         found = entry["parity"][tower]
         assert (found["status"], found["missed"], "basis" in found) == ("passed", {}, False)

@@ -73,13 +73,15 @@ def probe(request: pytest.FixtureRequest, repo: Path) -> tuple[dict[str, Any], d
     from edgeclip.export.calibration_rows import calibration_set
     from edgeclip.export.options import Checkpoint, GraphOptions, References
     from edgeclip.export.source import open_source
+    from edgeclip.export.text_length import fixed_length
 
     source = open_source(Checkpoint(str(repo / "tests/data/probes" / request.param)), threads=2)
     asked = References(calibration_samples=64, calibration_selection="random")
     languages, tokenize = source.tokenizer.config.languages, partial(source.tokenizer, truncate=True)
     chosen = calibration_set(source.preprocess, asked, languages=languages, tokenize=tokenize)
     rows = dict(chosen.rows)
-    return {tower: source.trace(tower, GraphOptions()) for tower in rows}, rows
+    graphs = {tower: source.trace(tower, GraphOptions()) for tower in rows}
+    return {**graphs, "text": fixed_length(graphs["text"], rows["text"].shape[1])}, rows
 
 
 # --- the trained probes

@@ -17,7 +17,7 @@ from edgeclip.runtime.trt import _DTYPES
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", exc_type=ImportError)
 
-SOURCES = ("trt.py", "trt_build.py", "trt_cache.py")
+SOURCES = ("trt.py", "trt_build.py", "trt_cache.py", "trt_profile.py")
 CLASS_OF = {
     "builder": "Builder",
     "network": "INetworkDefinition",
