@@ -95,7 +95,8 @@ def _row(
     value = f"{row['p50'] * factor:.0f} {unit}" if factor == 1 else f"{row['p50'] * factor:.2f} {unit}"
     bare = name.replace(", reduced-scale JPEG", "").replace(", fast decode", "")
     mode = {"full": "full JPEG", "reduced scale": "fast JPEG"}[cell["jpeg"]]
-    said = f"{bare.replace(', ViT-B/32', '')} · {cell['precision']} · {mode}"
+    bare = bare.replace(", ViT-B/32", "")
+    said = " · ".join([bare, *([] if cell["precision"] in bare else [cell["precision"]]), mode])
     colour = OURS if cell["ours"] else OTHERS
     return [
         _text(LEFT - 8, centre + 4, said, INK, 600 if cell["ours"] else 400, anchor="end", size=11.5),
