@@ -129,14 +129,20 @@ DECISIONS = {
         "option",
         "takes cores from others: `RuntimeOptions(spinning=True)`, or `edgeclip tune` decides",
     ),
-    "spinning within a call": ("not kept", "as spinning beside others"),
+    "spinning within a call": (
+        "not kept",
+        "as spinning beside others; light towers wait for threads to wake",
+    ),
     "spinning for 50 µs": ("not kept", "as spinning, with less to gain and to lose"),
-    "optimised graph cached": ("kept", "most of opening a tower"),
-    "compiled blob cached": ("kept", "most of opening a tower"),
+    "optimised graph cached": ("kept", "half of opening a tower"),
+    "compiled blob cached": ("kept", "a tenth of opening a tower"),
     "reduced-scale decode": ("option", "`--fast-decode`: about 3 of 100 first labels change"),
     "crop inside the resize": ("fast decode alone", "moves single levels, so that it is not exact"),
     "reduce by 2 before the resize": ("not kept", "mean difference of pixels five times that of fast decode"),
-    "picture memory kept": ("kept", "pages fetched anew are a third of a full decode; not with `low_memory`"),
+    "picture memory kept": (
+        "kept",
+        "spares new pages where the allocator gives large blocks back; not with `low_memory`",
+    ),
     "pipelined stream": ("kept", "`classify_stream`; the bound is in `benchmarks/overlap.py`"),
     "batches of 2": ("option", "`batch_size`"),
     "batches of 4": ("option", "`batch_size`"),
@@ -147,12 +153,15 @@ DECISIONS = {
     "no arena": ("low_memory", "part of it"),
     "no prepacking": ("low_memory", "part of it"),
     "initializers apart": ("low_memory", "part of it"),
-    "mapped weights": ("not yet", "saves a third for float32, costs memory for int8, which is packed anew"),
+    "mapped weights": (
+        "reading alone",
+        "cached graphs are mapped while they are read; weights used in place stay beside their packed copies",
+    ),
     "mapped weights, no prepacking": (
         "not kept",
         "calls are slower; `low_memory` meets its bar without",
     ),
-    "low_memory": ("option", "less memory for more time"),
+    "low_memory": ("option", "no picture memory kept; of a tower alone it saves nothing here"),
 }
 
 
@@ -510,12 +519,21 @@ def measure(bench: Bench, path: str, photo: Path) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Return the ratios as a Markdown table, with what became of each lever."""
-    lines = ["| lever | measured on | off / on | now | why |", "|---|---|---|---|---|"]
+    """Return the table of docs/experiments.md: levers down, bundles across (heads under the first)."""
+    bundles = [bundle["model"] for bundle in document["bundles"]]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in document["results"]:
-        kept, why = DECISIONS[row["lever"]]
-        told = f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        lines.append(f"| {row['lever']} | {row['subject']}: {row['what']} | {told} | {kept} | {why} |")
+        model = row["subject"].split()[0]
+        told = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        where = row["what"] if model in bundles else f"{row['what']}, {row['subject']}"
+        cells.setdefault((row["lever"], where), {})[model if model in bundles else bundles[0]] = told
+    lines = [
+        f"| lever | off / on of | {' | '.join(bundles)} | now | why |",
+        "|---" * (len(bundles) + 4) + "|",
+    ]
+    for (lever, where), told in cells.items():
+        shown = " | ".join(told.get(bundle, "–") for bundle in bundles)
+        lines.append(f"| {lever} | {where} | {shown} | {' | '.join(DECISIONS[lever])} |")
     return "\n".join(lines)
 
 
