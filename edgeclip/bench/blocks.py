@@ -30,26 +30,13 @@ _WRAPPERS: Final = ("tower.", "backbone.", "trunk.")
 _PARAMETER: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 _STAGE: Final = re.compile(r"(?:.*\.)?stages\.\d+")
 # What neither activates nor mixes: behind it a product is as linear as before.
-_LINEAR: Final = frozenset(
-    {
-        *(
-            "Add",
-            "Cast",
-            "Convert",
-            "DequantizeLinear",
-            "FakeQuantize",
-            "Flatten",
-            "Identity",
-            "QuantizeLinear",
-        ),
-        *("Reshape", "Squeeze", "Transpose", "Unsqueeze"),
-    }
+_QUANTIZES: Final = frozenset({"DequantizeLinear", "FakeQuantize", "QuantizeLinear"})
+_LINEAR: Final = _QUANTIZES | frozenset(
+    {"Add", "Cast", "Convert", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 _SUMS: Final = frozenset({"Add", "Sum"})
 _JOINS: Final = frozenset({"Concat"})
-_CUTS: Final = frozenset(
-    {"DequantizeLinear", "FakeQuantize", "QuantizeLinear", "Slice", "Split", "StridedSlice", "VariadicSplit"}
-)
+_CUTS: Final = _QUANTIZES | frozenset({"Slice", "Split", "StridedSlice", "VariadicSplit"})
 
 
 class Place(NamedTuple):

@@ -20,8 +20,10 @@ __all__ = [
     "Shown",
     "check_output",
     "command_line",
+    "labels_asked",
     "pictures_of",
     "show_document",
+    "sources_of",
     "workload_of",
 ]
 
