@@ -129,8 +129,7 @@ class BundleLabels:
             BundleError: labels must be encoded, and the bundle has no text tower.
         """
         name = self._bank_like(labels)
-        if templates is None:
-            templates = self._templates_of(name)
+        templates = templates or self._templates_of(name)
         if self._encoder is None:
             use(self._without_text_tower(labels, templates, name))
             return
@@ -153,6 +152,10 @@ class BundleLabels:
             finally:
                 self._leave_text_tower()
             self._remember(bank)
+
+    def templates_for(self, labels: LabelSet) -> Templates:
+        """Return the templates of the bundle's own bank of the labels' language."""
+        return self._templates_of(self._bank_like(labels))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return embeddings of texts as they stand, and which of them were cut.

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast, overload
 
 import numpy as np
 
+from .answers import Answer, Answers, InForce, Prediction, Rejection, in_context, of_bank, of_few_shot
 from .bundle import Bundle
 from .bundle_labels import BundleLabels
 from .decode_ahead import Decoded, decode_ahead
 from .errors import BackendError, BundleError, ConfigError, EdgeClipError, InputError
-from .heads import Head, rank, temperature_head
+from .heads import temperature_head
 from .label_sets import Label, LabelSet, Templates
 from .labels import BankProgress, LabelBank
 from .picture_memory import PictureMemory
@@ -42,31 +43,20 @@ from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .few_shot import FewShotHead
     from .preprocess import Channels, ImageSource
+    from .reject import Gate
     from .runtime.choose import VariantChoice
     from .runtime.latency import Clock
     from .runtime.session import OpenSession, Placement
 
-__all__ = ["Embedded", "Outcome", "Prediction", "ZeroShotClassifier"]
+__all__ = ["Answer", "Answers", "Embedded", "Outcome", "Prediction", "Rejection", "ZeroShotClassifier"]
 
+_PLAIN = Answers()
+_NOTHING = Answer(())
 _CALL_BATCH = (
     8  # pictures a tower call when a list is classified: more costs memory and gains nothing on a CPU
 )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One label offered for one picture.
-
-    Attributes:
-        label: name of the label.
-        score: what the head made of all similarities; for the temperature head the softmax over the labels.
-        similarity: cosine of picture and label.
-    """
-
-    label: str
-    score: float
-    similarity: float
 
 
 @dataclass(frozen=True)
@@ -75,10 +65,11 @@ class Outcome:
 
     Attributes:
         source: the picture as it was given.
-        predictions: best first; empty when there is an error.
+        predictions: best first; empty when there is an error, or when no label fits and that was asked.
         error: why this picture could not be classified.
         timing_ms: stages of this picture, batched ones divided by the batch; ``None`` without a clock.
         batch: pictures that shared the tower call.
+        rejection: whether any label fits; ``None`` where that was not asked.
     """
 
     source: Any
@@ -86,6 +77,7 @@ class Outcome:
     error: EdgeClipError | None
     timing_ms: Mapping[str, float] | None
     batch: int
+    rejection: Rejection | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +91,6 @@ class Embedded:
     batch: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Active:
-    """The labels in force: one object, so that a swap is one assignment."""
-
-    bank: LabelBank
-    names: tuple[str, ...]
-    embeddings: NDArray[np.float32]
-    head: Head
-
-
 class ZeroShotClassifier:
     """Classify pictures against labels that may change at run time.
 
@@ -118,6 +100,7 @@ class ZeroShotClassifier:
     Attributes:
         bundle: the bundle.
         choice: the variant in use, and why this one.
+        answers: what is asked of each picture.
     """
 
     def __init__(
@@ -129,17 +112,19 @@ class ZeroShotClassifier:
         preprocess: Preprocess,
         options: RuntimeOptions,
         keep_text_tower: bool,
+        answers: Answers,
         clock: Clock,
     ) -> None:
         self.bundle = bundle
         self.choice = choice
+        self.answers = answers
         self._session = session
         self._preprocess = preprocess
         self._exact = Preprocess(preprocess.spec) if preprocess.fast_decode else preprocess
         wanted = choice.options_for(options, "image")
         self._memory = None if wanted.low_memory else PictureMemory()
         self._clock = clock
-        self._active: _Active | None = None
+        self._active: InForce | None = None
         self._labels = BundleLabels(
             bundle, choice.variant, choice.options_for(options, "text"), keep_text_tower, clock
         )
@@ -162,6 +147,7 @@ class ZeroShotClassifier:
         keep_text_tower: bool = False,
         options: RuntimeOptions = DEFAULT_OPTIONS,
         fast_decode: bool = False,
+        answers: Answers = _PLAIN,
         clock: Clock = NO_CLOCK,
     ) -> ZeroShotClassifier:
         """Open a bundle for classification; its default labels are in force until others are set.
@@ -175,6 +161,7 @@ class ZeroShotClassifier:
             options: backend, device, threads.
             fast_decode: decode large JPEGs at reduced scale: faster, similarities move in the third digit.
                 Embeddings are exact whatever is chosen here.
+            answers: what is asked of each picture, beside which label fits best.
             clock: where stages are timed.
 
         Raises:
@@ -200,6 +187,7 @@ class ZeroShotClassifier:
             preprocess=Preprocess(opened.manifest.preprocess, fast_decode=fast_decode),
             options=options,
             keep_text_tower=keep_text_tower,
+            answers=answers,
             clock=clock,
         )
 
@@ -227,17 +215,27 @@ class ZeroShotClassifier:
 
         Raises:
             InputError: a label is empty, overlong or repeated; a bank of another embedding space.
-            ConfigError: templates that are unknown or have no place for the label.
+            ConfigError: templates that are unknown or have no place for the label; contexts for a finished
+                bank; rejection, and the bundle brings nothing to judge by.
             BundleError: labels that must be encoded, and the bundle has no text tower.
         """
         self._check_usable()
         if isinstance(labels, LabelBank):
+            if self.answers.context:
+                raise ConfigError(
+                    "context: a finished label bank has no texts to put into a context. Pass the labels "
+                    "themselves."
+                )
             self._activate(labels, None)
             return
         checked = LabelSet.of(labels)
         chosen = None if templates is None else Templates.of(templates)
         with self._lock:
-            self._labels.build(checked, chosen, lambda bank: self._activate(bank, None), on_progress)
+            if self.answers.context:
+                chosen = chosen or self._labels.templates_for(checked)
+                self._activate_in_contexts(checked, chosen, None, on_progress)
+            else:
+                self._labels.build(checked, chosen, lambda bank: self._activate(bank, None), on_progress)
 
     def set_bundle_labels(self, language: str | None = None) -> None:
         """Offer the labels the bundle brings: its default ones, or those in a language such as ``"zh"``.
@@ -252,21 +250,52 @@ class ZeroShotClassifier:
                 f"{self.bundle.where}: has no default labels; call set_labels() or pass --labels."
             )
         with self._lock:
-            self._activate(self._labels.bank(name), name)
+            bank = self._labels.bank(name)
+            if self.answers.context:
+                self._activate_in_contexts(bank.labels, bank.templates, name)
+            else:
+                self._activate(bank, name)
+
+    def set_head(self, head: FewShotHead | str | os.PathLike[str]) -> None:
+        """Answer with a head fitted on pictures, or its file, in place of labels; see `edgeclip heads fit`.
+
+        Raises:
+            InputError: the file cannot be read, or was fitted in another embedding space.
+            ConfigError: contexts are asked for, which a head has no texts for; or rejection, and the head
+                was fitted without.
+        """
+        from .few_shot import FewShotHead
+
+        self._check_usable()
+        fitted = head if isinstance(head, FewShotHead) else FewShotHead.open(head)
+        self._check_space("head", fitted.space, fitted.weights.shape[1])
+        if self.answers.context:
+            raise ConfigError("context: a head fitted on pictures has no texts to put into a context.")
+        if self.answers.gated:
+            raise ConfigError("a head fitted on pictures gives one of its classes: ask without rejection.")
+        self._active = of_few_shot(fitted, self.answers, None)
 
     @property
     def bank(self) -> LabelBank:
         """The labels in force and their embeddings.
 
         Raises:
-            ConfigError: no labels were set and the bundle brings none.
+            ConfigError: no labels were set and the bundle brings none; or a head answers in their place.
         """
-        return self._labels_in_force().bank
+        bank = self._labels_in_force().bank
+        if bank is None:
+            raise ConfigError("a head fitted on pictures is in force, which has no label bank; see labels.")
+        return bank
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What may be predicted."""
+        return self._labels_in_force().names
 
     @property
     def score_kind(self) -> str:
         """What ``Prediction.score`` is: ``"softmax"`` for the temperature head."""
-        return self._labels_in_force().head.score_kind
+        return self._labels_in_force().score_kind
 
     @property
     def placement(self) -> Placement:
@@ -319,7 +348,8 @@ class ZeroShotClassifier:
             channels: order of the colours in arrays.
 
         Returns:
-            Predictions, best first; for an iterable one such list a picture.
+            Predictions, best first; for an iterable one such list a picture. It is empty for a picture that
+            shows none of the labels, where that is asked (``answers``).
 
         Raises:
             InputError: a picture cannot be read; that ends the call (:meth:`classify_stream` goes on).
@@ -327,29 +357,54 @@ class ZeroShotClassifier:
         """
         active, top_k = self._labels_in_force(), _checked_top_k(top_k)
         if self._is_ready(images, channels) and len(images) <= _CALL_BATCH:
-            return self._predict(self._embed(images), active, top_k)
+            return [list(each.predictions) for each in self._said(self._embed(images), active, top_k)]
         if _is_one(images):
             pixels = self._pixels(images, channels, self._preprocess)
-            return self._predict(self._embed(pixels[None]), active, top_k)[0]
+            return list(self._said(self._embed(pixels[None]), active, top_k)[0].predictions)
         results: list[list[Prediction]] = []
         for batch in self._batches(images, channels, self._preprocess):
-            results += self._predict(self._embed(batch), active, top_k)
+            results += [list(each.predictions) for each in self._said(self._embed(batch), active, top_k)]
         return results
 
+    def answer(self, embeddings: NDArray[np.float32], *, top_k: int = 5) -> list[Answer]:
+        """Return what the labels in force say of unit embeddings ``(B, E)`` of pictures.
+
+        Raises:
+            InputError: another shape or dtype.
+            BackendError: the classifier is closed, or the process was forked.
+        """
+        active, top_k = self._labels_in_force(), _checked_top_k(top_k)
+        width = self.bundle.manifest.model.embed_dim
+        if embeddings.ndim != 2 or embeddings.shape[1] != width or embeddings.dtype != np.float32:
+            raise InputError(
+                f"embeddings: got {embeddings.dtype} {embeddings.shape}, expected float32 (B, {width})."
+            )
+        return self._said(embeddings, active, top_k)
+
     def embed_images(
-        self, images: ImageSource | Iterable[ImageSource], *, channels: Channels = "rgb"
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        *,
+        channels: Channels = "rgb",
+        exact: bool = True,
     ) -> NDArray[np.float32]:
-        """Return unit embeddings, ``(E,)`` for one picture and ``(B, E)`` for an iterable; always exact.
+        """Return unit embeddings, ``(E,)`` for one picture and ``(B, E)`` for an iterable.
+
+        Args:
+            images: as :meth:`classify` takes them.
+            channels: order of the colours in arrays.
+            exact: whatever was said of ``fast_decode``; otherwise as that says.
 
         Raises:
             InputError: a picture cannot be read.
             BackendError: the tower failed, the classifier is closed, or the process was forked.
         """
         self._check_usable()
+        preprocess = self._exact if exact else self._preprocess
         if _is_one(images):
-            single: NDArray[np.float32] = self._embed(self._pixels(images, channels, self._exact)[None])[0]
+            single: NDArray[np.float32] = self._embed(self._pixels(images, channels, preprocess)[None])[0]
             return single
-        rows = [self._embed(batch) for batch in self._batches(images, channels, self._exact)]
+        rows = [self._embed(batch) for batch in self._batches(images, channels, preprocess)]
         return (
             np.concatenate(rows) if rows else np.empty((0, self.bundle.manifest.model.embed_dim), np.float32)
         )
@@ -407,22 +462,19 @@ class ZeroShotClassifier:
         for group in self._stream(images, channels, batch_size, workers, ready, self._preprocess):
             began = perf_counter_ns()
             good = [item for item in group if item.embedding is not None]
-            rows: Iterator[list[Prediction]] = iter(())
+            said: Iterator[Answer] = iter(())
             if good:
-                rows = iter(
-                    self._predict(np.stack([cast("Any", item.embedding) for item in good]), active, top_k)
+                said = iter(
+                    self._said(np.stack([cast("Any", item.embedding) for item in good]), active, top_k)
                 )
             head_ms = (perf_counter_ns() - began) / 1e6 / max(len(good), 1)
             for item in group:
                 timing_ms = (
                     {**(item.timing_ms or {}), "head": head_ms} if timed and item.error is None else None
                 )
+                answer = next(said) if item.error is None else _NOTHING
                 yield Outcome(
-                    item.source,
-                    tuple(next(rows)) if item.error is None else (),
-                    item.error,
-                    timing_ms,
-                    item.batch,
+                    item.source, answer.predictions, item.error, timing_ms, item.batch, answer.rejection
                 )
 
     def embed_stream(
@@ -521,24 +573,20 @@ class ZeroShotClassifier:
         embeddings: NDArray[np.float32] = self._session.run({self._input: feed})[self._output]
         return embeddings
 
-    def _predict(
-        self, embeddings: NDArray[np.float32], active: _Active, top_k: int
-    ) -> list[list[Prediction]]:
+    def _said(self, embeddings: NDArray[np.float32], active: InForce, top_k: int) -> list[Answer]:
         if self._clock is NO_CLOCK:
-            return self._answers(embeddings, active, top_k)
+            return self._numbers(active.answer(embeddings, top_k))
         with self._clock.span("head", batch=len(embeddings)):
-            return self._answers(embeddings, active, top_k)
+            return self._numbers(active.answer(embeddings, top_k))
 
-    def _answers(
-        self, embeddings: NDArray[np.float32], active: _Active, top_k: int
-    ) -> list[list[Prediction]]:
-        ranking = rank(embeddings, active.embeddings, active.head, top_k=top_k)
-        if any(best[0][0] != best[0][0] for best in ranking):  # not a number
-            raise BackendError(
-                f"{self.bundle.where}: the image tower gave no numbers; run `edgeclip verify`."
-            )
-        names = active.names
-        return [[Prediction(names[row], score, cosine) for cosine, row, score in best] for best in ranking]
+    def _numbers(self, answers: list[Answer]) -> list[Answer]:
+        """Return the answers, which a tower that gives no numbers has none of."""
+        for each in answers:
+            if each.is_nan:
+                raise BackendError(
+                    f"{self.bundle.where}: the image tower gave no numbers; run `edgeclip verify`."
+                )
+        return answers
 
     def _stream(
         self,
@@ -594,7 +642,7 @@ class ZeroShotClassifier:
         if self._closed:
             raise BackendError("this classifier is closed. Open it again with ZeroShotClassifier.open().")
 
-    def _labels_in_force(self) -> _Active:
+    def _labels_in_force(self) -> InForce:
         active = self._active
         if active is not None and not self._closed and os.getpid() == self._process:
             return active
@@ -602,21 +650,51 @@ class ZeroShotClassifier:
         with self._lock:
             if self._active is None:
                 self.set_bundle_labels()
-            return cast("_Active", self._active)
+            return cast("InForce", self._active)
 
-    def _activate(self, bank: LabelBank, name: str | None) -> None:
+    def _activate(self, bank: LabelBank, name: str | None, contexts: Sequence[LabelBank] = ()) -> None:
+        self._check_space("label bank", bank.space, bank.embeddings.shape[1])
+        head = temperature_head(self.bundle, name)
+        gate = self._gate(bank, head.scale) if self.answers.gated else None
+        self._active = of_bank(bank, head, self.answers, gate, contexts)
+
+    def _activate_in_contexts(
+        self,
+        labels: LabelSet,
+        templates: Templates,
+        name: str | None,
+        on_progress: Callable[[BankProgress], None] | None = None,
+    ) -> None:
+        """Offer labels as they are and in each context."""
+        banks: list[LabelBank] = []
+        for texts in (templates, *(in_context(templates, phrase) for phrase in self.answers.context)):
+            self._labels.build(labels, texts, banks.append, on_progress)
+        self._activate(banks[0], name, banks[1:])
+
+    def _gate(self, bank: LabelBank, scale: float) -> Gate:
+        from .reject import open_gate
+
+        background = self.bundle.manifest.background_bank
+        return open_gate(
+            self.bundle,
+            bank,
+            scale=scale,
+            threshold=self.answers.threshold,
+            background=None if background is None else self._labels.bank(background),
+        )
+
+    def _check_space(self, what: str, space: str, width: int) -> None:
         model = self.bundle.manifest.model
-        if bank.space not in ("", model.embedding_space):
+        if space not in ("", model.embedding_space):
             raise InputError(
-                f"label bank of embedding space {bank.space[:12]!r}, but {self.bundle.where} is of "
-                f"{model.embedding_space[:12]!r}. Build the bank with this bundle."
+                f"{what} of embedding space {space[:12]!r}, but {self.bundle.where} is of "
+                f"{model.embedding_space[:12]!r}. Build it with this bundle."
             )
-        if bank.embeddings.shape[1] != model.embed_dim:
+        if width != model.embed_dim:
             raise InputError(
-                f"label bank of {bank.embeddings.shape[1]} dimensions, but {self.bundle.where} has "
-                f"{model.embed_dim}. Build the bank with this bundle."
+                f"{what} of {width} dimensions, but {self.bundle.where} has {model.embed_dim}. Build it with "
+                "this bundle."
             )
-        self._active = _Active(bank, bank.names, bank.embeddings, temperature_head(self.bundle, name))
 
 
 class _Knows:

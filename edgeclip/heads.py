@@ -1,7 +1,12 @@
-"""Heads turn embeddings into answers: here the temperature head of zero-shot classification.
+"""Heads turn embeddings into answers: what ranks labels, and what their scores mean.
 
-A head is given the similarities ``(B, N)`` of pictures and labels and scores some of them; it says what its
-scores are (``score_kind``). Ranking is shared. Heads know no labels and no pictures.
+A head comes with rows ``(R, E)`` that embeddings are multiplied with. Of the products ``(B, R)`` it makes a
+similarity for each label ``(B, N)``, and of these the scores; it says what they are (``score_kind``). Ranking
+is shared. Heads know no names and no pictures.
+
+* :class:`TemperatureHead`: zero-shot. A row a label; similarity is the cosine.
+* :class:`ContextHead`: zero-shot in several contexts. A row for each pair of context and label.
+* :class:`LinearHead`: fitted on pictures. A row a class; similarity is the logit.
 """
 
 from __future__ import annotations
@@ -21,7 +26,16 @@ if TYPE_CHECKING:
 
     from .bundle import Bundle
 
-__all__ = ["Head", "TemperatureHead", "cosines", "rank", "temperature_head"]
+__all__ = [
+    "ContextHead",
+    "Head",
+    "LinearHead",
+    "TemperatureHead",
+    "best_of",
+    "cosines",
+    "rank",
+    "temperature_head",
+]
 
 MAX_SCALE = 100.0
 """Largest multiplier of cosines, as CLIP clips it (Radford et al. 2021, §2.5)."""
@@ -34,11 +48,15 @@ _SORTED_WHOLE = 256
 
 
 class Head(Protocol):
-    """What turns similarities into scores."""
+    """What turns products with its rows into similarities, and these into scores."""
 
     @property
     def score_kind(self) -> str:
         """What the scores are, as JSON output names it."""
+        ...
+
+    def similarity(self, products: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what labels are ranked by, ``(B, N)``, of the products ``(B, R)``."""
         ...
 
     def __call__(self, similarity: NDArray[np.float32], best: Sequence[float]) -> list[float]:
@@ -73,6 +91,10 @@ class TemperatureHead:
         """``"softmax"``."""
         return "softmax"
 
+    def similarity(self, products: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the products, which are cosines, as they are."""
+        return products
+
     def __call__(self, similarity: NDArray[np.float32], best: Sequence[float]) -> list[float]:
         """Return the softmax of ``scale · similarity`` over all ``(N,)``, for the best ones."""
         scale = self.scale
@@ -81,6 +103,69 @@ class TemperatureHead:
             return [math.nan] * len(best)
         total = float(np.exp(similarity * scale, dtype=np.float64).sum())
         return [math.exp(scale * each) / total for each in best]
+
+
+@dataclass(frozen=True)
+class ContextHead(TemperatureHead):
+    """Softmax over labels that were offered in several contexts: which context is inferred, then the label.
+
+    The context ``z`` of a picture ``x`` is not asked for but inferred, and labels are compared in it (An et
+    al. 2024, "PerceptionCLIP")::
+
+        p(z | x) ∝ Σ_y exp(scale · cos(x, y in z) / smoothing)
+        p(y | x) = Σ_z p(z | x) · softmax_y(scale · cos(x, y in z))
+
+    The similarity of a label is ``log p(y | x) / scale``, moved so that the best label has the mean of its
+    cosines in all contexts, weighted by ``p(z | x)``: differences are those of cosines.
+
+    Args:
+        scale: multiplier of the cosines.
+        contexts: K; the rows are ``(K · N, E)``, all labels in the first context first.
+        smoothing: temperature at which the context is inferred, above 0; larger trusts it less.
+    """
+
+    contexts: int = 1
+    smoothing: float = 1.0
+
+    def similarity(self, products: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return ``(B, N)`` of the cosines ``(B, K · N)``."""
+        pictures = len(products)
+        cosine = products.reshape(pictures, self.contexts, -1).astype(np.float64)
+        logits = self.scale * cosine
+        context = _log_sum_exp(logits / self.smoothing)
+        context -= _log_sum_exp(context[..., None], axis=1)
+        within = logits - _log_sum_exp(logits)[..., None]
+        likely = _log_sum_exp(context[..., None] + within, axis=1)  # log p(y | x), (B, N)
+        best = likely.argmax(axis=1)
+        mean = (np.exp(context) * cosine[np.arange(pictures), :, best]).sum(axis=1)
+        moved = (likely - likely.max(axis=1, keepdims=True)) / self.scale + mean[:, None]
+        return np.asarray(moved, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """Softmax over classes of a linear layer, as it was fitted on pictures (:mod:`edgeclip.few_shot`).
+
+    Args:
+        bias: ``(C,)`` added to the products with the layer's ``(C, E)``.
+    """
+
+    bias: NDArray[np.float32]
+
+    @property
+    def score_kind(self) -> str:
+        """``"linear"``."""
+        return "linear"
+
+    def similarity(self, products: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits ``(B, C)``."""
+        return products + self.bias
+
+    def __call__(self, similarity: NDArray[np.float32], best: Sequence[float]) -> list[float]:
+        """Return the softmax of the logits ``(C,)``, for the best ones."""
+        highest = best[0]
+        total = float(np.exp(similarity - highest, dtype=np.float64).sum())
+        return [math.exp(each - highest) / total for each in best]
 
 
 def cosines(embeddings: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -102,8 +187,8 @@ def rank(
 
     Args:
         embeddings: ``(B, E)`` float32, unit rows.
-        bank: ``(N, E)`` float32, unit rows.
-        head: what scores the similarities.
+        bank: ``(R, E)`` float32, the head's rows.
+        head: what makes similarities of products, and scores of these.
         top_k: at least 1.
 
     Returns:
@@ -112,8 +197,14 @@ def rank(
 
     Costs N dot products and two passes over ``(B, N)`` (``benchmarks/label_count.py``).
     """
-    similarity = cosines(embeddings, bank)  # (B, N)
-    count = bank.shape[0]
+    return best_of(head.similarity(cosines(embeddings, bank)), head, top_k=top_k)
+
+
+def best_of(
+    similarity: NDArray[np.float32], head: Head, *, top_k: int = 5
+) -> list[list[tuple[float, int, float]]]:
+    """Return the ``top_k`` labels of each picture by similarity ``(B, N)``; see :func:`rank`."""
+    count = similarity.shape[1]
     k = min(top_k, count)
     # As few functions of numpy's and our own as possible: a tower has just emptied the caches, and
     # the code of each is fetched from memory again. It is most of what the facade costs a single picture.
@@ -136,6 +227,12 @@ def _partitioned(similarity: NDArray[np.float32], k: int) -> list[list[int]]:
         [column for _, column in sorted([(-row.item(column), column) for column in columns])]
         for row, columns in zip(similarity, candidates, strict=True)
     ]
+
+
+def _log_sum_exp(values: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    highest = values.max(axis=axis, keepdims=True)
+    total: NDArray[np.float64] = np.log(np.exp(values - highest).sum(axis=axis)) + highest.squeeze(axis)
+    return total
 
 
 def temperature_head(bundle: Bundle, bank: str | None) -> TemperatureHead:

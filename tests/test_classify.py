@@ -139,7 +139,7 @@ def test_bad_pictures_are_input_errors(classifier: ZeroShotClassifier, source: A
 def test_a_tower_that_gives_no_numbers_is_said(classifier: ZeroShotClassifier) -> None:
     nothing = np.full((1, EMBED_DIM), np.nan, np.float32)
     with pytest.raises(BackendError, match="gave no numbers"):
-        classifier._predict(nothing, classifier._labels_in_force(), 2)
+        classifier.answer(nothing)
 
 
 # -- embeddings --------------------------------------------------------------------------------------------

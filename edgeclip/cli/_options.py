@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from edgeclip.answers import Answers
     from edgeclip.calibration.dataset import Method
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.data import Sample
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA",
+    "AnswerChoice",
     "Int8Choice",
     "LabelChoice",
     "ModelChoice",
     "Notes",
     "Pictures",
+    "answer_options",
     "bundle_directory",
     "cache_dir_option",
     "int8_options",
@@ -126,6 +129,40 @@ def label_options(command: _Command) -> _Command:
             ),
             click.option(
                 "--language", metavar="CODE", help="Use the aliases of the labels in this language."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def answer_options(command: _Command) -> _Command:
+    """Add the options that say what is asked of each picture."""
+    for option in reversed(
+        (
+            click.option(
+                "--head",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="Answer with a head from 'heads fit' in place of labels.",
+            ),
+            click.option(
+                "--reject", is_flag=True, help="Give no label to pictures that show none of those offered."
+            ),
+            click.option(
+                "--multi", is_flag=True, help="Judge each label by itself: none, one or several may fit."
+            ),
+            click.option(
+                "--threshold",
+                type=float,
+                metavar="SCORE",
+                help="Score from which a label fits, with --reject or --multi.  [default: the bundle's]",
+            ),
+            click.option(
+                "--context",
+                metavar="A,B,…",
+                help="Where and how pictures may have been taken, as in 'on snow,at night,a blurred {}': "
+                "each picture's context is inferred first.",
             ),
         )
     ):
@@ -278,6 +315,43 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
+class AnswerChoice:
+    """What :func:`answer_options` were given."""
+
+    head: Path | None
+    reject: bool
+    multi: bool
+    threshold: float | None
+    context: str | None
+
+    def check(self, labels: LabelChoice) -> None:
+        """Refuse combinations that mean nothing, before anything heavy is loaded."""
+        if self.reject and self.multi:
+            raise click.UsageError("--reject and --multi cannot be given together; --multi rejects, too.")
+        if self.threshold is not None and not (self.reject or self.multi):
+            raise click.UsageError("--threshold needs --reject or --multi.")
+        if self.head is None:
+            return
+        if labels.is_given or labels.templates or labels.language:
+            raise click.UsageError("--head brings its own classes; leave out labels, templates and language.")
+        if self.context is not None:
+            raise click.UsageError("--context needs labels; a head has no texts to put into a context.")
+
+    def answers(self) -> Answers:
+        """Return what is asked of each picture.
+
+        Raises:
+            ConfigError: a context is empty or repeated.
+        """
+        from edgeclip.answers import Answers
+
+        phrases = [] if self.context is None else self.context.replace("，", ",").split(",")
+        if len(phrases) > 1 and not phrases[-1].strip():
+            phrases.pop()  # a trailing comma is no context
+        return Answers(self.reject, self.multi, self.threshold, tuple(each.strip() for each in phrases))
+
+
+@dataclass(frozen=True)
 class LabelChoice:
     """What :func:`label_options` were given."""
 
@@ -288,7 +362,7 @@ class LabelChoice:
 
     def check(self, *, required: bool = False) -> None:
         """Refuse combinations that mean nothing, before anything heavy is loaded."""
-        given = self.labels is not None or self.label_file is not None
+        given = self.is_given
         if self.labels is not None and self.label_file is not None:
             raise click.UsageError("--labels and --label-file cannot be given together.")
         if required and not given:
@@ -297,6 +371,11 @@ class LabelChoice:
             raise click.UsageError("--templates needs --labels or --label-file.")
         if self.is_bank and (self.templates or self.language):
             raise click.UsageError("a label bank brings its own templates and language.")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there are any; otherwise the bundle's are offered."""
+        return self.labels is not None or self.label_file is not None
 
     @property
     def is_bank(self) -> bool:

@@ -60,7 +60,7 @@ class Lines:
             return  # said on stderr
         name = click.style(key, bold=True)
         if not kept:
-            self._write(f"{name}\n  (no label scored high enough)")
+            self._write(f"{name}\n  ({_why_none(outcome)})")
         else:
             rows = [f"  {each.score:6.1%}  {_label(each, first=not i)}" for i, each in enumerate(kept)]
             self._write("\n".join([name, *rows]))
@@ -72,6 +72,13 @@ class Lines:
 
     def _write(self, text: str) -> None:
         click.echo(text, file=self._stream)
+
+
+def _why_none(outcome: Outcome) -> str:
+    asked = outcome.rejection
+    if asked is None or outcome.predictions:
+        return "no label scored high enough"
+    return f"none of the labels: {asked.score:.3g}, of the {asked.threshold:.3g} that is needed"
 
 
 def _label(prediction: Prediction, *, first: bool) -> str:
@@ -120,7 +127,7 @@ class JsonDocument:
             "backend": placement.backend,
             "device": placement.device,
             "threads": placement.threads,
-            "labels": len(classifier.bank),
+            "labels": len(classifier.labels),
             "results": self._results,
             "pictures": summary.pictures,
             "failed": summary.failed,
@@ -179,6 +186,12 @@ def picture_object(key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> 
             for each in kept
         ],
     }
+    if outcome.rejection is not None:
+        document["rejected"] = outcome.rejection.rejected
+        document["rejection"] = {
+            "score": _rounded(outcome.rejection.score),
+            "threshold": _rounded(outcome.rejection.threshold),
+        }
     if outcome.timing_ms is not None:
         document["timing_ms"] = {
             **{stage: round(ms, 4) for stage, ms in outcome.timing_ms.items()},

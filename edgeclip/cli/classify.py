@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from ._options import (
+    AnswerChoice,
     LabelChoice,
     ModelChoice,
     Notes,
     Pictures,
+    answer_options,
     bundle_directory,
     label_options,
     model_options,
@@ -36,6 +38,7 @@ _FAST_DECODE = False
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @model_options
 @label_options
+@answer_options
 @click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="Labels a picture.")
 @click.option(
     "--min-confidence",
@@ -79,6 +82,11 @@ def classify(
     label_file: Path | None,
     templates: str | None,
     language: str | None,
+    head: Path | None,
+    reject: bool,
+    multi: bool,
+    threshold: float | None,
+    context: str | None,
     top_k: int,
     min_confidence: float,
     batch_size: int | None,
@@ -91,14 +99,17 @@ def classify(
     """Classify pictures, and folders of them, against labels of your choice.
 
     Without labels the bundle's own are offered. Results come as they are ready, in the order of the pictures.
-    A picture that cannot be read is reported, the others go on, and the exit code is 1.
+    A picture that cannot be read is reported, the others go on, and the exit code is 1. One of the labels
+    always fits best; with --reject none is given to a picture that shows none of them.
 
-    Example: edgeclip classify photos/ --labels "cat,dog,car" --timing
+    Example: edgeclip classify photos/ --labels "cat,dog,car" --reject --timing
     """
     if not paths and paths_from is None:
         raise click.UsageError("name a picture or a folder, or give --paths-from.")
     offered = LabelChoice(labels, label_file, templates, language)
+    asked = AnswerChoice(head, reject, multi, threshold, context)
     offered.check()
+    asked.check(offered)
     model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     began_ns = time.perf_counter_ns()
     from edgeclip.classify import ZeroShotClassifier
@@ -114,10 +125,14 @@ def classify(
         variant=model.variant,
         options=model.options(),
         fast_decode=fast_decode,
+        answers=asked.answers(),
         clock=NO_CLOCK if clock is None else clock,
     ) as classifier:
         notes.on_choice(classifier.choice)
-        offered.apply(classifier, notes)
+        if asked.head is None:
+            offered.apply(classifier, notes)
+        else:
+            classifier.set_head(asked.head)
         writer = open_writer(form, sys.stdout, classifier, clock)
         run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
         try:
