@@ -22,6 +22,7 @@ __all__ = [
     "LOCK_NAME",
     "TEMPORARY_PREFIX",
     "DirectoryLock",
+    "FileLock",
     "hash_stream",
     "open_inside",
     "sync_directory",
@@ -123,16 +124,19 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-class DirectoryLock:
-    """An advisory lock on a directory, released by the system when its process ends, however it ends.
+class FileLock:
+    """An advisory lock, released by the system when its process ends, however it ends.
+
+    Args:
+        path: of the lock file; made, and removed at the release.
 
     Raises:
         BlockingIOError: somebody else holds it.
         OSError: the lock file cannot be made.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / LOCK_NAME
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor: int | None = None
         self._process = os.getpid()
         for _ in range(100):
@@ -166,6 +170,13 @@ class DirectoryLock:
 
     def __del__(self) -> None:
         self.release()
+
+
+class DirectoryLock(FileLock):
+    """A lock on a directory, as :class:`FileLock`; the lock file lies in it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory / LOCK_NAME)
 
 
 def _lock(descriptor: int) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError, EdgeClipError
 
-__all__ = ["map_tensors", "read_tensors", "write_tensors"]
+__all__ = ["map_tensors", "read_tensors", "tensor_blocks", "write_tensors"]
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_RANK = 8
@@ -95,6 +95,17 @@ def write_tensors(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, st
     Raises:
         TypeError: a dtype that safetensors does not have.
     """
+    return b"".join(tensor_blocks(tensors, metadata))
+
+
+def tensor_blocks(
+    tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """Return what :func:`write_tensors` does, as blocks to write one after the other; arrays are not copied.
+
+    Raises:
+        TypeError: a dtype that safetensors does not have.
+    """
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
     arrays = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in arrays.items()}
     for name, array in arrays.items():
@@ -114,7 +125,8 @@ def write_tensors(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, st
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(arrays[name].tobytes() for name in order)])
+    data = (memoryview(arrays[name].reshape(-1).view(np.uint8)) for name in order)
+    return [len(text).to_bytes(8, "little"), text, *data]
 
 
 def _read(view: memoryview) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
