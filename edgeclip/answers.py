@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from .labels import LabelBank
     from .reject import Gate
 
-__all__ = ["Answer", "Answers", "InForce", "Prediction", "Rejection", "in_context"]
+__all__ = ["Answer", "Answers", "InForce", "Prediction", "Rejection", "crossed", "in_context"]
 
 MAX_CONTEXTS = 100
-"""Most contexts of one set of labels: each costs as many rows as there are labels."""
+"""Most contexts of one set of labels: each costs as many texts and rows as there are labels."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,22 @@ class InForce:
         return tuple([Prediction(names[row], score, similarity) for similarity, row, score in best])
 
 
+def crossed(groups: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return every way to say one phrase or none of each group, but for none of any.
+
+    What is independent in a picture (its texture, its place) is a group, so that both are inferred:
+
+        >>> crossed([["striped {}"], ["on snow", "at night"]])
+        ('{} on snow', '{} at night', 'striped {}', 'striped {} on snow', 'striped {} at night')
+    """
+    patterns = ["{}"]
+    for group in groups:
+        patterns = [
+            _pattern(phrase).replace("{}", pattern) for pattern in patterns for phrase in ("{}", *group)
+        ]
+    return tuple(patterns[1:])
+
+
 def in_context(templates: Templates, phrase: str) -> Templates:
     """Return prompt templates for labels in a context.
 
@@ -206,8 +222,11 @@ def in_context(templates: Templates, phrase: str) -> Templates:
     Raises:
         ConfigError: a template becomes too long.
     """
-    pattern = phrase if "{}" in phrase else f"{{}} {phrase}"
-    return Templates.of([text.replace("{}", pattern) for text in templates.texts])
+    return Templates.of([text.replace("{}", _pattern(phrase)) for text in templates.texts])
+
+
+def _pattern(phrase: str) -> str:
+    return phrase if "{}" in phrase else f"{{}} {phrase}"
 
 
 def of_bank(

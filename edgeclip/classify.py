@@ -655,7 +655,7 @@ class ZeroShotClassifier:
     def _activate(self, bank: LabelBank, name: str | None, contexts: Sequence[LabelBank] = ()) -> None:
         self._check_space("label bank", bank.space, bank.embeddings.shape[1])
         head = temperature_head(self.bundle, name)
-        gate = self._gate(bank, head.scale) if self.answers.gated else None
+        gate = self._gate(bank, name, head.scale) if self.answers.gated else None
         self._active = of_bank(bank, head, self.answers, gate, contexts)
 
     def _activate_in_contexts(
@@ -671,9 +671,14 @@ class ZeroShotClassifier:
             self._labels.build(labels, texts, banks.append, on_progress)
         self._activate(banks[0], name, banks[1:])
 
-    def _gate(self, bank: LabelBank, scale: float) -> Gate:
+    def _gate(self, bank: LabelBank, name: str | None, scale: float) -> Gate:
+        from .multi import multi_gate
         from .reject import open_gate
 
+        if self.answers.multi:
+            fitted = multi_gate(self.bundle, name, self.answers.threshold)
+            if fitted is not None:
+                return fitted
         background = self.bundle.manifest.background_bank
         return open_gate(
             self.bundle,

@@ -180,7 +180,7 @@ def read_reject_head(bundle: Bundle) -> RejectHead:
         BundleError: it is damaged, or of a method that this version does not know.
     """
     for name, entry in bundle.manifest.heads.items():
-        if entry.kind == "reject":
+        if entry.kind == "reject" and entry.bank is None:  # those of a bank: edgeclip.multi
             where = f"{bundle.where}: head {name!r}"
             tensors, metadata = read_tensors(bundle.read(entry.file), where=where)
             method = metadata.get("method", "")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeclip.answers import MAX_CONTEXTS, Answers, InForce, Rejection, in_context, of_bank
+from edgeclip.answers import MAX_CONTEXTS, Answers, InForce, Rejection, crossed, in_context, of_bank
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import BackendError, ConfigError, InputError
 from edgeclip.heads import ContextHead, LinearHead, TemperatureHead, cosines
@@ -74,6 +74,19 @@ def test_a_context_follows_the_label_or_holds_it() -> None:
     templates = Templates.of(["a photo of a {}.", "{}"])
     assert in_context(templates, "on snow").texts == ("a photo of a {} on snow.", "{} on snow")
     assert in_context(templates, "blurred {}").texts == ("a photo of a blurred {}.", "blurred {}")
+
+
+def test_groups_of_contexts_are_crossed() -> None:
+    assert crossed([["on snow", "a wet {}"]]) == ("{} on snow", "a wet {}")
+    assert crossed([["striped {}"], ["on snow", "at night"]]) == (
+        "{} on snow",
+        "{} at night",
+        "striped {}",
+        "striped {} on snow",
+        "striped {} at night",
+    )
+    with pytest.raises(ConfigError, match="124 phrases, at most 100"):
+        Answers(context=crossed([list("abcd")] * 3))
 
 
 # -- heads -------------------------------------------------------------------------------------------------

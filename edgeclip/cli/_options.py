@@ -160,9 +160,10 @@ def answer_options(command: _Command) -> _Command:
             ),
             click.option(
                 "--context",
+                multiple=True,
                 metavar="A,B,…",
-                help="Where and how pictures may have been taken, as in 'on snow,at night,a blurred {}': "
-                "each picture's context is inferred first.",
+                help="What pictures may show of the labels, as in 'on snow,indoors,a blurred {}': inferred "
+                "for each picture first. Repeatable, for what is independent of it, as in 'at night'.",
             ),
         )
     ):
@@ -322,7 +323,7 @@ class AnswerChoice:
     reject: bool
     multi: bool
     threshold: float | None
-    context: str | None
+    context: tuple[str, ...]
 
     def check(self, labels: LabelChoice) -> None:
         """Refuse combinations that mean nothing, before anything heavy is loaded."""
@@ -334,7 +335,7 @@ class AnswerChoice:
             return
         if labels.is_given or labels.templates or labels.language:
             raise click.UsageError("--head brings its own classes; leave out labels, templates and language.")
-        if self.context is not None:
+        if self.context:
             raise click.UsageError("--context needs labels; a head has no texts to put into a context.")
 
     def answers(self) -> Answers:
@@ -343,12 +344,17 @@ class AnswerChoice:
         Raises:
             ConfigError: a context is empty or repeated.
         """
-        from edgeclip.answers import Answers
+        from edgeclip.answers import Answers, crossed
 
-        phrases = [] if self.context is None else self.context.replace("，", ",").split(",")
-        if len(phrases) > 1 and not phrases[-1].strip():
-            phrases.pop()  # a trailing comma is no context
-        return Answers(self.reject, self.multi, self.threshold, tuple(each.strip() for each in phrases))
+        groups = []
+        for said in self.context:
+            phrases = [each.strip() for each in said.replace("，", ",").split(",")]
+            if len(phrases) > 1 and not phrases[-1]:
+                phrases.pop()  # a trailing comma is no context
+            groups.append(phrases)
+        one = Answers(context=tuple(each for group in groups for each in group))  # checked one by one
+        context = one.context if len(groups) < 2 else crossed(groups)
+        return Answers(self.reject, self.multi, self.threshold, context)
 
 
 @dataclass(frozen=True)

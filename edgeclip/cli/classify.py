@@ -86,7 +86,7 @@ def classify(
     reject: bool,
     multi: bool,
     threshold: float | None,
-    context: str | None,
+    context: tuple[str, ...],
     top_k: int,
     min_confidence: float,
     batch_size: int | None,

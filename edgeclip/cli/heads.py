@@ -17,6 +17,7 @@ from ._options import (
     prepare_stdout,
     shown,
 )
+from .heads_multi import multi
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,9 @@ def heads() -> None:
 
     Example: edgeclip heads temperature my-bundle --data labelled/
     """
+
+
+heads.add_command(multi)
 
 
 @heads.command()

@@ -1,0 +1,72 @@
+"""Labelled pictures of the commands that fit heads: chosen, embedded by the bundle, with what each is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeclip.bundle import Bundle
+    from edgeclip.evaluate.picture_sets import Picture, PictureSet
+
+    from ._options import ModelChoice, Notes
+
+__all__ = ["embed_labelled"]
+
+T = TypeVar("T")
+
+
+def embed_labelled(
+    opened: Bundle,
+    pictures: PictureSet,
+    usable: Callable[[Picture], T | str],
+    model: ModelChoice,
+    limit: int | None,
+    max_left_out: str,
+    notes: Notes,
+) -> tuple[NDArray[np.float32], list[T], int]:
+    """Return embeddings ``(N, E)``, what each picture is for, and how many pictures are left out.
+
+    Args:
+        opened: the bundle, whose image tower runs.
+        pictures: the set.
+        usable: what a picture is for; a text says why it is for nothing.
+        model: how it runs.
+        limit: pictures at most, spread over the set.
+        max_left_out: pictures that may be of no use or broken, ``"3"`` or ``"1%"``.
+        notes: progress.
+
+    Raises:
+        InputError: nothing can be used, or too much cannot.
+    """
+    import numpy as np
+
+    from edgeclip.classify import ZeroShotClassifier
+    from edgeclip.distill.samples import BrokenLimit
+    from edgeclip.evaluate.passes import Passes, check_left_out, choose
+    from edgeclip.evaluate.subjects import BundleSubject
+    from edgeclip.runtime.host import usable_cores
+
+    allowed = BrokenLimit.parse(max_left_out).allowed
+    chosen = choose(pictures, usable, limit=limit, allowed=allowed)
+    rows: list[NDArray[np.float32]] = []
+    uses: list[T] = []
+    subject = BundleSubject(
+        str(opened.path), ZeroShotClassifier.open(opened, variant=model.variant, options=model.options())
+    )
+    try:
+        with Passes([subject], workers=usable_cores()) as passes:
+            for batch in passes.batches(chosen):
+                for _, embedded in passes.embedded(batch):
+                    rows.append(embedded)
+                uses += batch.uses
+                notes.progress(f"pictures: {len(uses):,} of {chosen.count:,}")
+            unread = tuple(passes.left_out)
+    finally:
+        notes.done()
+        subject.close()
+    check_left_out(pictures, unread, chosen.count, allowed)
+    return np.concatenate(rows), uses, len(chosen.left_out) + len(unread)

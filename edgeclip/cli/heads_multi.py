@@ -1,0 +1,175 @@
+"""``edgeclip heads multi``: the threshold from which a label of a bank is given, beside others or none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, cache_dir_option, prepare_stdout, shown
+
+if TYPE_CHECKING:
+    from edgeclip.bundle import Bundle
+    from edgeclip.multi import MultiFit
+
+__all__ = ["multi"]
+
+EXIT_INCONCLUSIVE = 3
+_FITTED_ON_CHARS = 120
+
+
+@click.command()
+@click.argument("bundle_path", metavar="BUNDLE")
+@click.option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="Table or shards, labelled with names of the bank; several are separated by '|'.",
+)
+@click.option("--bank", metavar="NAME", help="Label bank of the bundle.  [default: its default bank]")
+@click.option("--write", is_flag=True, help="Store the threshold in the bundle.  [default: only say it]")
+@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Held-out parts.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parts.")
+@click.option("--limit", type=click.IntRange(min=1), help="Pictures at most, spread over the data.")
+@click.option(
+    "--max-left-out",
+    default="1%",
+    show_default=True,
+    metavar="N|N%",
+    help="Pictures that may be unlabelled or broken.",
+)
+@click.option("--variant", default="auto", show_default=True, help="Variant of the bundle.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
+@cache_dir_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def multi(
+    *,
+    bundle_path: str,
+    data: str,
+    bank: str | None,
+    write: bool,
+    folds: int,
+    seed: int,
+    limit: int | None,
+    max_left_out: str,
+    variant: str,
+    threads: int | None,
+    cache_dir: Path | None,
+    as_json: bool,
+) -> int:
+    """Fit the threshold with which 'classify --multi' gives the labels of a bank, each judged by itself.
+
+    The threshold with the best F1 is taken; what it is worth is measured on pictures that it was not fitted
+    on, beside giving each picture its first label alone, with 95 % intervals. Exit code 3 where it is not
+    better than that; nothing is written then.
+
+    Example: edgeclip heads multi my-bundle --data several.csv --write
+    """
+    import numpy as np
+
+    from edgeclip.bundle import EMBEDDED, Bundle
+    from edgeclip.errors import ConfigError
+    from edgeclip.evaluate.picture_sets import Picture, open_set
+    from edgeclip.heads import cosines
+    from edgeclip.labels import LabelBank
+    from edgeclip.multi import fit_multi
+
+    from ._labelled import embed_labelled
+
+    prepare_stdout()
+    notes = Notes()
+    pictures = open_set(data)
+    opened = Bundle.open(bundle_directory(bundle_path, notes))
+    banks = opened.manifest.label_banks
+    name = bank or opened.manifest.default_bank
+    if name is None or name not in banks:
+        raise ConfigError(
+            f"{opened.where}: has no label bank {bank or 'by default'!r}, expected one of "
+            f"{', '.join(map(repr, banks)) or 'none'}; a threshold belongs to a bank."
+        )
+    if write and bundle_path in EMBEDDED:
+        raise ConfigError(
+            f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
+            f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
+        )
+    labels = LabelBank.from_bytes(opened.read(banks[name].file), source=f"label bank {name!r}")
+    columns = {each: row for row, each in enumerate(labels.names)}
+
+    def usable(picture: Picture) -> tuple[int, ...] | str:
+        if picture.label is None:
+            return "has no label; expected a column 'label', several separated by '|'."
+        names = [each.strip() for each in picture.label.split("|")]
+        unknown = [each for each in names if each not in columns]
+        if unknown:
+            return f"has the label {unknown[0][:80]!r}, which is not in the bank {name!r}."
+        return tuple(columns[each] for each in names)
+
+    model = ModelChoice(bundle_path, variant, "auto", "cpu", threads, cache_dir)
+    images, uses, left_out = embed_labelled(opened, pictures, usable, model, limit, max_left_out, notes)
+    truth = np.zeros((len(uses), len(labels)), np.bool_)
+    for row, of_picture in enumerate(uses):
+        truth[row, list(of_picture)] = True
+    fit = fit_multi(cosines(images, labels.embeddings), truth, folds=folds, seed=seed)
+    written = write and fit.improves
+    if written:
+        _write(opened, name, pictures.path, fit)
+    if as_json:
+        document = {
+            "schema": SCHEMA,
+            "kind": "multi",
+            "bundle": str(opened.path),
+            "bank": name,
+            "labels_offered": len(labels),
+            "left_out": left_out,
+            "written": written,
+            **fit.to_dict(),
+        }
+        click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    else:
+        click.echo(_summary(name, len(labels), fit, write=write, path=opened.path))
+    return 0 if fit.improves else EXIT_INCONCLUSIVE
+
+
+def _write(opened: Bundle, bank: str, data: str, fit: MultiFit) -> None:
+    """Store the head in place of the bank's other one, if it has one."""
+    import numpy as np
+
+    from edgeclip.bundle import BundleWriter
+    from edgeclip.multi import METHOD
+    from edgeclip.tensors import write_tensors
+
+    content = write_tensors(
+        {"threshold": np.array([fit.threshold], np.float32)},
+        {"method": METHOD, "bank": bank, "pictures": str(fit.pictures), "f1": f"{fit.f1['value']:.4f}"},
+    )
+    with BundleWriter(opened.path) as writer:
+        stored: dict[str, Any] = writer.manifest.setdefault("heads", {})
+        stored[f"multi-{bank}"] = {
+            "kind": "reject",
+            "file": writer.add(f"heads/multi-{bank}.safetensors", content),
+            "bank": bank,
+            "fitted_on": f"{Path(data).name}: {fit.pictures} pictures"[-_FITTED_ON_CHARS:],
+        }
+        writer.commit()
+
+
+def _summary(bank: str, offered: int, fit: MultiFit, *, write: bool, path: Path) -> str:
+    def figure(of: dict[str, float]) -> str:
+        return f"{of['value']:.1%} [{of['low']:.1%}, {of['high']:.1%}]"
+
+    folds = fit.fold_thresholds
+    lines = [
+        f"bank {bank!r}: {fit.pictures:,} pictures, {fit.labels_a_picture:.3g} of {offered:,} labels each",
+        f"threshold {fit.threshold:.3f} standard deviations; folds {min(folds):.3f} to {max(folds):.3f}",
+        f"F1 on held-out pictures {figure(fit.f1)}; precision {fit.precision:.1%}, recall {fit.recall:.1%}",
+        f"F1 of the first label alone {figure(fit.first_alone)}",
+    ]
+    if not fit.improves:
+        lines.append("not better than the first label alone, so nothing is written")
+    elif write:
+        lines.append(shown(f"written to {path}"))
+    else:
+        lines.append("nothing is written without --write")
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""``edgeclip heads multi``: fitting the threshold of a bank's labels."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import Command
+from PIL import Image
+from tiny_bundle import COLOURS, colour_picture
+
+from edgeclip.bundle import Bundle
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a table of pictures with two colours, one in each half."""
+    folder = tmp_path_factory.mktemp("several")
+    with (folder / "several.csv").open("w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["path", "label"])
+        for seed in (0, 1):
+            for left, right in itertools.permutations(COLOURS, 2):
+                halves = [colour_picture(name, seed=seed, noise=20) for name in (left, right)]
+                half = halves[0].shape[1] // 2
+                picture = np.concatenate([halves[0][:, :half], halves[1][:, half:]], axis=1)
+                name = f"{left}-{right}-{seed}.png"
+                Image.fromarray(picture).save(folder / name)
+                rows.writerow([name, f"{left}|{right}"])
+    return folder / "several.csv"
+
+
+def test_a_threshold_is_fitted_stored_and_used(run: Command, tiny_bundle: Path, table: Path) -> None:
+    dry = run("heads", "multi", tiny_bundle, "--data", table)
+    assert "112 pictures, 2 of 8 labels each" in dry.out
+    result = run("heads", "multi", tiny_bundle, "--data", table, "--write", "--json")
+    said = json.loads(result.out)
+    assert (said["schema"], said["kind"], said["bank"], said["pictures"]) == (1, "multi", "colours", 112)
+    if not said["improves"]:  # the tower of the tests is too weak to tell: then nothing may be written
+        assert (result.code, said["written"]) == (3, False)
+        pytest.fail(f"two colours are not told: {said['f1']}, first alone {said['first_alone']}")
+    assert result.code == 0
+    assert dry.code == 0
+    assert "nothing is written without --write" in dry.out
+    bundle = Bundle.open(tiny_bundle)
+    bundle.check_files()
+    assert bundle.manifest.heads["multi-colours"].fitted_on == "several.csv: 112 pictures"
+    shown = run("classify", table.parent / "red-blue-0.png", "--bundle", tiny_bundle, "--multi", "--json")
+    document = json.loads(shown.out)
+    assert document["score_kind"] == "standardized"
+    (picture,) = document["results"]
+    assert picture["rejection"]["threshold"] == pytest.approx(said["threshold"], rel=1e-5)
+    assert all(each["score"] >= said["threshold"] - 1e-5 for each in picture["predictions"])
+    assert run("heads", "multi", tiny_bundle, "--data", table, "--write").code == 0  # in place of the first
+    assert [each for each in Bundle.open(tiny_bundle).manifest.heads if "multi" in each] == ["multi-colours"]
+
+
+def test_errors(run: Command, tiny_bundle: Path, table: Path) -> None:
+    single = table.with_name("single.csv")
+    single.write_text(table.read_text(encoding="utf-8").replace("|", " "), encoding="utf-8")
+    unknown = run("heads", "multi", tiny_bundle, "--data", single)
+    assert unknown.code == 1
+    assert "which is not in the bank 'colours'" in unknown.err
+    other = run("heads", "multi", tiny_bundle, "--data", table, "--bank", "pets")
+    assert other.code == 1
+    assert "no label bank 'pets', expected one of 'colours'" in other.err
+    shared = run("heads", "multi", "default", "--data", table, "--write")
+    assert shared.code == 1
+    assert "part of the installation" in shared.err
+    few = run("heads", "multi", tiny_bundle, "--data", table, "--limit", "20")
+    assert few.code == 1
+    assert "got 20 pictures" in few.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--reject", "--multi"), "cannot be given together"),
+        (("--threshold", "0.3"), "needs --reject or --multi"),
+        (("--head", "x", "--labels", "cat"), "leave out labels"),
+        (("--head", "x", "--context", "on snow"), "--context needs labels"),
+    ],
+)
+def test_what_cannot_be_asked_together(run: Command, options: tuple[str, ...], said: str) -> None:
+    result = run("classify", "picture.jpg", *options)
+    assert result.code == 2
+    assert said in result.err
