@@ -125,7 +125,7 @@ def tensor_blocks(
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    data = (memoryview(arrays[name].reshape(-1).view(np.uint8)) for name in order)
+    data = (arrays[name].reshape(-1).view(np.uint8).data for name in order)
     return [len(text).to_bytes(8, "little"), text, *data]
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "answer_options",
     "bundle_directory",
     "cache_dir_option",
+    "duration",
     "int8_options",
     "is_there",
     "label_options",
@@ -470,11 +471,11 @@ class Notes:
         if not self._estimated and remaining_s > self._LONG_S:
             self.say(
                 f"encoding {progress.labels:,} labels ({progress.texts:,} texts) takes about "
-                f"{_duration(remaining_s)}; they are kept, and a run that is stopped continues there"
+                f"{duration(remaining_s)}; they are kept, and a run that is stopped continues there"
             )
         self._estimated = True
         self.progress(
-            f"encoded {progress.labels_done:,} of {progress.labels:,} labels, {_duration(remaining_s)} left"
+            f"encoded {progress.labels_done:,} of {progress.labels:,} labels, {duration(remaining_s)} left"
         )
 
 
@@ -507,7 +508,8 @@ def bundle_directory(said: str, notes: Notes) -> str:
         notes.done()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time for people: seconds, or minutes where they are many."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 

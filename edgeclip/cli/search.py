@@ -1,0 +1,296 @@
+"""``edgeclip search``: pictures of an index, by words or by another picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import (
+    SCHEMA,
+    ModelChoice,
+    Notes,
+    bundle_directory,
+    model_options,
+    prepare_stdout,
+    quiet_broken_pipe,
+    shown,
+    templates_of,
+)
+from .index import indexed_variant
+
+if TYPE_CHECKING:
+    from edgeclip.bundle import Bundle
+    from edgeclip.index_file import PictureIndex
+    from edgeclip.search import Found
+
+__all__ = ["search"]
+
+
+@click.command()
+@click.argument("query")
+@click.argument("where", metavar="[DIR|INDEX]", default=".", type=click.Path(path_type=Path))
+@model_options
+@click.option(
+    "--templates",
+    metavar="NAME|FILE",
+    help="Prompt templates: bare, one, openai-7, openai-80, zh, a file, or text with one {}.  "
+    "[default: the bundle's]",
+)
+@click.option(
+    "--language", metavar="CODE", help="Take the templates of this language.  [default: that of the words]"
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=20, show_default=True, help="Pictures at most.")
+@click.option("--all", "everything", is_flag=True, help="Give the nearest, relevant or not.")
+@click.option(
+    "--min-score",
+    type=click.FloatRange(-1, 1),
+    help="Give what has this cosine at least, in place of the cut-off.",
+)
+@click.option("--json", "form", flag_value="json", help="Print one JSON document.")
+@click.option("--jsonl", "form", flag_value="jsonl", help="Print one JSON object a picture.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV, one row a picture.")
+@click.option("--paths", "form", flag_value="paths", help="Print paths, one a line.  [default in a pipe]")
+@click.option("-0", "--null", "form", flag_value="null", help="Print paths, each ended by a null byte.")
+@click.option("--table", "form", flag_value="table", help="Print a table.  [default on a terminal]")
+def search(
+    *,
+    query: str,
+    where: Path,
+    bundle: str,
+    variant: str,
+    backend: str,
+    device: str,
+    threads: int | None,
+    cache_dir: Path | None,
+    allow: tuple[str, ...],
+    templates: str | None,
+    language: str | None,
+    top_k: int,
+    everything: bool,
+    min_score: float | None,
+    form: str | None,
+) -> None:
+    """Find pictures of a folder that `edgeclip index` has indexed, by words or by a picture.
+
+    QUERY is a picture where it is the path of one, else words; synonyms after '|'. Words bring what is
+    relevant, nearest first: nothing, if the folder has nothing of it. A picture brings the nearest, itself
+    left out. In a pipe, paths come one a line.
+
+    Example: edgeclip search "a red car" photos/ -0 | xargs -0 cp -t cars/
+    """
+    if everything and min_score is not None:
+        raise click.UsageError("--all and --min-score cannot be given together.")
+    if templates is not None and language is not None:
+        raise click.UsageError("--templates and --language cannot be given together.")
+    picture = _picture(query)
+    if picture is not None and (templates or language):
+        raise click.UsageError("--templates and --language are for words; the query is a picture.")
+    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
+    from edgeclip.bundle import Bundle
+    from edgeclip.index_file import PictureIndex, index_path
+
+    prepare_stdout()
+    notes = Notes()
+    opened_index = PictureIndex(index_path(where))
+    opened = Bundle.open(bundle_directory(model.bundle, notes))
+    asked = _Asked(query, picture, top_k, everything, min_score)
+    found = _find(asked, opened_index, opened, model, notes, templates, language)
+    base = where if where.is_dir() else _near(opened_index.root)
+    result = _Result(asked, opened_index, found, [base / each.path for each in found.matches])
+    try:
+        result.write(form or ("table" if sys.stdout.isatty() else "paths"))
+    except BrokenPipeError:
+        quiet_broken_pipe()
+    result.remark(notes)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for."""
+
+    query: str
+    picture: Path | None
+    top_k: int
+    everything: bool
+    min_score: float | None
+
+    @property
+    def cut(self) -> bool:
+        """Whether relevance decides."""
+        return self.picture is None and not self.everything and self.min_score is None
+
+
+def _picture(query: str) -> Path | None:
+    """Return the picture that a query is the path of, or ``None`` for words.
+
+    Raises:
+        InputError: it can only be a path, and there is no such file.
+    """
+    from edgeclip.data import PICTURE_SUFFIXES
+    from edgeclip.errors import InputError
+
+    from ._options import is_there
+
+    path = Path(query)
+    is_path = path.suffix.lower() in PICTURE_SUFFIXES or os.sep in query
+    if is_path and is_there(query):
+        return path
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        raise InputError(f"{query!r}: no such picture. Check the path, or leave out the ending for words.")
+    return None
+
+
+def _find(
+    asked: _Asked,
+    index: PictureIndex,
+    bundle: Bundle,
+    model: ModelChoice,
+    notes: Notes,
+    templates: str | None,
+    language: str | None,
+) -> Found:
+    from edgeclip.search import Searcher
+
+    variant = indexed_variant(index.path, bundle, model.variant)
+    options = model.options()
+    with Searcher(index, bundle, variant=variant, options=options) as searcher:
+        if asked.picture is not None:
+            from edgeclip.classify import ZeroShotClassifier
+
+            with ZeroShotClassifier.open(bundle, variant=variant, options=options) as classifier:
+                embedding = classifier.embed_images(asked.picture)
+            found = searcher.by_embedding(embedding, top_k=asked.top_k, leave_out=asked.picture)
+        else:
+            chosen = None if templates is None else templates_of(templates)
+            words = searcher.encode(asked.query, templates=chosen, language=language)
+            for warning in searcher.warnings(words):
+                notes.say(warning)
+            found = searcher.by_text(words, top_k=asked.top_k, cut=asked.cut)
+    least = asked.min_score
+    if least is None:
+        return found
+    return type(found)(tuple(each for each in found.matches if each.similarity >= least))
+
+
+def _near(folder: Path) -> Path:
+    """Return a folder as a short path where it lies below the current one."""
+    said = os.path.relpath(folder)
+    return folder if said.startswith(os.pardir) else Path(said)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What was found, and how it is written."""
+
+    asked: _Asked
+    index: PictureIndex
+    found: Found
+    paths: list[Path]
+
+    def write(self, form: str) -> None:
+        """Write it to standard output."""
+        if form in ("paths", "null"):
+            end = b"\0" if form == "null" else b"\n"
+            sys.stdout.flush()
+            content = b"".join(os.fsencode(path) + end for path in self.paths)
+            stream = getattr(sys.stdout, "buffer", None)
+            if stream is None:  # somebody's own stream of text
+                sys.stdout.write(os.fsdecode(content))
+            else:
+                stream.write(content)
+        elif form == "json":
+            sys.stdout.write(json.dumps(self._document(), ensure_ascii=False, indent=2) + "\n")
+        elif form == "jsonl":
+            kind = {"schema": SCHEMA, "score_kind": self._kind}
+            for row in self._rows():
+                sys.stdout.write(json.dumps({**kind, **row}, ensure_ascii=False) + "\n")
+        elif form == "csv":
+            table = csv.writer(sys.stdout, lineterminator="\n")
+            table.writerow(["path", "rank", "score", "similarity"])
+            table.writerows(
+                [row["path"], row["rank"], row["score"], row["similarity"]] for row in self._rows()
+            )
+        else:
+            self._table()
+        sys.stdout.flush()
+
+    def remark(self, notes: Notes) -> None:
+        """Say on stderr what the list does not."""
+        count, asked = len(self.paths), self.asked
+        gone = sum(not os.path.lexists(path) for path in self.paths)
+        if gone:
+            notes.say(f"{gone} of these are no longer there: run `edgeclip index` again")
+        if not count:
+            what = f"nothing in {len(self.index):,} pictures"
+            if asked.cut:
+                notes.say(f"{what} shows {asked.query!r} by its cut-off; --all gives the nearest")
+            else:
+                notes.say(what + ("" if asked.min_score is None else f" has a cosine of {asked.min_score:g}"))
+        elif asked.cut and self.found.cutoff is None:
+            notes.say(
+                f"{len(self.index):,} pictures are too few to tell what stands out, and the bundle has no "
+                "gate: these are the nearest"
+            )
+        elif asked.cut and count == asked.top_k:
+            notes.say(f"more than these {count} may be relevant: --top-k gives more")
+
+    @property
+    def _kind(self) -> str:
+        return "cosine" if self.found.cutoff is None else "relevance"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "path": shown(path),
+                "rank": rank,
+                "score": _rounded(each.similarity if each.relevance is None else each.relevance),
+                "similarity": _rounded(each.similarity),
+            }
+            for rank, (path, each) in enumerate(zip(self.paths, self.found.matches, strict=True), start=1)
+        ]
+
+    def _document(self) -> dict[str, Any]:
+        made, cutoff = self.index.made_with, self.found.cutoff
+        return {
+            "schema": SCHEMA,
+            "score_kind": self._kind,
+            "query": shown(self.asked.query),
+            "query_kind": "words" if self.asked.picture is None else "picture",
+            "index": shown(self.index.path),
+            "model": made.model,
+            "embedding_space": made.space,
+            "variant": made.variant,
+            "pictures": len(self.index),
+            "cutoff": None
+            if cutoff is None
+            else {
+                "method": cutoff.method,
+                "least": _rounded(cutoff.least),
+                "mean": _rounded(cutoff.mean),
+                "deviation": _rounded(cutoff.deviation),
+            },
+            "results": self._rows(),
+        }
+
+    def _table(self) -> None:
+        from edgeclip.tables import aligned
+
+        rows = [(self._kind, "cosine", "picture")] if self._kind != "cosine" else [("", "cosine", "picture")]
+        for row in self._rows():
+            score = f"{row['score']:+.1f}" if self._kind != "cosine" else ""
+            rows.append((score, f"{row['similarity']:.3f}", row["path"]))
+        if len(rows) > 1:
+            cells = rows if self._kind != "cosine" else [row[1:] for row in rows]
+            click.echo("\n".join(aligned(cells, range(len(cells[0]) - 1))))
+
+
+def _rounded(value: float) -> float:
+    """Return a value to the six digits that float32 carries."""
+    return float(f"{value:.6g}")

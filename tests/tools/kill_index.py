@@ -1,0 +1,106 @@
+"""Kill processes that index a folder at random moments, and check after each what the index holds.
+
+``kill_index.py FOLDER INDEX BUNDLE COUNT SEED``: before each run a few pictures come, change and go, so that
+every run has work. After each kill the index opens and is sound, with what the last finished run wrote.
+Prints one JSON line of what was seen; exits with a traceback where something was wrong.
+
+The children are forks of this process, which has imported what they need and opened nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from edgeclip.classify import ZeroShotClassifier
+from edgeclip.index import made_with, update_index
+from edgeclip.index_file import PictureIndex
+from edgeclip.runtime.session import RuntimeOptions
+
+
+def update(folder: Path, index: Path, bundle: str) -> None:
+    """Bring the index up to date."""
+    with ZeroShotClassifier.open(bundle, options=RuntimeOptions(threads=1)) as classifier:
+        update_index(folder, classifier, made_with(classifier.bundle, classifier.choice.variant), path=index)
+
+
+def state(index: Path) -> dict[str, str]:
+    """Return a digest of each embedding by path, of an index that must be sound; ``{}`` for none."""
+    if not index.exists():
+        return {}
+    opened = PictureIndex(index)
+    opened.check()
+    return {
+        path: hashlib.sha256(row.tobytes()).hexdigest()
+        for path, row in zip(opened.paths, opened.embeddings, strict=True)
+    }
+
+
+def disturb(folder: Path, draw: random.Random) -> None:
+    """Copy, change, move and remove a few pictures."""
+    pictures = sorted(folder.iterdir())
+    for number, path in enumerate(draw.sample(pictures, min(len(pictures), 20))):
+        other = pictures[draw.randrange(len(pictures))]
+        if number % 4 == 0:
+            path.unlink()
+        elif number % 4 == 1:
+            path.rename(path.with_name(f"{path.stem}m.{path.suffix}"))
+        elif other.exists() and path.exists():
+            path.with_name(f"{path.stem}c{path.suffix}").write_bytes(path.read_bytes() + b"\0" * number)
+
+
+def main(folder: Path, index: Path, bundle: str, count: int, seed: int) -> dict[str, int]:
+    """Kill ``count`` runs, then let one through and compare with an index made at once."""
+    draw = random.Random(seed)
+    whole = index.with_name("at-once")
+    began = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        update(folder, whole, bundle)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    took_s = time.perf_counter() - began
+    committed: dict[str, str] = {}
+    seen = {"kills": 0, "finished": 0, "resumed_from": 0, "commits": 0}
+    while seen["kills"] < count:
+        child = os.fork()
+        if child == 0:
+            update(folder, index, bundle)
+            os._exit(0)
+        time.sleep(draw.uniform(0.3, 1.0) * took_s)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        found = state(index)
+        if os.WIFSIGNALED(status):
+            seen["kills"] += 1
+            # the old index or the new one, and the new one is of everything that is there
+            assert found == committed or set(found) == {path.name for path in folder.iterdir()}
+        else:
+            assert status == 0
+            seen["finished"] += 1
+        seen["commits"] += found != committed
+        committed = found
+        journal = index.with_name(f"{index.name}.journal")
+        seen["resumed_from"] += journal.exists() and journal.stat().st_size > 4096
+        disturb(folder, draw)
+    child = os.fork()
+    if child == 0:
+        update(folder, index, bundle)
+        whole.unlink()
+        update(folder, whole, bundle)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert state(index) == state(whole), "differs from an index that was made at once"
+    left = {path.name for path in index.parent.iterdir() if path.name.startswith(index.name)}
+    assert left == {index.name}, left
+    return {**seen, "pictures": len(state(index))}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:6]))))
