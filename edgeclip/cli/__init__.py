@@ -24,6 +24,7 @@ EXIT_INTERRUPTED = 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _COMMANDS: dict[str, tuple[str, str]] = {
+    "adapt": ("edgeclip.cli.adapt:adapt", "Learn a label bank from pictures that nobody labelled."),
     "bench": ("edgeclip.cli.bench:bench", "Say where the time of a bundle goes."),
     "bundle": ("edgeclip.cli.bundle:bundle", "Inspect, slim, compare and pack bundles."),
     "cache": ("edgeclip.cli.cache:cache", "Show or clear what edgeclip keeps on this host."),
@@ -35,6 +36,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("edgeclip.cli.eval:eval_", "Measure how good models are, all on the same pictures."),
     "export": ("edgeclip.cli.export:export", "Export a model to a verified bundle."),
     "heads": ("edgeclip.cli.heads:heads", "Fit what turns similarities into scores."),
+    "index": ("edgeclip.cli.index:index", "Keep the embeddings of a folder's pictures, to search them."),
     "labels": ("edgeclip.cli.labels:labels", "Build and inspect label banks."),
     "models": ("edgeclip.cli.models:models", "List the models edgeclip knows, and download their weights."),
     "pipeline": (
@@ -45,6 +47,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
         "edgeclip.cli.reinforce:reinforce",
         "Store what teachers say about every sample of shards.",
     ),
+    "search": ("edgeclip.cli.search:search", "Find the pictures of a folder that show something."),
     "sensitivity": (
         "edgeclip.cli.sensitivity:sensitivity",
         "Measure what int8 costs a tower, product by product.",
