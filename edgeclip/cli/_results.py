@@ -47,12 +47,16 @@ class Writer(Protocol):
         ...
 
 
+_SHARES = ("softmax", "linear")  # kinds of scores that sum to 1 over labels
+
+
 class Lines:
     """For people: a line a picture and its labels below, or all in one line for a single label."""
 
-    def __init__(self, stream: TextIO, clock: StageClock | None) -> None:
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
         self._stream = stream
         self._clock = clock
+        self._score = "{:6.1%}" if classifier.score_kind in _SHARES else "{:7.2f}"
 
     def picture(self, key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
         """Write one picture."""
@@ -62,7 +66,10 @@ class Lines:
         if not kept:
             self._write(f"{name}\n  ({_why_none(outcome)})")
         else:
-            rows = [f"  {each.score:6.1%}  {_label(each, first=not i)}" for i, each in enumerate(kept)]
+            rows = [
+                f"  {self._score.format(each.score)}  {_label(each, first=not i)}"
+                for i, each in enumerate(kept)
+            ]
             self._write("\n".join([name, *rows]))
 
     def end(self, summary: Summary) -> None:
@@ -78,7 +85,7 @@ def _why_none(outcome: Outcome) -> str:
     asked = outcome.rejection
     if asked is None or outcome.predictions:
         return "no label scored high enough"
-    return f"none of the labels: {asked.score:.3g}, of the {asked.threshold:.3g} that is needed"
+    return f"none of the labels: score {asked.score:.2f}, needed {asked.threshold:.2f}"
 
 
 def _label(prediction: Prediction, *, first: bool) -> str:
@@ -168,7 +175,7 @@ def open_writer(
         return JsonLines(stream, classifier)
     if form == "csv":
         return Csv(stream)
-    return JsonDocument(stream, classifier, clock) if form == "json" else Lines(stream, clock)
+    return JsonDocument(stream, classifier, clock) if form == "json" else Lines(stream, classifier, clock)
 
 
 def picture_object(key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> dict[str, Any]:

@@ -110,6 +110,10 @@ def classify(
     asked = AnswerChoice(head, reject, multi, threshold, context)
     offered.check()
     asked.check(offered)
+    if multi and min_confidence:
+        raise click.UsageError(
+            "--min-confidence is of scores that are shared out; with --multi, --threshold."
+        )
     model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     began_ns = time.perf_counter_ns()
     from edgeclip.classify import ZeroShotClassifier

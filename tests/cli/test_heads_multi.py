@@ -86,6 +86,7 @@ def test_errors(run: Command, tiny_bundle: Path, table: Path) -> None:
     [
         (("--reject", "--multi"), "cannot be given together"),
         (("--threshold", "0.3"), "needs --reject or --multi"),
+        (("--multi", "--min-confidence", "0.5"), "with --multi, --threshold"),
         (("--head", "x", "--labels", "cat"), "leave out labels"),
         (("--head", "x", "--context", "on snow"), "--context needs labels"),
     ],
