@@ -1,36 +1,75 @@
 """Gates say whether any offered label fits a picture at all: "none of these", which a softmax cannot say.
 
-A gate is made when labels are set, from the bundle's *background bank* (general names, encoded once) and its
-head of kind ``reject``. For a picture it is given two kinds of cosines, with the offered labels and with
-rows of its own, and returns a score in which more means "one of the labels". It never changes which label is
-first.
+A gate is made when labels are set, from a head of kind ``reject`` that belongs to no bank. For a picture it
+is given two kinds of cosines, with the offered labels and with rows of its own, and returns a score in
+which more means "one of the labels". It never changes which label is first.
 
-Method ``negatives`` (negative labels, Jiang et al. 2024, their eq. 5 for one group, as log odds): with ``c``
-the cosines of the offered labels, ``d`` those of the background rows and ``s`` the head's multiplier, the
-score is ``s · max c − log Σ exp(s · d)``. Background rows that mean an offered label are left out.
+*Method* ``negatives``. General names, encoded once, stand for everything that was not offered. With ``c``
+the cosine of a label, ``d`` those of the background rows and ``s``, ``w`` two numbers of the head, the
+score of a label is ``s · c − w · log Σ exp(s · d)``, and that of a picture is its best label's. With ``w =
+1`` these are the log odds of the label against the background: NegLabel (Jiang et al. 2024, eq. 4, all
+negatives in one group) of one label. A smaller ``w`` trusts the cosine itself more, as a model needs whose
+first guess is often wrong. Background rows that mean an offered label are left out: those with one of its
+names or synonyms, and those whose text is closer to it than ``overlap``.
+
+*Method* ``no`` (the idea of CLIPN, Wang et al. 2023, without its second text tower). The rows are texts
+that deny each label ("a photo without {}"), ``n`` their cosines; the score is ``s · (c − n)`` of the first
+label: the log odds of yes against no. It is worth what the model learnt of "without": docs/rejection.md.
+
+*Threshold.* The best of many labels fits a strange picture better than one does, so the threshold of N
+labels is ``a + b · ln N``, fitted so that the same share of pictures without a right label is accepted
+whatever N is.
+
+**Head file.** Safetensors with float tensors ``scale`` (s), ``threshold`` (``[a, b]``), for ``negatives``
+also ``weight`` (w) and ``overlap``; metadata ``method``, and ``templates`` (JSON list) for ``no``. The
+background is the bank that the manifest names as ``background_bank``: only its rows ``bank_rows``
+(integers), where the head lists some, and ``more`` rows of the head's own, named by the metadata ``labels``
+(JSON, as label files), in four bits a number: ``(M, ⌈E / 2⌉)`` uint8, the lower four bits first, each
+holding the number plus 8, times ``more_scales`` ``(M,)``.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .errors import BundleError, ConfigError, InputError
+from .heads import MAX_SCALE, cosines
+from .label_sets import LabelSet, Templates, labels_from_bytes
 from .labels import LabelBank
-from .tensors import read_tensors
+from .tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .bundle import Bundle
+    from .bundle import Bundle, HeadEntry, Manifest
     from .label_sets import Label
 
-__all__ = ["Gate", "NegativesGate", "RejectHead", "open_gate", "read_background", "read_reject_head"]
+    Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+
+__all__ = [
+    "METHODS",
+    "Gate",
+    "NegativesGate",
+    "NoGate",
+    "RejectHead",
+    "meaning",
+    "open_gate",
+    "read_background",
+    "read_reject_head",
+]
+
+METHODS = ("negatives", "no")
+MOST_COUNTED = 100
+"""From so many labels on the threshold grows no further: no fit has seen more."""
 
 
 class Gate(Protocol):
@@ -66,33 +105,46 @@ class Gate(Protocol):
         ...
 
     def alone(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the score of every label, as if it alone were offered, ``(B, N)``: finite."""
+        """Return the score of every label by itself, ``(B, N)``: finite."""
         ...
-
-
-@dataclass(frozen=True)
-class RejectHead:
-    """The numbers of a ``reject`` head.
-
-    Attributes:
-        method: how the score is made.
-        scale: multiplier of the cosines.
-        overlap: text-text cosine above which a background row means an offered label.
-        threshold: least score that is accepted.
-    """
-
-    method: str
-    scale: float
-    overlap: float
-    threshold: float
 
 
 @dataclass(frozen=True, eq=False)
 class NegativesGate:
-    """Log odds of the best label against the background; see the module docstring.
+    """Labels against the background; see the module docstring.
 
     Attributes:
         rows: ``(M, E)`` background rows that mean none of the labels.
+        threshold: least score that is accepted.
+        threshold_alone: least score of a label by itself.
+        scale: multiplier of the cosines.
+        weight: of the background.
+    """
+
+    rows: NDArray[np.float32]
+    threshold: float
+    threshold_alone: float
+    scale: float
+    weight: float
+    method: str = "negatives"
+
+    def scores(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return ``scale · max own − weight · log Σ exp(scale · others)``, ``(B,)``."""
+        return self.alone(own.max(axis=1, keepdims=True), others)[:, 0]
+
+    def alone(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return ``scale · own − weight · log Σ exp(scale · others)``, ``(B, N)``."""
+        # Cosines times a scale of at most 100: in double precision nothing need be taken off first.
+        background = np.log(np.exp(others * self.scale, dtype=np.float64).sum(axis=1, keepdims=True))
+        return np.asarray(own * self.scale - self.weight * background)
+
+
+@dataclass(frozen=True, eq=False)
+class NoGate:
+    """Each label against its denial; see the module docstring.
+
+    Attributes:
+        rows: ``(N, E)`` embeddings of the denied labels, in the order of the labels.
         threshold: least score that is accepted.
         threshold_alone: least score of a label by itself.
         scale: multiplier of the cosines.
@@ -102,16 +154,123 @@ class NegativesGate:
     threshold: float
     threshold_alone: float
     scale: float
-    method: str = "negatives"
+    method: str = "no"
 
     def scores(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``scale · max own − log Σ exp(scale · others)``, ``(B,)``."""
-        return self.alone(own.max(axis=1, keepdims=True), others)[:, 0]
+        """Return ``scale · (own − others)`` of the first label, ``(B,)``."""
+        first = own.argmax(axis=1)[:, None]
+        result: NDArray[np.float64] = np.take_along_axis(self.alone(own, others), first, axis=1)[:, 0]
+        return result
 
     def alone(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``scale · own − log Σ exp(scale · others)``, ``(B, N)``."""
-        background = np.log(np.exp(others * self.scale, dtype=np.float64).sum(axis=1, keepdims=True))
-        return np.asarray(own * self.scale - background)
+        """Return ``scale · (own − others)``, ``(B, N)``."""
+        return np.asarray(self.scale * (own.astype(np.float64) - others))
+
+
+@dataclass(frozen=True, eq=False)
+class RejectHead:
+    """A ``reject`` head.
+
+    Attributes:
+        method: one of :data:`METHODS`.
+        scale: multiplier of the cosines, above 0 and at most 100; ``None`` is that of the labels' own head.
+        threshold: of one label, and what it grows by with the natural logarithm of their number.
+        weight: of the background (``negatives``).
+        overlap: text-text cosine above which a background row means an offered label (``negatives``).
+        templates: texts that deny a label (``no``).
+        bank_rows: rows of the background bank that are used; ``None`` for all.
+        more: labels and rows beside the background bank's.
+    """
+
+    method: str = "negatives"
+    scale: float | None = None
+    threshold: tuple[float, float] = (0.0, 0.0)
+    weight: float = 1.0
+    overlap: float = 1.0
+    templates: tuple[str, ...] = ()
+    bank_rows: NDArray[np.integer[Any]] | None = None
+    more: tuple[LabelSet, NDArray[np.float32]] | None = None
+
+    def least(self, labels: int) -> float:
+        """Return the threshold of so many labels."""
+        return self.threshold[0] + self.threshold[1] * math.log(min(labels, MOST_COUNTED))
+
+    def background(self, bank: LabelBank, *, where: str = "background") -> LabelBank:
+        """Return the rows of a background bank that are used, and those of the head behind them.
+
+        Raises:
+            BundleError: the head belongs to another bank.
+        """
+        if self.bank_rows is None and self.more is None:
+            return bank
+        used = np.arange(len(bank)) if self.bank_rows is None else self.bank_rows
+        if not len(used) or used.min() < 0 or used.max() >= len(bank):
+            raise BundleError(
+                f"{where}: has {len(bank)} rows, but the `reject` head names others: write that head again."
+            )
+        labels, rows = [bank.labels.labels[int(row)] for row in used], bank.embeddings[used]
+        if self.more is not None:
+            labels += self.more[0].labels
+            rows = np.concatenate([rows, self.more[1]])
+        try:
+            return replace(bank, labels=LabelSet.of(labels), embeddings=rows, truncated=())
+        except (InputError, ValueError) as error:
+            raise BundleError(f"{where}, with the `reject` head's own names: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, content: bytes, *, embed_dim: int, where: str = "reject head") -> RejectHead:
+        """Return the head in the content of a head file.
+
+        Raises:
+            BundleError: it is damaged, or of a method that this version does not know; begins with ``where``.
+        """
+        tensors, metadata = read_tensors(content, where=where)
+        method = metadata.get("method", "")
+        if method not in METHODS:
+            raise BundleError(
+                f"{where}: rejects by method {method[:40]!r}, expected one of "
+                f"{', '.join(map(repr, METHODS))}: install a newer edgeclip."
+            )
+        scale = _numbers(tensors, "scale", 1, where)[0] if "scale" in tensors else None
+        if scale is not None and not 0 < scale <= MAX_SCALE:
+            raise BundleError(f"{where}: scale is {scale:g}, expected above 0 and at most {MAX_SCALE:g}.")
+        least, slope = _numbers(tensors, "threshold", 2, where)
+        try:
+            if method == "no":
+                templates = Templates.of(_strings(metadata.get("templates", ""))).texts
+                return cls(method, scale, (least, slope), templates=templates)
+            return cls(
+                method,
+                scale,
+                (least, slope),
+                _numbers(tensors, "weight", 1, where)[0],
+                _numbers(tensors, "overlap", 1, where)[0],
+                bank_rows=_integers(tensors.get("bank_rows"), where),
+                more=_more(tensors, metadata, embed_dim, where),
+            )
+        except (InputError, ConfigError) as error:
+            raise BundleError(f"{where}: {error}") from error
+
+    def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
+        """Return the head file described in the module docstring, with further metadata."""
+        tensors: dict[str, NDArray[Any]] = {"threshold": np.array(self.threshold, np.float32)}
+        said = {**(metadata or {}), "method": self.method}
+        if self.scale is not None:
+            tensors["scale"] = np.array(self.scale, np.float32)
+        if self.method == "no":
+            said["templates"] = json.dumps(self.templates, ensure_ascii=False)
+            return write_tensors(tensors, said)
+        tensors["weight"] = np.array(self.weight, np.float32)
+        tensors["overlap"] = np.array(self.overlap, np.float32)
+        if self.bank_rows is not None:
+            tensors["bank_rows"] = self.bank_rows.astype(np.int32)
+        if self.more is not None:
+            labels, rows = self.more
+            tensors["more"], tensors["more_scales"] = _to_four_bits(rows)
+            said["labels"] = json.dumps(
+                [label.to_json() for label in labels.labels], ensure_ascii=False, separators=(",", ":")
+            )
+        return write_tensors(tensors, said)
 
 
 def open_gate(
@@ -121,96 +280,229 @@ def open_gate(
     scale: float,
     threshold: float | None = None,
     background: LabelBank | None = None,
+    encode: Encode | None = None,
 ) -> Gate:
     """Return the gate for a set of labels.
 
     Args:
-        bundle: with a background bank and a ``reject`` head.
+        bundle: with a ``reject`` head, and for its method ``negatives`` a background bank.
         labels: those offered.
         scale: multiplier of the cosines where the head has none of its own.
         threshold: in place of the head's.
-        background: the bundle's background bank, where it is at hand already.
+        background: the bundle's background bank, where it was read already; for the method ``no`` a bank
+            that holds the labels' denials under the labels' names.
+        encode: for the method ``no``: texts to unit embeddings ``(B, E)``.
 
     Raises:
-        ConfigError: the bundle has no background bank or no ``reject`` head, or the threshold is no number.
-        BundleError: one of them is damaged.
+        ConfigError: the bundle has no background bank or no ``reject`` head, the threshold is no number, the
+            labels cover the whole background, or nothing gives the denials.
+        BundleError: head or bank are damaged.
     """
-    head = read_reject_head(bundle)
     if threshold is not None and not math.isfinite(threshold):
         raise ConfigError(f"rejection threshold: got {threshold!r}, expected a finite number.")
-    background = background or read_background(bundle)
-    alike = (background.embeddings @ labels.embeddings.T).max(axis=1) > head.overlap
-    offered = {phrase for label in labels.labels.labels for phrase in _phrases(label)}
-    for row, label in enumerate(background.labels.labels):
-        if not alike[row] and not offered.isdisjoint(_phrases(label)):
-            alike[row] = True
-    if alike.all():
+    head = read_reject_head(bundle)
+    least = head.least(len(labels)) if threshold is None else threshold
+    least_alone = head.least(1) if threshold is None else threshold
+    if head.method == "no":
+        rows = _denials(bundle, head, labels, background, encode)
+        return NoGate(rows, least, least_alone, head.scale or scale)
+    own = _background(bundle, background)
+    kept = ~meaning(labels, own, head.overlap).any(axis=0)
+    if not kept.any():
         raise ConfigError(
-            f"{bundle.where}: the {len(labels)} labels offered cover all {len(background)} names of its "
-            "background bank, so nothing is left to reject them for: offer fewer, or do without rejection."
+            f"{bundle.where}: the {len(labels)} labels offered cover all {len(own)} names of its "
+            "background, so nothing is left to reject them for: offer fewer, or do without rejection."
         )
-    least = head.threshold if threshold is None else threshold
-    return NegativesGate(
-        np.ascontiguousarray(background.embeddings[~alike]), least, least, head.scale or scale
-    )
+    rows = np.ascontiguousarray(own.embeddings[kept])
+    return NegativesGate(rows, least, least_alone, head.scale or scale, head.weight)
+
+
+def meaning(labels: LabelBank, background: LabelBank, overlap: float) -> NDArray[np.bool_]:
+    """Return which background rows mean which label, ``(N, M)``.
+
+    They do where they share a name or synonym in any language, without regard to case and Unicode form, or
+    where the cosine of their embeddings is above ``overlap``.
+    """
+    same: NDArray[np.bool_] = cosines(labels.embeddings, background.embeddings) > overlap
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(background.labels.labels):
+        for phrase in _phrases(label):
+            rows.setdefault(phrase, []).append(row)
+    for column, label in enumerate(labels.labels.labels):
+        for phrase in _phrases(label):
+            same[column, rows.get(phrase, [])] = True
+    return same
 
 
 def read_background(bundle: Bundle) -> LabelBank:
-    """Return the background bank of a bundle.
+    """Return the background of a bundle: rows of its background bank, and those of its ``reject`` head.
+
+    It is read at the first call and kept as long as the bundle.
 
     Raises:
-        ConfigError: it has none.
-        BundleError: it is damaged.
+        ConfigError: it has no background bank.
+        BundleError: bank or head are damaged.
     """
-    name = bundle.manifest.background_bank
-    if name is None:
-        raise ConfigError(_nothing_there(bundle, "background bank"))
-    where = f"{bundle.where}: background bank {name!r}"
-    try:
-        return LabelBank.from_bytes(bundle.read(bundle.manifest.label_banks[name].file), source=where)
-    except InputError as error:
-        raise BundleError(str(error)) from error
+    return _background(bundle, None)
 
 
 def read_reject_head(bundle: Bundle) -> RejectHead:
-    """Return the ``reject`` head of a bundle.
+    """Return the ``reject`` head of a bundle; those of a label bank are of :mod:`edgeclip.multi`.
 
     Raises:
         ConfigError: it has none.
         BundleError: it is damaged, or of a method that this version does not know.
     """
-    for name, entry in bundle.manifest.heads.items():
-        if entry.kind == "reject" and entry.bank is None:  # those of a bank: edgeclip.multi
-            where = f"{bundle.where}: head {name!r}"
-            tensors, metadata = read_tensors(bundle.read(entry.file), where=where)
-            method = metadata.get("method", "")
-            if method != "negatives":
-                raise BundleError(
-                    f"{where}: rejects by method {method[:40]!r}, expected 'negatives': "
-                    "install a newer edgeclip."
-                )
-            numbers = {}
-            for key in ("scale", "overlap", "threshold"):
-                value = tensors.get(key)
-                if (
-                    value is None
-                    or value.size != 1
-                    or value.dtype.kind != "f"
-                    or not np.isfinite(value).all()
-                ):
-                    raise BundleError(
-                        f"{where}: expected one finite float tensor {key!r}, got {sorted(tensors)}."
-                    )
-                numbers[key] = float(value.reshape(()))
-            return RejectHead(method, **numbers)
-    raise ConfigError(_nothing_there(bundle, "head of kind 'reject'"))
+    kept = _kept(bundle)
+    if kept.head is None:
+        found = _entry(bundle.manifest)
+        if found is None:
+            raise ConfigError(_nothing_there(bundle, "head of kind 'reject'"))
+        name, entry = found
+        where = f"{bundle.where}: head {name!r}"
+        embed_dim = bundle.manifest.model.embed_dim
+        kept.head = RejectHead.from_bytes(bundle.read(entry.file), embed_dim=embed_dim, where=where)
+    return kept.head
+
+
+# --- inside ------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What was read of an open bundle: labels of a live camera change often."""
+
+    head: RejectHead | None = None
+    background: LabelBank | None = None
+
+
+_KEPT: weakref.WeakKeyDictionary[Bundle, _Kept] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def _kept(bundle: Bundle) -> _Kept:
+    with _LOCK:
+        return _KEPT.setdefault(bundle, _Kept())
+
+
+def _background(bundle: Bundle, bank: LabelBank | None) -> LabelBank:
+    """Return what :func:`read_background` does; ``bank`` is the background bank, read already."""
+    kept = _kept(bundle)
+    if kept.background is None:
+        name = bundle.manifest.background_bank
+        if name is None:
+            raise ConfigError(_nothing_there(bundle, "background bank"))
+        where = f"{bundle.where}: background bank {name!r}"
+        if bank is None:
+            try:
+                content = bundle.read(bundle.manifest.label_banks[name].file)
+                bank = LabelBank.from_bytes(content, source=where)
+            except InputError as error:
+                raise BundleError(str(error)) from error
+        if _entry(bundle.manifest) is not None:
+            bank = read_reject_head(bundle).background(bank, where=where)
+        kept.background = bank
+    return kept.background
+
+
+def _entry(manifest: Manifest) -> tuple[str, HeadEntry] | None:
+    """Return the ``reject`` head that belongs to no bank."""
+    for name, entry in manifest.heads.items():
+        if entry.kind == "reject" and entry.bank is None:
+            return name, entry
+    return None
 
 
 def _nothing_there(bundle: Bundle, what: str) -> str:
     return (
         f"{bundle.where}: has no {what}, so it cannot tell that no label fits: fit one with "
-        "`edgeclip heads reject BUNDLE --data DIR --write`, or classify without rejection."
+        "`edgeclip heads reject BUNDLE --data DIR --write`, or do without rejection."
     )
+
+
+def _numbers(tensors: dict[str, NDArray[Any]], key: str, count: int, where: str) -> list[float]:
+    value = tensors.get(key)
+    if value is None or value.size != count or value.dtype.kind != "f" or not np.isfinite(value).all():
+        raise BundleError(
+            f"{where}: expected a finite float tensor {key!r} of {count}, got {sorted(tensors)}: "
+            "write the head again."
+        )
+    return [float(each) for each in value.ravel()]
+
+
+def _strings(text: str) -> list[str]:
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = None
+    return said if isinstance(said, list) else []
+
+
+def _integers(rows: NDArray[Any] | None, where: str) -> NDArray[np.integer[Any]] | None:
+    if rows is None:
+        return None
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise BundleError(f"{where}: 'bank_rows' is {rows.dtype} {rows.shape}, expected integers (K,).")
+    return rows.astype(np.intp)
+
+
+def _more(
+    tensors: dict[str, NDArray[Any]], metadata: dict[str, str], embed_dim: int, where: str
+) -> tuple[LabelSet, NDArray[np.float32]] | None:
+    packed, scales = tensors.get("more"), tensors.get("more_scales")
+    if packed is None or scales is None:
+        return None
+    labels = labels_from_bytes(
+        metadata.get("labels", "").encode("utf-8", "replace"), source=where, as_json=True
+    )
+    expected = (len(labels), -(-embed_dim // 2))
+    if packed.shape != expected or packed.dtype != np.uint8 or scales.shape != expected[:1]:
+        raise BundleError(
+            f"{where}: 'more' is {packed.dtype} {packed.shape} with scales {scales.shape}, expected uint8 "
+            f"{expected} and {expected[:1]}: write the head again."
+        )
+    rows = _from_four_bits(packed, scales.astype(np.float32))[:, :embed_dim]
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not np.isfinite(length).all() or not length.all():
+        raise BundleError(f"{where}: 'more' has a row without direction: write the head again.")
+    return labels, rows / length
+
+
+def _to_four_bits(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return rows ``(M, E)`` as ``(M, ⌈E / 2⌉)`` bytes and their scales ``(M,)``."""
+    scales = np.abs(rows).max(axis=1) / 7
+    levels = np.rint(rows / scales[:, None]).astype(np.int8) + 8
+    if levels.shape[1] % 2:
+        levels = np.concatenate([levels, np.full((len(levels), 1), 8, np.int8)], axis=1)
+    levels = levels.astype(np.uint8)
+    return levels[:, ::2] | levels[:, 1::2] << 4, scales.astype(np.float32)
+
+
+def _from_four_bits(packed: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    levels = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
+    rows: NDArray[np.float32] = (levels.astype(np.float32) - 8) * scales[:, None]
+    return rows
+
+
+def _denials(
+    bundle: Bundle, head: RejectHead, labels: LabelBank, bank: LabelBank | None, encode: Encode | None
+) -> NDArray[np.float32]:
+    """Return the embeddings of the denied labels ``(N, E)``: of a bank that holds them, or encoded."""
+    if bank is None and encode is None and bundle.manifest.background_bank is not None:
+        bank = read_background(bundle)
+    if bank is not None:
+        rows = {name: row for row, name in enumerate(bank.names)}
+        if all(name in rows for name in labels.names):
+            return np.ascontiguousarray(bank.embeddings[[rows[name] for name in labels.names]])
+    if encode is None:
+        raise ConfigError(
+            f"{bundle.where}: its `reject` head judges labels against their denials, and nothing here can "
+            "encode those of the labels offered: use a bundle with a text tower and a bank of denials."
+        )
+    texts = [template.replace("{}", name) for name in labels.names for template in head.templates]
+    embeddings = np.asarray(encode(texts), np.float32).reshape(len(labels), len(head.templates), -1)
+    means = embeddings.mean(axis=1)
+    return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), np.float32)
 
 
 def _phrases(label: Label) -> Iterator[str]:

@@ -64,6 +64,7 @@ from .default_data import NAME, materials_of, parents_of, write_training_data
 from .default_pictograms import pictogram_views, read_drawings
 from .default_space import ClassNames, read_class_names
 from .finish import STAMPS, TEMPLATES, Half, accuracy_of, card_of, notice_of
+from .rejection import add_rejection
 from .stamps import Stamp, candidates, fit_scale, ranks, read_stamps
 
 __all__ = ["Build", "build", "main"]
@@ -150,6 +151,9 @@ def build(plan: Build) -> Bundle | None:
         bundle = _export(plan)
     with _stage("labels, notices, accuracy"):
         bundle = _complete(plan, bundle)
+    with _stage("rejection"):
+        bundle, fit = add_rejection(bundle, BANK, data=plan.data, threads=plan.threads)
+        _log.info("rejection: %s", json.dumps(fit.to_dict()))
     with _stage("size and verification"):
         bundle = _fit(plan, bundle)
         verify_bundle(bundle, options=RuntimeOptions(threads=plan.threads)).raise_for(require_verified=True)

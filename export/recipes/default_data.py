@@ -140,7 +140,7 @@ _PARENTS: tuple[dict[str, Any], ...] = (
         "name": "emoji names",
         "package": "emojibase-data 17.0.0 (npm)",
         "licence": "MIT",
-        "role": "English and Chinese names to learn from: not shipped",
+        "role": "English and Chinese names: learnt from, and in the reject head",
     },
     {
         "name": "Noto emoji",

@@ -1,0 +1,303 @@
+"""Fit and judge "none of these": pictures with their right name among those offered, and without it.
+
+A *draw* offers N names to each picture, drawn from all names but its own; once as they are, once with its
+own name in the place of the last. Both share all other names, so that only the right name tells them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from edgeclip.errors import InputError
+from edgeclip.reject import RejectHead, meaning
+
+from .metrics import auroc
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgeclip.labels import LabelBank
+
+__all__ = ["Rates", "RejectFit", "Shown", "draw_sets", "fit_reject", "inside_and_outside", "rates_at"]
+
+COUNTS = (1, 2, 5, 10, 20, 50)
+"""Names offered, for which thresholds are fitted."""
+_JUDGED = (5, 20)
+_WEIGHTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
+_OVERLAPS = (0.5, 0.6, 0.7, 0.8)
+LEAST_PICTURES, LEAST_NAMES = 50, 10
+_DRAWS = 20
+_FOLDS = 5
+
+Score: TypeAlias = "Callable[[NDArray[np.intp]], NDArray[np.float64]]"
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Pictures with their names, and a background.
+
+    Attributes:
+        cosines: ``(P, N)`` of pictures and names.
+        own: ``(P,)`` column of each picture's name.
+        others: ``(P, M)`` cosines of pictures and background rows.
+        same: ``(N, M)`` which background rows mean which name.
+        scale: multiplier of the cosines.
+    """
+
+    cosines: NDArray[np.float32]
+    own: NDArray[np.intp]
+    others: NDArray[np.float32]
+    same: NDArray[np.bool_]
+    scale: float
+
+    def best(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return the greatest cosine ``(P,)`` with the names ``sets`` ``(P, n)``."""
+        best = np.take_along_axis(self.cosines, sets, axis=1).max(axis=1)
+        return np.asarray(best, np.float64)
+
+    def softmax(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return the greatest softmax over the names offered: the plain maximum score."""
+        logits = self.scale * np.take_along_axis(self.cosines, sets, axis=1).astype(np.float64)
+        score: NDArray[np.float64] = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        return score
+
+    def background(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return ``log Σ exp(scale · others)`` ``(P,)`` over the rows that mean none of the names offered."""
+        kept = ~self.same[sets].any(axis=1)
+        sums = (np.exp(self.scale * self.others, dtype=np.float64) * kept).sum(axis=1)
+        result: NDArray[np.float64] = np.log(np.maximum(sums, 1e-12))
+        return result
+
+    def negatives(self, weight: float) -> Score:
+        """Return the score of a ``NegativesGate`` with this weight, as a function of the names offered."""
+        return lambda sets: self.scale * self.best(sets) - weight * self.background(sets)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What becomes of pictures at a threshold, in shares.
+
+    Attributes:
+        offered: names offered.
+        threshold: mean over folds, where it differs between them.
+        true_accepts: of pictures whose name is offered.
+        false_accepts: of pictures whose name is not.
+    """
+
+    offered: int
+    threshold: float
+    true_accepts: float
+    false_accepts: float
+
+
+@dataclass(frozen=True)
+class RejectFit:
+    """A fitted ``reject`` head and what it is worth.
+
+    Attributes:
+        scale: multiplier of the cosines.
+        weight: of the background.
+        overlap: text-text cosine above which a background row means a label.
+        threshold: of one label, and its growth with ``ln N``.
+        false_accepts: the share it was fitted for.
+        auroc: by names offered: of the gate, of the greatest cosine, of the greatest softmax.
+        rates: on names that the threshold was not fitted on, by names offered.
+        pictures: how many.
+        names: how many.
+    """
+
+    scale: float
+    weight: float
+    overlap: float
+    threshold: tuple[float, float]
+    false_accepts: float
+    auroc: dict[str, dict[str, float]]
+    rates: tuple[Rates, ...]
+    pictures: int
+    names: int
+
+    @property
+    def improves(self) -> bool:
+        """Whether the gate tells pictures apart better than the greatest softmax does."""
+        return all(each["gate"] > each["softmax"] for each in self.auroc.values())
+
+    def head(self) -> RejectHead:
+        """Return the head, without rows of its own."""
+        return RejectHead("negatives", self.scale, self.threshold, self.weight, self.overlap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {
+            **asdict(self),
+            "threshold": list(self.threshold),
+            "rates": [asdict(each) for each in self.rates],
+        }
+
+
+def draw_sets(
+    own: NDArray[np.intp], names: int, offered: int, draws: int, seed: int = 0
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Yield, draw by draw, the names offered to each picture: ``(P, offered)`` with its own, and without.
+
+    Raises:
+        InputError: there are not enough names.
+    """
+    if not 1 <= offered < names:
+        raise InputError(f"rejection: got {offered} of {names} names, expected 1 to {names - 1}.")
+    random = np.random.default_rng(seed)
+    rows = np.arange(len(own))
+    for _ in range(draws):
+        keys = random.random((len(own), names))
+        keys[rows, own] = 2.0  # never among the others
+        without = np.argsort(keys, axis=1)[:, :offered]
+        having = without.copy()
+        having[:, -1] = own
+        yield having, without
+
+
+def inside_and_outside(
+    score: Score, own: NDArray[np.intp], names: int, offered: int, *, draws: int = _DRAWS, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return scores ``(draws, P)`` of pictures with their name offered, and without it.
+
+    Args:
+        score: of the names offered ``(P, offered)``, for each picture.
+        own: ``(P,)`` column of each picture's name.
+        names: how many there are.
+        offered: to each picture.
+        draws: sets of names a picture.
+        seed: of these.
+    """
+    pairs = [
+        (score(having), score(without)) for having, without in draw_sets(own, names, offered, draws, seed)
+    ]
+    return np.stack([first for first, _ in pairs]), np.stack([second for _, second in pairs])
+
+
+def rates_at(
+    inside: NDArray[np.float64], outside: NDArray[np.float64], threshold: float, offered: int
+) -> Rates:
+    """Return the shares of ``(draws, P)`` scores that a threshold accepts."""
+    return Rates(
+        offered, threshold, float((inside >= threshold).mean()), float((outside >= threshold).mean())
+    )
+
+
+def fit_reject(
+    labels: LabelBank,
+    background: LabelBank,
+    images: NDArray[np.float32],
+    own: NDArray[np.intp],
+    *,
+    scale: float,
+    false_accepts: float = 0.1,
+    seed: int = 0,
+) -> RejectFit:
+    """Fit weight, overlap and threshold of a gate with negatives.
+
+    Weight and overlap are those with the best area under the ROC curve, over 5 and 20 names offered. The
+    threshold is the line in ``ln N`` nearest to those thresholds that accept ``false_accepts`` of the
+    pictures whose name is not among 1, 2, 5, 10, 20 and 50 offered.
+
+    Args:
+        labels: the names.
+        background: general names, encoded.
+        images: ``(P, E)`` unit embeddings.
+        own: ``(P,)`` row of each picture's name.
+        scale: multiplier of the cosines.
+        false_accepts: share that may be accepted wrongly, between 0 and 1.
+        seed: of draws and folds.
+
+    Raises:
+        InputError: fewer than 50 pictures or 10 names.
+    """
+    names = len(labels)
+    if len(images) < LEAST_PICTURES or names < LEAST_NAMES:
+        raise InputError(
+            f"rejection: got {len(images)} pictures and {names} names, expected at least {LEAST_PICTURES} "
+            f"and {LEAST_NAMES}; give more."
+        )
+    products = np.asarray(images @ labels.embeddings.T), np.asarray(images @ background.embeddings.T)
+    judged = [count for count in _JUDGED if count < names]
+    found: list[tuple[float, float, float, Shown]] = []
+    for overlap in _OVERLAPS:
+        shown = Shown(products[0], own, products[1], meaning(labels, background, overlap), scale)
+        for weight in _WEIGHTS:
+            area = _mean_area(shown, shown.negatives(weight), judged, seed)
+            found.append((area, weight, overlap, shown))
+    _, weight, overlap, shown = max(found, key=lambda each: each[0])
+    scores = shown.negatives(weight)
+    counts = [count for count in COUNTS if count < names]
+    drawn = {
+        count: inside_and_outside(scores, own, names, count, draws=_DRAWS, seed=seed + 1) for count in counts
+    }
+    threshold = _line({count: outside for count, (_, outside) in drawn.items()}, false_accepts)
+    areas = {
+        str(count): {
+            "gate": _mean_area(shown, scores, [count], seed + 1),
+            "cosine": _mean_area(shown, shown.best, [count], seed + 1),
+            "softmax": _mean_area(shown, shown.softmax, [count], seed + 1),
+        }
+        for count in judged
+    }
+    return RejectFit(
+        scale, weight, overlap, threshold, false_accepts, areas, _held_out(drawn, own, false_accepts, seed),
+        len(images), names,
+    )  # fmt: skip
+
+
+def _mean_area(shown: Shown, score: Score, counts: Sequence[int], seed: int) -> float:
+    names = shown.cosines.shape[1]
+    positive = np.arange(2 * len(shown.own)) < len(shown.own)
+    areas = []
+    for count in counts:
+        inside, outside = inside_and_outside(score, shown.own, names, count, seed=seed)
+        areas += [auroc(np.concatenate(pair), positive) for pair in zip(inside, outside, strict=True)]
+    return float(np.mean(areas))
+
+
+def _line(outside: dict[int, NDArray[np.float64]], false_accepts: float) -> tuple[float, float]:
+    """Return ``a`` and ``b`` of the thresholds ``a + b · ln N``."""
+    least = [float(np.quantile(scores, 1 - false_accepts)) for scores in outside.values()]
+    slope, start = np.polyfit(np.log(list(outside)), least, 1)
+    return float(start), float(slope)
+
+
+def _held_out(
+    drawn: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]],
+    own: NDArray[np.intp],
+    false_accepts: float,
+    seed: int,
+) -> tuple[Rates, ...]:
+    """Return the rates at thresholds fitted on the pictures of other names."""
+    part = np.random.default_rng(seed).integers(0, _FOLDS, int(own.max()) + 1)[own]
+    found: dict[int, list[tuple[int, Rates]]] = {count: [] for count in drawn}
+    for fold in range(_FOLDS):
+        held = part == fold
+        if not held.any() or held.all():
+            continue
+        start, slope = _line({count: pair[1][:, ~held] for count, pair in drawn.items()}, false_accepts)
+        for count, (inside, outside) in drawn.items():
+            least = start + slope * math.log(count)
+            rates = rates_at(inside[:, held], outside[:, held], least, count)
+            found[count].append((int(held.sum()), rates))
+    return tuple(_mean_rates(count, each) for count, each in found.items())
+
+
+def _mean_rates(offered: int, found: Sequence[tuple[int, Rates]]) -> Rates:
+    sizes = np.array([size for size, _ in found], np.float64)
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.dot(sizes, values) / sizes.sum())
+
+    return Rates(
+        offered,
+        mean([rates.threshold for _, rates in found]),
+        mean([rates.true_accepts for _, rates in found]),
+        mean([rates.false_accepts for _, rates in found]),
+    )

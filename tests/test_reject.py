@@ -1,0 +1,373 @@
+"""Gates: scores against a direct formula, what means the same, damaged heads, real pictures."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeclip import reject
+from edgeclip.answers import Answers
+from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.classify import ZeroShotClassifier
+from edgeclip.errors import BundleError, ConfigError
+from edgeclip.label_sets import Label, LabelSet, Templates
+from edgeclip.labels import LabelBank
+from edgeclip.reject import (
+    Gate,
+    NegativesGate,
+    NoGate,
+    RejectHead,
+    meaning,
+    open_gate,
+    read_background,
+    read_reject_head,
+)
+from edgeclip.tensors import read_tensors, write_tensors
+
+
+def unit(rows: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
+def bank_of(
+    labels: Sequence[str | Label], rows: NDArray[np.float32] | None = None, dim: int = 48
+) -> LabelBank:
+    if rows is None:
+        rows = unit(np.random.default_rng(len(labels)).normal(size=(len(labels), dim)))
+    return LabelBank(LabelSet.of(list(labels)), rows, Templates.of("one"))
+
+
+@pytest.fixture(scope="module")
+def default() -> Bundle:
+    return Bundle.open("default")
+
+
+@pytest.fixture(scope="module")
+def classifier() -> ZeroShotClassifier:
+    return ZeroShotClassifier.open("default", answers=Answers(reject=True))
+
+
+@pytest.fixture(scope="module")
+def photos(repo: Path) -> Path:
+    return repo / "edgeclip/assets/photos"
+
+
+@pytest.fixture(scope="module")
+def shown(photos: Path) -> list[tuple[Path, str]]:
+    with (photos / "labels.csv").open(encoding="utf-8") as file:
+        return [(photos / row["image"], row["label"]) for row in csv.DictReader(file)]
+
+
+def with_head(bundle: Path, content: bytes, *, background: str | None = "colours") -> Bundle:
+    with BundleWriter(bundle) as writer:
+        heads = writer.manifest.setdefault("heads", {})
+        heads["reject"] = {"kind": "reject", "file": writer.add("heads/reject.safetensors", content)}
+        writer.manifest["background_bank"] = background
+        return writer.commit()
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+def test_negatives_are_the_weighted_log_odds_of_the_best_label() -> None:
+    random = np.random.default_rng(0)
+    own, others = (random.uniform(-1, 1, (4, n)).astype(np.float32) for n in (3, 50))
+    gate = NegativesGate(np.zeros((50, 8), np.float32), 0.0, 0.0, scale=20.0, weight=0.7)
+    expected = [
+        20 * max(map(float, row)) - 0.7 * math.log(sum(math.exp(20 * float(each)) for each in rest))
+        for row, rest in zip(own, others, strict=True)
+    ]
+    assert gate.scores(own, others) == pytest.approx(expected, abs=1e-5)
+    assert gate.alone(own, others).max(axis=1) == pytest.approx(expected, abs=1e-5)
+    assert gate.alone(own, others).shape == (4, 3)
+
+
+def test_with_weight_one_two_labels_are_told_apart_by_their_odds() -> None:
+    gate = NegativesGate(np.zeros((1, 8), np.float32), 0.0, 0.0, scale=10.0, weight=1.0)
+    score = gate.scores(np.array([[0.3]], np.float32), np.array([[0.1]], np.float32))[0]
+    assert 1 / (1 + math.exp(-score)) == pytest.approx(math.exp(3) / (math.exp(3) + math.exp(1)))
+
+
+def test_no_is_the_log_odds_of_the_first_label_against_its_denial() -> None:
+    gate = NoGate(np.zeros((2, 8), np.float32), 0.0, 0.0, scale=10.0)
+    own = np.array([[0.3, 0.5]], np.float32)
+    others = np.array([[0.1, 0.6]], np.float32)
+    assert gate.scores(own, others)[0] == pytest.approx(10 * (0.5 - 0.6), abs=1e-6)
+    assert gate.alone(own, others)[0] == pytest.approx([2.0, -1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("extreme", [-1.0, 1.0])
+def test_scores_are_finite_at_the_ends(extreme: float) -> None:
+    rows = np.zeros((1000, 8), np.float32)
+    gates: list[Gate] = [NegativesGate(rows, 0.0, 0.0, 100.0, 1.0), NoGate(rows, 0.0, 0.0, 100.0)]
+    own = np.full((2, 1000), -extreme, np.float32)
+    for gate in gates:
+        assert np.isfinite(gate.scores(own, np.full((2, 1000), extreme, np.float32))).all()
+
+
+def test_the_threshold_grows_with_the_logarithm_of_the_labels() -> None:
+    head = RejectHead(threshold=(-4.0, 2.0))
+    assert head.least(1) == -4.0
+    assert head.least(20) == pytest.approx(-4 + 2 * math.log(20))
+    assert head.least(5000) == head.least(reject.MOST_COUNTED)
+
+
+# --- what means the same -----------------------------------------------------------------------------------
+
+
+def test_names_synonyms_and_names_in_other_languages_mean_the_same() -> None:
+    background = bank_of(
+        [
+            Label("Teapot", aliases=(("zh", Label("茶壶")),)),
+            Label("sofa", synonyms=("couch",)),
+            "dog",
+            "ｃａｔ",  # full width: another Unicode form of "cat"
+        ]
+    )
+
+    def rows_of(*labels: str | Label) -> list[int]:
+        same = meaning(bank_of(labels), background, overlap=1.1)
+        assert same.shape == (len(labels), 4)
+        return np.flatnonzero(same.any(axis=0)).tolist()
+
+    assert rows_of("teapot") == rows_of("TEAPOT") == rows_of("茶壶") == [0]
+    assert rows_of("couch") == rows_of(Label("settee", synonyms=("Sofa",))) == [1]
+    assert rows_of(Label("chien", aliases=(("en", Label("dog")),))) == [2]
+    assert rows_of("cat", "teapot") == [0, 3]
+    assert rows_of("tea") == []
+
+
+def test_texts_that_are_nearer_than_the_overlap_mean_the_same() -> None:
+    rows = unit(np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0]]))
+    background, label = bank_of(["a", "b", "c"], rows), bank_of(["x"], rows[:1])
+    assert meaning(label, background, 0.79).tolist() == [[True, True, False]]
+    assert meaning(label, background, 0.81).tolist() == [[True, False, False]]
+
+
+def test_rows_that_mean_a_label_are_left_out(default: Bundle, classifier: ZeroShotClassifier) -> None:
+    background = read_background(default)
+    left: dict[str, set[str]] = {}
+    for name in ("teapot", "茶壶", "zeppelin hangar"):
+        classifier.set_labels([name])
+        gate = open_gate(default, classifier.bank, scale=1.0)
+        kept = {row.tobytes() for row in gate.rows}
+        left[name] = {
+            label for label, row in zip(background.names, background.embeddings, strict=True)
+            if row.tobytes() not in kept
+        }  # fmt: skip
+    assert "teapot" in left["teapot"]
+    assert "teapot" in left["茶壶"]
+    assert "teapot" not in left["zeppelin hangar"]
+    assert all(len(names) < 20 for names in left.values())
+
+
+# --- heads -------------------------------------------------------------------------------------------------
+
+
+def test_a_head_comes_back_from_its_file() -> None:
+    labels = LabelSet.of([Label("red panda", aliases=(("zh", Label("小熊猫")),)), "kite", "map"])
+    rows = unit(np.random.default_rng(1).normal(size=(3, 47)))  # an odd number: half a byte is left
+    head = RejectHead(
+        "negatives", 20.0, (-3.5, 1.25), 0.75, 0.5, bank_rows=np.array([4, 0, 2]), more=(labels, rows)
+    )
+    content = head.to_bytes({"false_accepts": "0.05"})
+    assert content == head.to_bytes({"false_accepts": "0.05"})
+    back = RejectHead.from_bytes(content, embed_dim=47)
+    assert (back.method, back.scale, back.threshold, back.weight, back.overlap) == (
+        "negatives", 20.0, (-3.5, 1.25), 0.75, 0.5,
+    )  # fmt: skip
+    assert back.bank_rows is not None
+    assert back.bank_rows.tolist() == [4, 0, 2]
+    assert back.more is not None
+    assert back.more[0] == labels
+    # Half a step of four bits is a fourteenth of the largest number of a row.
+    steps = np.abs(rows).max(axis=1, keepdims=True) / 14
+    assert (np.abs(back.more[1] - rows) <= 1.1 * steps).all()
+    assert np.linalg.norm(back.more[1], axis=1) == pytest.approx(1, abs=1e-6)
+    assert (back.more[1] * rows).sum(axis=1) == pytest.approx(1, abs=0.02)
+    no = RejectHead("no", 20.0, (0.0, 0.0), templates=("a photo without {}.", "no {}."))
+    assert RejectHead.from_bytes(no.to_bytes(), embed_dim=47).templates == no.templates
+
+
+def test_the_background_is_the_rows_used_and_those_of_the_head() -> None:
+    bank = bank_of(["a", "b", "c", "d"])
+    more = LabelSet.of(["e"]), unit(np.ones((1, 48)))
+    head = RejectHead(bank_rows=np.array([3, 1]), more=more)
+    joined = head.background(bank)
+    assert joined.names == ("d", "b", "e")
+    assert (joined.embeddings[:2] == bank.embeddings[[3, 1]]).all()
+    assert RejectHead().background(bank) is bank
+    for wrong in (RejectHead(bank_rows=np.array([4])), RejectHead(bank_rows=np.array([-1]))):
+        with pytest.raises(BundleError, match="has 4 rows, but the `reject` head names others"):
+            wrong.background(bank)
+    with pytest.raises(BundleError, match="label 'a' is repeated"):
+        RejectHead(more=(LabelSet.of(["a"]), more[1])).background(bank)
+
+
+def damaged(**change: Any) -> bytes:
+    """Return a sound head with some tensors or metadata replaced; ``None`` takes one out."""
+    rows = unit(np.ones((1, 48)))
+    content = RejectHead("negatives", 20.0, (0.0, 1.0), 0.7, 0.6, more=(LabelSet.of(["x"]), rows)).to_bytes()
+    tensors, metadata = read_tensors(content)
+    everything: Mapping[str, Any] = {**tensors, **metadata, **change}
+    return write_tensors(
+        {key: value for key, value in everything.items() if isinstance(value, np.ndarray)},
+        {key: value for key, value in everything.items() if isinstance(value, str)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "votes"}, "rejects by method 'votes', expected one of 'negatives', 'no'"),
+        ({"method": None}, "rejects by method ''"),
+        ({"threshold": None}, "expected a finite float tensor 'threshold' of 2"),
+        ({"threshold": np.array([np.nan, 0], np.float32)}, "expected a finite float tensor 'threshold' of 2"),
+        ({"weight": np.array([1, 2], np.float32)}, "expected a finite float tensor 'weight' of 1"),
+        ({"overlap": np.array(1, np.int32)}, "expected a finite float tensor 'overlap' of 1"),
+        ({"scale": np.array(0, np.float32)}, "scale is 0, expected above 0 and at most 100"),
+        ({"scale": np.array(101, np.float32)}, "scale is 101, expected above 0"),
+        ({"bank_rows": np.zeros(2, np.float32)}, "'bank_rows' is float32"),
+        ({"more": np.zeros((1, 23), np.uint8)}, r"'more' is uint8 \(1, 23\).*expected uint8 \(1, 24\)"),
+        ({"more": np.full((1, 24), 0x88, np.uint8)}, "has a row without direction"),
+        ({"more_scales": np.array([np.nan], np.float32)}, "has a row without direction"),
+        ({"labels": "["}, "line 1: not JSON"),
+        ({"labels": None}, "line 1: not JSON"),
+        ({"method": "no", "templates": "[]"}, "got an empty list"),
+        ({"method": "no", "templates": '["no"]'}, "expected exactly one {}"),
+        ({"method": "no"}, "got an empty list"),
+    ],
+)
+def test_a_damaged_head_is_told(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(BundleError, match=f"reject head: .*{said}"):
+        RejectHead.from_bytes(damaged(**change), embed_dim=48)
+    assert RejectHead.from_bytes(damaged(), embed_dim=48).weight == pytest.approx(0.7)
+
+
+# --- bundles -----------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_without_head_or_background_says_what_to_do(tiny_bundle: Path) -> None:
+    labels = bank_of(["red"], dim=Bundle.open(tiny_bundle).manifest.model.embed_dim)
+    with pytest.raises(ConfigError, match=r"has no head of kind 'reject'.*edgeclip heads reject BUNDLE"):
+        open_gate(Bundle.open(tiny_bundle), labels, scale=20.0)
+    bundle = with_head(tiny_bundle, RejectHead(scale=20.0).to_bytes(), background=None)
+    with pytest.raises(ConfigError, match="has no background bank, so it cannot tell that no label fits"):
+        open_gate(bundle, labels, scale=20.0)
+    with pytest.raises(ConfigError, match="has no background bank"):
+        read_background(bundle)
+
+
+def test_a_head_of_a_label_bank_is_no_gate(tiny_bundle: Path) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        file = writer.add("heads/reject.safetensors", RejectHead().to_bytes())
+        writer.manifest.setdefault("heads", {})["several"] = {
+            "kind": "reject",
+            "file": file,
+            "bank": "colours",
+        }
+        bundle = writer.commit()
+    with pytest.raises(ConfigError, match="has no head of kind 'reject'"):
+        read_reject_head(bundle)
+
+
+def test_thresholds_and_scale_are_the_heads_unless_given(tiny_bundle: Path) -> None:
+    bundle = with_head(tiny_bundle, RejectHead(threshold=(-2.0, 1.0), weight=0.5).to_bytes())
+    background = read_background(bundle)
+    assert len(background) == 8
+    labels = bank_of(["x", "y"], dim=background.embeddings.shape[1])
+    gate = open_gate(bundle, labels, scale=17.0)
+    assert isinstance(gate, NegativesGate)
+    assert (gate.scale, gate.weight, gate.method) == (17.0, 0.5, "negatives")
+    assert (gate.threshold, gate.threshold_alone) == (pytest.approx(-2 + math.log(2)), -2.0)
+    given = open_gate(bundle, labels, scale=17.0, threshold=3.0, background=background)
+    assert (given.threshold, given.threshold_alone) == (3.0, 3.0)
+    assert (given.rows == gate.rows).all()
+    with pytest.raises(ConfigError, match="rejection threshold: got nan, expected a finite number"):
+        open_gate(bundle, labels, scale=17.0, threshold=math.nan)
+    with pytest.raises(ConfigError, match="the 8 labels offered cover all 8 names of its background"):
+        open_gate(bundle, background, scale=17.0)
+
+
+def test_files_are_read_once_and_forgotten_with_the_bundle(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = with_head(tiny_bundle, RejectHead(scale=20.0).to_bytes())
+    read: list[str] = []
+    reading = Bundle.read
+    monkeypatch.setattr(Bundle, "read", lambda self, name: (read.append(name), reading(self, name))[1])
+    labels = bank_of(["x"], dim=bundle.manifest.model.embed_dim)
+    for _ in range(3):
+        open_gate(bundle, labels, scale=20.0)
+    assert len(read) == len(set(read)) == 2
+    kept = len(reject._KEPT)
+    del bundle
+    gc.collect()
+    assert len(reject._KEPT) == kept - 1
+
+
+def test_denials_are_encoded_or_found_in_a_bank(tiny_bundle: Path) -> None:
+    head = RejectHead("no", 20.0, (0.5, 0.25), templates=("a photo without {}.", "no {} here"))
+    bundle = with_head(tiny_bundle, head.to_bytes(), background=None)
+    dim = bundle.manifest.model.embed_dim
+    asked: list[str] = []
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        asked.extend(texts)
+        return unit(np.arange(1, len(texts) * dim + 1, dtype=np.float64).reshape(len(texts), dim))
+
+    labels = bank_of(["red", "sky"], dim=dim)
+    gate = open_gate(bundle, labels, scale=9.0, encode=encode)
+    assert isinstance(gate, NoGate)
+    assert asked == ["a photo without red.", "no red here", "a photo without sky.", "no sky here"]
+    expected = unit(encode(asked[:4]).reshape(2, 2, dim).mean(axis=1))
+    assert gate.rows == pytest.approx(expected, abs=1e-6)
+    assert (gate.scale, gate.threshold_alone) == (20.0, 0.5)
+    assert gate.threshold == pytest.approx(0.5 + 0.25 * math.log(2))
+    stored = bank_of(["sky", "sea", "red"], dim=dim)
+    carried = open_gate(bundle, labels, scale=9.0, background=stored)
+    assert (carried.rows == stored.embeddings[[2, 0]]).all()
+    with pytest.raises(ConfigError, match="judges labels against their denials, and nothing here can encode"):
+        open_gate(bundle, labels, scale=9.0)
+
+
+# --- the default bundle on photographs ---------------------------------------------------------------------
+
+
+def test_no_photograph_shows_a_teapot(classifier: ZeroShotClassifier, shown: list[tuple[Path, str]]) -> None:
+    for label in ("teapot", "茶壶"):
+        classifier.set_labels([label])
+        rejected = [not classifier.classify(path) for path, _ in shown]
+        assert np.mean(rejected) >= 0.9
+
+
+def test_the_right_name_alone_is_accepted(
+    classifier: ZeroShotClassifier, shown: list[tuple[Path, str]]
+) -> None:
+    accepted = []
+    for path, label in shown:
+        classifier.set_labels([label])
+        found = classifier.classify(path)
+        assert [each.label for each in found] in ([], [label])
+        accepted.append(bool(found))
+    assert np.mean(accepted) >= 0.8
+
+
+def test_the_default_background_is_general_names_in_both_languages(default: Bundle) -> None:
+    background, head = read_background(default), read_reject_head(default)
+    assert 500 < len(background) < 1000
+    assert {"teapot", "umbrella", "castle"} <= set(background.names)
+    assert all(dict(label.aliases)["zh"] for label in background.labels.labels)
+    assert head.method == "negatives"
+    assert head.threshold[1] > 0
+    entry = default.manifest.heads["reject"]
+    _, metadata = read_tensors(default.read(entry.file))
+    assert metadata["false_accepts"] == "0.05"
