@@ -181,7 +181,9 @@ class _Run:
                     raise outcome.error
                 summary.failed += 1
                 self.notes.say(f"error: {' '.join(str(outcome.error).split())}")
-            kept = tuple(each for each in outcome.predictions if each.score >= self.min_confidence)
+            kept = outcome.predictions
+            if self.min_confidence:  # scores that a gate gave may be negative
+                kept = tuple(each for each in kept if each.score >= self.min_confidence)
             self.writer.picture(key, outcome, kept)
             self.notes.progress(f"{summary.pictures:,} pictures, last {key[-40:]}")
         self.notes.done()
