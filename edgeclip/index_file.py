@@ -147,7 +147,10 @@ class PictureIndex:
         self.where = f"picture index {str(self.path)!r}"
         if not self.path.is_file():
             raise InputError(f"{self.where}: there is none. Make it with `edgeclip index DIR`.")
-        tensors, metadata = map_tensors(self.path, where=self.where, error=InputError)
+        try:
+            tensors, metadata = map_tensors(self.path, where=self.where, error=InputError)
+        except InputError as error:
+            raise InputError(f"{error} {_REPAIR}") from error
         if metadata.get("format") != _FORMAT:
             raise InputError(f"{self.where}: safetensors, but no picture index. Check the path.")
         if metadata.get("schema") != _SCHEMA:

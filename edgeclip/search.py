@@ -1,19 +1,20 @@
 """Search a picture index by words and by pictures: exact cosines, and a cut-off that says where to stop.
 
-Every picture is compared; nothing is approximated. Ranking is by cosine. What a cosine is worth differs from
-query to query and from one kind of pictures to another, so that a search by words also judges *relevance*
-(the aim of Rossi et al. 2024, "Relevance Filtering for Embedding-based Retrieval", without a network trained
-for it): with ``g`` the score by which the bundle's gate tells one label alone from its background
-(:mod:`edgeclip.reject`), a picture is relevant where
+Every picture is compared; nothing is approximated. What a cosine is worth differs from query to query and
+from one kind of pictures to another, so that a search by words judges *relevance*, which can be compared
+(the aim of Rossi et al. 2024, "Relevance Filtering for Embedding-based Retrieval"). Theirs is a network
+trained for it; here it is the probability of the words against the background of the bundle's gate
+(:mod:`edgeclip.reject`), general names that stand for everything else. With ``c`` the cosine of the words,
+``d`` those of the background rows that do not mean them, and ``s`` the gate's multiplier::
 
-* ``g`` reaches the gate's own threshold for a label by itself, or
-* ``g`` stands out of this collection: at least :data:`GATE_DEVIATIONS` standard deviations above its mean,
-  for collections of :data:`LEAST_PICTURES` and more.
+    relevance = exp(s · c) / (exp(s · c) + Σ exp(s · d))
 
-Relevance is ``g`` less the lower of these two limits, so that zero is the cut-off. Bundles without a gate are
-judged by their cosines, in standard deviations above the mean less :data:`COSINE_DEVIATIONS`. Mean and
-deviation describe the collection as if nearly nothing in it were relevant: where that is wrong, fewer are
-found. How the limits were chosen: docs/search.md.
+Pictures from :data:`LEAST_RELEVANCE` on are relevant. The gate's own threshold is no help here: it lets one
+label alone pass for one strange picture in so many, and a collection is nearly all strange pictures.
+
+Without a gate, a picture is relevant whose cosine lies :data:`COSINE_DEVIATIONS` standard deviations above
+the mean of a collection of at least :data:`LEAST_PICTURES`. That takes the collection to be of other things
+nearly throughout. How the limits were chosen and what they are worth: docs/search.md.
 
 A search by a picture has no cut-off. "Similar" has no threshold of its own: pictures of one name and pictures
 of one kind lie at very different cosines.
@@ -22,10 +23,9 @@ of one kind lie at very different cosines.
 from __future__ import annotations
 
 import re
-import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from .errors import ConfigError, InputError
 from .heads import cosines
 from .index_file import BLOCK_ROWS, PictureIndex
 from .label_sets import Label, LabelSet, Templates
-from .reject import open_gate, read_background
+from .reject import NegativesGate, open_gate
 from .runtime.choose import choose_variant
 from .runtime.latency import NO_CLOCK
 from .runtime.session import DEFAULT_OPTIONS, RuntimeOptions
@@ -47,20 +47,18 @@ if TYPE_CHECKING:
 
     from .bundle import Bundle
     from .labels import LabelBank
-    from .reject import Gate
 
 __all__ = ["Cutoff", "Found", "Match", "Searcher", "nearest"]
 
-GATE_DEVIATIONS: Final = 3.5
-"""Standard deviations above the mean of a collection from which a gate's score stands out."""
+LEAST_RELEVANCE: Final = 0.35
+"""Probability of the words against the background from which a picture is relevant."""
 COSINE_DEVIATIONS: Final = 4.8
-"""The same for cosines, where a bundle has no gate."""
+"""Standard deviations above the mean of a collection that do for a bundle without a gate."""
 LEAST_PICTURES: Final = 50
 """Of fewer, mean and deviation say nothing: no picture of 16 can lie four deviations above their mean."""
 
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\w)", re.IGNORECASE)
-_SAMPLE: Final = 256  # pictures that a gate's scores of a collection are estimated on
-_CANDIDATES: Final = 32  # judged at a time, nearest first
+_JUDGED: Final = 64  # nearest pictures whose relevance is looked at, or four times as many as are wanted
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Match:
     Attributes:
         path: relative to the folder of the index.
         similarity: cosine of query and picture.
-        relevance: how far above the cut-off, see the module; ``None`` without one.
+        relevance: what the cut-off was compared with; ``None`` without one.
     """
 
     path: str
@@ -83,16 +81,13 @@ class Cutoff:
     """What decided whether a picture is relevant.
 
     Attributes:
-        method: ``"gate"`` or ``"cosine"``: see the module.
-        least: the least score, in units of the gate or of cosines.
-        mean: of the collection.
-        deviation: of the collection.
+        method: ``"background"``: relevance is a probability; ``"deviations"``: it is how many standard
+            deviations a cosine lies above the mean of the collection.
+        least: relevance of the least relevant picture that is relevant.
     """
 
-    method: str
+    method: Literal["background", "deviations"]
     least: float
-    mean: float
-    deviation: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class Found:
     """What a search found.
 
     Attributes:
-        matches: nearest first.
+        matches: most relevant first; nearest first where there is no cut-off.
         cutoff: what decided over them; ``None`` where nothing did, and they are merely the nearest.
     """
 
@@ -175,11 +170,6 @@ class Searcher:
         self._labels = BundleLabels(
             bundle, choice.variant, choice.options_for(options, "text"), keep_text_tower, NO_CLOCK
         )
-        self._lock = threading.Lock()
-        step = max(1, -(-len(index) // _SAMPLE))
-        self._sample = slice(step // 2, None, step)
-        self._background: tuple[LabelBank, NDArray[np.float32]] | None = None
-        self._has_gate = True  # until the bundle says otherwise
 
     def encode(
         self, query: str, *, templates: Templates | None = None, language: str | None = None
@@ -196,6 +186,8 @@ class Searcher:
             ConfigError: the bundle has no bank in that language.
             BundleError: the bundle has no text tower.
         """
+        if not query.strip(" |"):
+            raise InputError(f"query {query!r}: says nothing, expected words or the path of a picture.")
         # Templates bring an article of their own, and names of labels have none.
         name, *synonyms = (_ARTICLE.sub("", part.strip(), count=1) for part in query.split("|"))
         labels = LabelSet.of([Label(name, tuple(each for each in synonyms if each))])
@@ -214,37 +206,29 @@ class Searcher:
         return label_warnings(phrases, self.bundle.manifest.model.languages, _Knows(words))
 
     def by_text(self, query: LabelBank, *, top_k: int = 20, cut: bool = True) -> Found:
-        """Return the pictures that a text is about, nearest first.
+        """Return the pictures that a text is about, most relevant first.
 
         Args:
             query: as :meth:`encode` returns it.
             top_k: at most so many.
-            cut: leave out what is not relevant; without it the nearest come back whatever they show.
+            cut: leave out what is not relevant; without it the nearest come back, whatever they show.
 
         Raises:
             InputError: the index is damaged.
         """
         similarity = nearest(self.index, query.embeddings[0])
-        judge = self._judge(query, similarity) if cut else None
-        if judge is None:
-            rows = _best(similarity, top_k)
-            return Found(tuple(self._match(row, similarity) for row in rows.tolist()))
-        found: list[Match] = []
-        order, start = _best(similarity, max(top_k, _CANDIDATES)), 0
-        while len(found) < top_k and start < len(order):
-            rows = order[start : start + _CANDIDATES]
-            relevance = judge.relevance(rows)
-            good = relevance >= 0
-            found += [
-                self._match(row, similarity, said)
-                for row, said in zip(rows[good].tolist(), relevance[good].tolist(), strict=True)
-            ]
-            start += len(rows)
-            if not good.any():
-                break
-            if start == len(order) < len(similarity):
-                order = _best(similarity, 2 * len(order))
-        return Found(tuple(found[:top_k]), judge.cutoff)
+        if not cut:
+            return Found(tuple(self._match(row, similarity) for row in _best(similarity, top_k).tolist()))
+        rows = _best(similarity, max(_JUDGED, 4 * top_k))
+        judged = self._relevance(query, similarity, rows)
+        if judged is None:
+            return Found(tuple(self._match(row, similarity) for row in rows[:top_k].tolist()))
+        relevance, cutoff = judged
+        order = np.argsort(-relevance, kind="stable")[:top_k]
+        pairs = zip(rows[order].tolist(), relevance[order].tolist(), strict=True)
+        return Found(
+            tuple(self._match(row, similarity, said) for row, said in pairs if said >= cutoff.least), cutoff
+        )
 
     def by_embedding(
         self, query: NDArray[np.float32], *, top_k: int = 20, leave_out: Path | None = None
@@ -286,72 +270,24 @@ class Searcher:
         except OSError:
             return False
 
-    def _judge(self, query: LabelBank, similarity: NDArray[np.float32]) -> _ByGate | _ByCosine | None:
-        """Return what judges pictures, or ``None`` where nothing can."""
-        background = self._read_background()
-        if background is not None:
-            bank, others = background
-            try:
-                scale = self.bundle.manifest.model.scale
-                gate = open_gate(self.bundle, query, scale=scale, background=bank)
-            except ConfigError:  # the query covers the whole background
-                pass
-            else:
-                return _ByGate(gate, self.index.embeddings, similarity, similarity[self._sample], others)
-        return _ByCosine(similarity) if len(similarity) >= LEAST_PICTURES else None
-
-    def _read_background(self) -> tuple[LabelBank, NDArray[np.float32]] | None:
-        """Return the bundle's background bank, and its cosines ``(S, M)`` with a sample of the pictures."""
-        if self._background is None and self._has_gate:
-            with self._lock:
-                if self._background is None:
-                    try:
-                        bank = read_background(self.bundle)
-                    except ConfigError:
-                        self._has_gate = False
-                        return None
-                    sample = np.ascontiguousarray(self.index.embeddings[self._sample])
-                    self._background = bank, cosines(sample, bank.embeddings)
-        return self._background
-
-
-class _ByGate:
-    """Judge pictures by the score of a gate, beside the scores of the collection."""
-
-    def __init__(
-        self,
-        gate: Gate,
-        embeddings: NDArray[np.float32],
-        similarity: NDArray[np.float32],
-        own: NDArray[np.float32],
-        others: NDArray[np.float32],
-    ) -> None:
-        self._gate, self._embeddings, self._similarity = gate, embeddings, similarity
-        # All background rows, not the gate's alone: the few it leaves out do not show in mean and deviation.
-        scores = gate.alone(own[:, None], others)[:, 0]
-        mean, deviation = float(scores.mean()), float(scores.std())
-        least = gate.threshold_alone
-        if len(similarity) >= LEAST_PICTURES:
-            least = min(least, mean + GATE_DEVIATIONS * deviation)
-        self.cutoff = Cutoff("gate", least, mean, deviation)
-
-    def relevance(self, rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        others = cosines(self._embeddings[rows], self._gate.rows)
-        return self._gate.alone(self._similarity[rows][:, None], others)[:, 0] - self.cutoff.least
-
-
-class _ByCosine:
-    """Judge pictures by how far their cosines stand out of the collection."""
-
-    def __init__(self, similarity: NDArray[np.float32]) -> None:
+    def _relevance(
+        self, query: LabelBank, similarity: NDArray[np.float32], rows: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float64], Cutoff] | None:
+        """Return the relevance of some pictures and the cut-off, or ``None`` where nothing can tell."""
+        try:
+            gate = open_gate(self.bundle, query, scale=self.bundle.manifest.model.scale)
+        except ConfigError:  # there is none, it is of another kind, or the query covers its background
+            gate = None
+        if isinstance(gate, NegativesGate):
+            others = cosines(np.ascontiguousarray(self.index.embeddings[rows]), gate.rows)
+            # A gate may trust the background less; what is asked here is a probability.
+            odds = replace(gate, weight=1.0).alone(similarity[rows][:, None], others)[:, 0]
+            return 1 / (1 + np.exp(-odds)), Cutoff("background", LEAST_RELEVANCE)
+        if len(similarity) < LEAST_PICTURES:
+            return None
         wide = similarity.astype(np.float64)
-        mean, deviation = float(wide.mean()), float(wide.std())
-        self._scores, self._unit = wide, deviation or 1.0
-        self.cutoff = Cutoff("cosine", mean + COSINE_DEVIATIONS * deviation, mean, deviation)
-
-    def relevance(self, rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        relevance: NDArray[np.float64] = (self._scores[rows] - self.cutoff.least) / self._unit
-        return relevance
+        deviations: NDArray[np.float64] = (wide[rows] - wide.mean()) / (wide.std() or 1.0)
+        return deviations, Cutoff("deviations", COSINE_DEVIATIONS)
 
 
 class _Knows:

@@ -115,6 +115,8 @@ def index(
     click.echo(
         json.dumps(_document(report, made), indent=2, ensure_ascii=False) if as_json else _said(report)
     )
+    if not report.pictures:
+        notes.say("no pictures found")
     if report.failed:
         ctx.exit(1)
 

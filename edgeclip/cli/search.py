@@ -80,8 +80,8 @@ def search(
     """Find pictures of a folder that `edgeclip index` has indexed, by words or by a picture.
 
     QUERY is a picture where it is the path of one, else words; synonyms after '|'. Words bring what is
-    relevant, nearest first: nothing, if the folder has nothing of it. A picture brings the nearest, itself
-    left out. In a pipe, paths come one a line.
+    relevant, best first: nothing, if the folder has nothing of it. A picture brings the nearest, itself left
+    out. In a pipe, paths come one a line.
 
     Example: edgeclip search "a red car" photos/ -0 | xargs -0 cp -t cars/
     """
@@ -227,7 +227,9 @@ class _Result:
         gone = sum(not os.path.lexists(path) for path in self.paths)
         if gone:
             notes.say(f"{gone} of these are no longer there: run `edgeclip index` again")
-        if not count:
+        if not len(self.index):
+            notes.say("the index holds no pictures")
+        elif not count:
             what = f"nothing in {len(self.index):,} pictures"
             if asked.cut:
                 notes.say(f"{what} shows {asked.query!r} by its cut-off; --all gives the nearest")
@@ -268,27 +270,18 @@ class _Result:
             "embedding_space": made.space,
             "variant": made.variant,
             "pictures": len(self.index),
-            "cutoff": None
-            if cutoff is None
-            else {
-                "method": cutoff.method,
-                "least": _rounded(cutoff.least),
-                "mean": _rounded(cutoff.mean),
-                "deviation": _rounded(cutoff.deviation),
-            },
+            "cutoff": None if cutoff is None else {"method": cutoff.method, "least": _rounded(cutoff.least)},
             "results": self._rows(),
         }
 
     def _table(self) -> None:
         from edgeclip.tables import aligned
 
-        rows = [(self._kind, "cosine", "picture")] if self._kind != "cosine" else [("", "cosine", "picture")]
-        for row in self._rows():
-            score = f"{row['score']:+.1f}" if self._kind != "cosine" else ""
-            rows.append((score, f"{row['similarity']:.3f}", row["path"]))
-        if len(rows) > 1:
-            cells = rows if self._kind != "cosine" else [row[1:] for row in rows]
-            click.echo("\n".join(aligned(cells, range(len(cells[0]) - 1))))
+        titles = ["cosine", "picture"] if self._kind == "cosine" else [self._kind, "cosine", "picture"]
+        cells = [[row["score"], row["similarity"], row["path"]] for row in self._rows()]
+        lines = [[f"{score:.3f}", f"{cosine:.3f}", path][-len(titles) :] for score, cosine, path in cells]
+        if lines:
+            click.echo("\n".join(aligned([titles, *lines], range(len(titles) - 1))))
 
 
 def _rounded(value: float) -> float:
