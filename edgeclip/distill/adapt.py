@@ -74,7 +74,8 @@ LEAST_IN_USE: Final = 0.5
 """Least number of labels that come first for some picture, over that before."""
 
 _SWEEPS: Final = 60
-_SMALLEST: Final = 1e-12
+_SMALLEST: Final = 1e-300
+_LEAST_LOGIT: Final = -60.0
 _NEIGHBOURS_OF: Final = 10_000
 _ROWS_AT_ONCE: Final = 1024
 _ABOUT: Final = "adapted"
@@ -205,14 +206,14 @@ def soft_labels(
     Returns:
         ``(n, N)`` rows that sum to 1.
     """
-    kernel = np.exp(logits - logits.max(axis=1, keepdims=True))
+    # A label that is near no picture must not make columns so large that the others vanish.
+    kernel = np.exp(np.maximum(logits - logits.max(axis=1, keepdims=True), _LEAST_LOGIT), dtype=np.float64)
     if balance and marginal is not None:
-        columns = np.ones(kernel.shape[1], kernel.dtype)
+        columns = np.ones(kernel.shape[1])
         for _ in range(_SWEEPS):
             reached = kernel.T @ (1 / (kernel @ columns)) / len(kernel)
             columns = (marginal / np.maximum(reached, _SMALLEST)) ** balance
-            columns /= columns.max()  # any factor goes into the rows
-        kernel = kernel * np.maximum(columns, _SMALLEST)
+        kernel *= columns
     normalised: NDArray[np.floating[Any]] = kernel / kernel.sum(axis=1, keepdims=True)
     return normalised
 
