@@ -1,0 +1,474 @@
+"""``edgeclip classify -``: a stream on standard input, one decision after another out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
+
+import click
+
+from edgeclip.errors import EdgeClipError, InputError
+
+from ._options import SCHEMA, quiet_broken_pipe
+
+if TYPE_CHECKING:
+    from edgeclip.answers import Prediction
+    from edgeclip.classify import ZeroShotClassifier
+    from edgeclip.labels import BankProgress, LabelBank, LabelSet
+    from edgeclip.stream import Ages, Counts, Decision, Frame
+
+    from ._options import LabelChoice, Notes
+
+__all__ = ["StreamChoice", "is_stream", "run_stream", "stream_options"]
+
+_STDIN: Final = 0
+_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "": 1.0}
+# Files are looked at so often. What changed is read once it has been the same twice: its writer is done.
+_POLL_S: Final = 0.5
+_SHOWN_LABELS: Final = 5
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _duration(_ctx: click.Context, _param: click.Parameter, said: str | None) -> float | None:
+    """Return seconds, written as 500ms, 2s or 0.5."""
+    if said is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|)", said.strip())
+    if match is None or float(match[1]) <= 0:
+        raise click.BadParameter(f"{said!r}: expected a time above 0, such as 500ms or 2s.")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def stream_options(command: _Command) -> _Command:
+    """Add the options of a stream on standard input; :class:`StreamChoice` takes what they were given."""
+    for option in (
+        click.option(
+            "--all-frames",
+            is_flag=True,
+            help="Of a stream: decide on every frame, and let its writer wait. So it is with a file; of a "
+            "pipe the latest frame counts.",
+        ),
+        click.option(
+            "--smooth",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Of a stream: decide on the mean of the last N frames.  [default: 1]",
+        ),
+        click.option(
+            "--every",
+            callback=_duration,
+            metavar="TIME",
+            help="Of a stream: least time between two decisions, such as 500ms.  [default: none]",
+        ),
+        click.option(
+            "--raw",
+            metavar="WxH[:LAYOUT]",
+            help="Of a stream: frames are raw pixels: rgb (the default), bgr, gray, yuyv, nv12 or i420.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def is_stream(paths: tuple[Path, ...], paths_from: str | None) -> bool:
+    """Return whether pictures come from standard input.
+
+    Raises:
+        click.UsageError: they do, and from elsewhere, too.
+    """
+    if Path("-") not in paths:
+        return False
+    if len(paths) > 1 or paths_from is not None:
+        raise click.UsageError("- is a stream on standard input, which goes with no other paths.")
+    return True
+
+
+@dataclass(frozen=True)
+class StreamChoice:
+    """What :func:`stream_options` were given."""
+
+    raw: str | None
+    every_s: float | None
+    smooth: int | None
+    all_frames: bool
+
+    def check(self, *, stream: bool, form: str | None = None, others: dict[str, bool] | None = None) -> None:
+        """Refuse what means nothing, before anything heavy is loaded.
+
+        Args:
+            stream: whether the pictures are a stream.
+            form: of the output.
+            others: options that a stream has no use for, and whether they were given.
+
+        Raises:
+            click.UsageError: an option that does not go with a stream, or only with one; or standard input is
+                a terminal.
+        """
+        if not stream:
+            given = {
+                "--raw": self.raw,
+                "--every": self.every_s,
+                "--smooth": self.smooth,
+                "--all-frames": self.all_frames,
+            }
+            for name, value in given.items():
+                if value:
+                    raise click.UsageError(f"{name} is for a stream on standard input: edgeclip classify -")
+            return
+        if form not in (None, "jsonl"):
+            raise click.UsageError(f"--{form} does not go with a stream, which has no end: use --jsonl.")
+        for name, was_given in (others or {}).items():
+            if was_given:
+                raise click.UsageError(f"{name} does not go with a stream.")
+        if _is_terminal():
+            raise click.UsageError(
+                "- reads pictures from standard input, which is a terminal here. Pipe a camera or a file "
+                "into it: ffmpeg -f v4l2 -i /dev/video0 -c:v mjpeg -f mjpeg - | edgeclip classify -"
+            )
+        if self.every_s is not None and self.sees_all:
+            raise click.UsageError(
+                "--every leaves out frames, and "
+                + ("--all-frames none." if self.all_frames else "of a file none is: pipe it in real time.")
+            )
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every frame is decided on."""
+        return self.all_frames or _is_file()
+
+
+def _is_terminal() -> bool:
+    try:
+        return os.isatty(_STDIN)
+    except OSError:
+        return False
+
+
+def _is_file() -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(_STDIN).st_mode)
+    except OSError:  # there is no standard input; said where it is read
+        return False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of a decision is shown: so many labels, and how; see the options of ``edgeclip classify``."""
+
+    form: str | None
+    top_k: int
+    min_confidence: float
+
+
+def run_stream(
+    classifier: ZeroShotClassifier,
+    choice: StreamChoice,
+    offered: LabelChoice,
+    notes: Notes,
+    *,
+    shown: Shown,
+    strict: bool = False,
+) -> None:
+    """Decide on the frames of standard input until it ends, and write each decision.
+
+    Args:
+        classifier: open, its labels set.
+        choice: how the stream is read.
+        offered: the labels; those of a file are read again whenever it changes.
+        notes: where remarks and the summary go.
+        shown: what of a decision is shown.
+        strict: stop at the first frame that cannot be decoded.
+
+    Raises:
+        ConfigError: raw frames that cannot be.
+        InputError: the stream cannot be read, or has no frame that can be decoded.
+    """
+    from edgeclip.frames import PictureSplitter, RawFormat, RawSplitter
+    from edgeclip.stream import FrameReader, decide
+
+    splitter = PictureSplitter() if choice.raw is None else RawSplitter(RawFormat.parse(choice.raw))
+    writer = (_JsonLines if shown.form == "jsonl" else _Lines)(sys.stdout, classifier, shown.min_confidence)
+    tally = _Tally(notes)
+    version = 1
+    path = offered.label_file
+    reader = FrameReader(_STDIN, splitter, every_frame=choice.sees_all)
+    watch = nullcontext() if path is None else _LabelFile(path, classifier, offered, notes)
+    with watch, reader as frames:
+        try:
+            for decision in decide(
+                classifier,
+                frames,
+                top_k=shown.top_k,
+                every_s=choice.every_s or 0.0,
+                smooth=choice.smooth or 1,
+                on_broken=None if strict else tally.on_broken,
+            ):
+                if decision.labels_version != version:
+                    version = decision.labels_version
+                    writer.pause()
+                    notes.say(_of_labels(decision))
+                tally.ages.add(writer.write(decision))
+        except BrokenPipeError:
+            quiet_broken_pipe()  # the reader has what it wanted
+            return
+        except BaseException:
+            writer.pause()
+            if frames.counts.frames:
+                notes.say(tally.summary(frames.counts))
+            raise
+        writer.pause()
+        if not tally.ages.n:
+            raise InputError(_why_nothing(frames.counts, tally.broken, choice.raw))
+        notes.say(tally.summary(frames.counts))
+
+
+class _Tally:
+    """Counts of one run, for the summary."""
+
+    def __init__(self, notes: Notes) -> None:
+        from edgeclip.stream import Ages
+
+        self.ages: Ages = Ages()
+        self.broken = 0
+        self._notes = notes
+
+    def on_broken(self, frame: Frame, error: InputError) -> None:
+        """Count a frame that cannot be decoded, and say so of the first."""
+        self.broken += 1
+        if self.broken == 1:
+            said = " ".join(str(error).split())
+            self._notes.say(f"frame {frame.counts.frames:,} is left out: {said} Others are only counted.")
+
+    def summary(self, counts: Counts) -> str:
+        """Return what became of the stream, in one line."""
+        from edgeclip.stream import AGE_SAMPLES_FOR_P99
+
+        ages = self.ages
+        dropped = counts.frames - ages.n - self.broken
+        parts = [
+            f"{counts.frames:,} frames",
+            f"{ages.n:,} decided, {dropped:,} dropped for newer ones, {self.broken:,} broken",
+            f"{counts.cut:,} cut off",
+            f"{counts.skipped_bytes:,} bytes between frames skipped",
+        ]
+        if counts.inside:
+            parts.append("the stream ended inside a frame")
+        if ages.n:
+            most = (
+                f"{ages.quantile_ms(0.99):.1f} ms at the 99th percentile"
+                if ages.n >= AGE_SAMPLES_FOR_P99
+                else f"{ages.longest_ms:.1f} ms at most"
+            )
+            parts.append(f"age {ages.quantile_ms(0.5):.1f} ms in the median, {most}")
+        return "; ".join(parts)
+
+
+def _of_labels(decision: Decision) -> str:
+    names, version, frame = decision.labels, decision.labels_version, decision.frame.counts.frames
+    first = ", ".join(names[:_SHOWN_LABELS]) + (", …" if len(names) > _SHOWN_LABELS else "")
+    return f"labels {version} answer from frame {frame:,} on: {len(names):,} of them ({first})"
+
+
+def _why_nothing(counts: Counts, broken: int, raw: str | None) -> str:
+    if broken:
+        return (
+            f"standard input: none of {counts.frames:,} frames could be decoded, expected JPEG or PNG "
+            "pictures. Check what writes them."
+        )
+    if raw is not None:
+        return (
+            f"standard input: {counts.read_bytes:,} bytes hold no frame of {raw}, expected at least one. "
+            "Check size and layout."
+        )
+    found = ", one that breaks off" if counts.cut else ""
+    return (
+        f"standard input: {counts.read_bytes:,} bytes hold no whole picture{found}, expected JPEG or PNG "
+        "pictures one after another. Ask ffmpeg for -c:v mjpeg -f mjpeg, or say --raw WIDTHxHEIGHT."
+    )
+
+
+# -- Output -------------------------------------------------------------------------------------------------
+
+
+class _JsonLines:
+    """One JSON object a decision."""
+
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, min_confidence: float) -> None:
+        self._stream = stream
+        self._classifier = classifier
+        self._min_confidence = min_confidence
+
+    def write(self, decision: Decision) -> float:
+        """Write one object, and return the age in it."""
+        counts, rejection = decision.frame.counts, decision.answer.rejection
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "score_kind": self._classifier.score_kind,
+            "frame": counts.frames,
+            "dropped": counts.dropped,
+            "skipped_bytes": counts.skipped_bytes,
+            "age_ms": 0.0,
+            "smoothed": decision.smoothed,
+            "labels_version": decision.labels_version,
+            "predictions": [
+                {"label": each.label, "score": _rounded(each.score), "similarity": _rounded(each.similarity)}
+                for each in _kept(decision, self._min_confidence)
+            ],
+        }
+        if rejection is not None:
+            document["rejected"] = rejection.rejected
+            document["rejection"] = {
+                "score": _rounded(rejection.score),
+                "threshold": _rounded(rejection.threshold),
+            }
+        age_ms = document["age_ms"] = round(decision.age_ms(), 3)
+        self._stream.write(json.dumps(document, ensure_ascii=False) + "\n")
+        self._stream.flush()
+        return age_ms
+
+    def pause(self) -> None:
+        """Nothing is half written."""
+
+
+class _Lines:
+    """For people: a line a decision; on a terminal one that changes."""
+
+    def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, min_confidence: float) -> None:
+        self._stream = stream
+        self._min_confidence = min_confidence
+        self._changing = stream.isatty()
+        self._open_line = False
+
+    def write(self, decision: Decision) -> float:
+        """Write one line, and return the age in it."""
+        labels = [f"{each.label} {each.score:.1%}" for each in _kept(decision, self._min_confidence)]
+        counts, age_ms = decision.frame.counts, decision.age_ms()
+        aside = f"{age_ms:.0f} ms old" + (f", {counts.dropped:,} dropped" if counts.dropped else "")
+        said = "  ".join(labels) or _why_none(decision)
+        line = f"{counts.frames:>6}  {said}  ({aside})"
+        if self._changing:
+            width = _columns()
+            line = f"\r{line if len(line) < width else line[: width - 2] + '…'}\x1b[K"
+        self._stream.write(line if self._changing else line + "\n")
+        self._stream.flush()
+        self._open_line = self._changing
+        return age_ms
+
+    def pause(self) -> None:
+        """End the line that changes, so that others may write."""
+        if self._open_line:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open_line = False
+
+
+def _kept(decision: Decision, min_confidence: float) -> list[Prediction]:
+    return [each for each in decision.answer.predictions if each.score >= min_confidence]
+
+
+def _why_none(decision: Decision) -> str:
+    asked = decision.answer.rejection
+    if asked is None or not asked.rejected:
+        return "no label scored high enough"
+    return f"none of the labels: {asked.score:.3g}, of the {asked.threshold:.3g} that is needed"
+
+
+def _columns() -> int:
+    try:
+        return max(os.get_terminal_size(sys.stdout.fileno()).columns, 20)
+    except OSError:
+        return 80
+
+
+def _rounded(value: float) -> float:
+    """Return a value to the six digits that float32 carries."""
+    return float(f"{value:.6g}")
+
+
+# -- Labels -------------------------------------------------------------------------------------------------
+
+
+class _StoppedError(Exception):
+    """The stream ended while labels were being encoded."""
+
+
+class _LabelFile:
+    """Offer the labels of a file again whenever it changes, from a thread of its own; a ``with`` statement.
+
+    A file that cannot be used is said once, and read again and again; the labels stay as they were.
+    """
+
+    def __init__(
+        self, path: Path, classifier: ZeroShotClassifier, offered: LabelChoice, notes: Notes
+    ) -> None:
+        self._path = path
+        self._classifier = classifier
+        self._offered = offered
+        self._notes = notes
+        self._stop = threading.Event()
+        self._said = ""
+        self._last: object = None
+        self._thread = threading.Thread(target=self._watch, name="edgeclip-labels", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()  # at most a batch of texts: encoding heeds the flag
+
+    def _watch(self) -> None:
+        read: object = None  # the file as it was when it was read; it may have changed since the start
+        before = self._state()
+        while not self._stop.wait(_POLL_S):
+            state = self._state()
+            if state == before != read and self._read():
+                read = state
+            before = state
+
+    def _state(self) -> object:
+        """Return what changes with the file, or why it cannot be told."""
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            return error.errno
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _read(self) -> bool:
+        """Offer what is in the file; ``False`` where that is to be tried again."""
+        try:
+            labels = self._offered.read()
+            if labels is not None and not self._is_in_force(labels):
+                self._classifier.set_labels(
+                    labels, templates=self._offered.read_templates(), on_progress=self._on_progress
+                )
+        except _StoppedError:
+            return False
+        except (EdgeClipError, OSError) as error:
+            self._say_once(f"the label file is not used, and the labels stay: {' '.join(str(error).split())}")
+            return False
+        self._last, self._said = labels, ""
+        return True
+
+    def _is_in_force(self, labels: LabelSet | LabelBank) -> bool:
+        if self._last is None:  # read before this began
+            return labels.names == self._classifier.labels
+        return labels == self._last
+
+    def _on_progress(self, _: BankProgress) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+
+    def _say_once(self, said: str) -> None:
+        if said != self._said:
+            self._said = said
+            self._notes.say(said)
