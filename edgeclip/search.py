@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Cutoff", "Found", "Match", "Searcher", "nearest"]
 
-LEAST_RELEVANCE: Final = 0.35
+LEAST_RELEVANCE: Final = 0.36
 """Probability of the words against the background from which a picture is relevant."""
-COSINE_DEVIATIONS: Final = 4.8
+COSINE_DEVIATIONS: Final = 4.6
 """Standard deviations above the mean of a collection that do for a bundle without a gate."""
 LEAST_PICTURES: Final = 50
 """Of fewer, mean and deviation say nothing: no picture of 16 can lie four deviations above their mean."""
