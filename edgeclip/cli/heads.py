@@ -17,6 +17,7 @@ from ._options import (
     prepare_stdout,
     shown,
 )
+from .heads_fit import add, fit, remove
 from .heads_multi import multi
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def heads() -> None:
     """
 
 
-heads.add_command(multi)
+for _command in (multi, fit, add, remove):
+    heads.add_command(_command)
 
 
 @heads.command()
