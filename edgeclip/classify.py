@@ -257,23 +257,31 @@ class ZeroShotClassifier:
                 self._activate(bank, name)
 
     def set_head(self, head: FewShotHead | str | os.PathLike[str]) -> None:
-        """Answer with a head fitted on pictures, or its file, in place of labels; see `edgeclip heads fit`.
+        """Answer with a head fitted on pictures, in place of labels; see `edgeclip heads fit`.
+
+        Args:
+            head: the head, its name in the bundle, or its file.
 
         Raises:
             InputError: the file cannot be read, or was fitted in another embedding space.
+            BundleError: the head in the bundle is damaged.
             ConfigError: contexts are asked for, which a head has no texts for; or rejection, and the head
                 was fitted without.
         """
-        from .few_shot import FewShotHead
+        from .few_shot import FewShotHead, gate_of, read_head
 
         self._check_usable()
-        fitted = head if isinstance(head, FewShotHead) else FewShotHead.open(head)
+        if isinstance(head, FewShotHead):
+            fitted = head
+        elif isinstance(head, str) and head in self.bundle.manifest.heads:
+            fitted = read_head(self.bundle, head)
+        else:
+            fitted = FewShotHead.open(head)
         self._check_space("head", fitted.space, fitted.weights.shape[1])
         if self.answers.context:
             raise ConfigError("context: a head fitted on pictures has no texts to put into a context.")
-        if self.answers.gated:
-            raise ConfigError("a head fitted on pictures gives one of its classes: ask without rejection.")
-        self._active = of_few_shot(fitted, self.answers, None)
+        gate = gate_of(fitted, self.answers.threshold) if self.answers.gated else None
+        self._active = of_few_shot(fitted, self.answers, gate)
 
     @property
     def bank(self) -> LabelBank:

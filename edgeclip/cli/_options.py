@@ -143,9 +143,8 @@ def answer_options(command: _Command) -> _Command:
         (
             click.option(
                 "--head",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="Answer with a head from 'heads fit' in place of labels.",
+                metavar="FILE|NAME",
+                help="Answer with a head from 'heads fit', a file or one in the bundle, in place of labels.",
             ),
             click.option(
                 "--reject", is_flag=True, help="Give no label to pictures that show none of those offered."
@@ -320,7 +319,7 @@ class ModelChoice:
 class AnswerChoice:
     """What :func:`answer_options` were given."""
 
-    head: Path | None
+    head: str | None
     reject: bool
     multi: bool
     threshold: float | None

@@ -24,6 +24,7 @@ from ._options import (
     quiet_broken_pipe,
 )
 from ._results import Summary, Writer, open_writer, timing_table
+from ._stream import Shown, StreamChoice, is_stream, run_stream, stream_options
 
 if TYPE_CHECKING:
     from edgeclip.classify import ZeroShotClassifier
@@ -62,6 +63,7 @@ _FAST_DECODE = False
 @click.option("--jsonl", "form", flag_value="jsonl", help="Print one JSON object a picture.")
 @click.option("--csv", "form", flag_value="csv", help="Print CSV, one row a label.")
 @click.option("--timing", is_flag=True, help="Show where the time went.")
+@stream_options
 @click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be read.")
 @click.option(
     "--paths-from", metavar="FILE", help="Read more paths from a file, one a line; - is standard input."
@@ -82,7 +84,7 @@ def classify(
     label_file: Path | None,
     templates: str | None,
     language: str | None,
-    head: Path | None,
+    head: str | None,
     reject: bool,
     multi: bool,
     threshold: float | None,
@@ -95,6 +97,10 @@ def classify(
     timing: bool,
     strict: bool,
     paths_from: str | None,
+    raw: str | None,
+    every: float | None,
+    smooth: int | None,
+    all_frames: bool,
 ) -> None:
     """Classify pictures, and folders of them, against labels of your choice.
 
@@ -102,10 +108,16 @@ def classify(
     A picture that cannot be read is reported, the others go on, and the exit code is 1. One of the labels
     always fits best; with --reject none is given to a picture that shows none of them.
 
+    - is a stream of pictures on standard input, such as a camera's: one decision a line on the latest one.
+
     Example: edgeclip classify photos/ --labels "cat,dog,car" --reject --timing
     """
     if not paths and paths_from is None:
         raise click.UsageError("name a picture or a folder, or give --paths-from.")
+    stream = is_stream(paths, paths_from)
+    frames = StreamChoice(raw, every, smooth, all_frames)
+    others = {"--timing": timing, "--batch-size": batch_size is not None}
+    frames.check(stream=stream, form=form, others=others)
     offered = LabelChoice(labels, label_file, templates, language)
     asked = AnswerChoice(head, reject, multi, threshold, context)
     offered.check()
@@ -120,7 +132,7 @@ def classify(
     from edgeclip.runtime.latency import NO_CLOCK, StageClock
 
     prepare_stdout()
-    clock = StageClock() if timing or form in ("json", "jsonl") else None
+    clock = StageClock() if not stream and (timing or form in ("json", "jsonl")) else None
     if clock is not None:
         clock.record("import", began_ns, time.perf_counter_ns())
     notes = Notes()
@@ -137,6 +149,10 @@ def classify(
             offered.apply(classifier, notes)
         else:
             classifier.set_head(asked.head)
+        if stream:
+            shown = Shown(form, top_k, min_confidence)
+            run_stream(classifier, frames, offered, notes, shown=shown, strict=strict)
+            return
         writer = open_writer(form, sys.stdout, classifier, clock)
         run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
         try:
