@@ -9,8 +9,9 @@ trained for it; here it is the probability of the words against the background o
 
     relevance = exp(s · c) / (exp(s · c) + Σ exp(s · d))
 
-Pictures from :data:`LEAST_RELEVANCE` on are relevant. The gate's own threshold is no help here: it lets one
-label alone pass for one strange picture in so many, and a collection is nearly all strange pictures.
+Pictures from :data:`LEAST_RELEVANCE` on are relevant; what is found is ranked by cosine all the same. The
+gate's own threshold is no help here: it lets one label alone pass for one strange picture in so many, and a
+collection is nearly all strange pictures.
 
 Without a gate, a picture is relevant whose cosine lies :data:`COSINE_DEVIATIONS` standard deviations above
 the mean of a collection of at least :data:`LEAST_PICTURES`. That takes the collection to be of other things
@@ -95,7 +96,7 @@ class Found:
     """What a search found.
 
     Attributes:
-        matches: most relevant first; nearest first where there is no cut-off.
+        matches: nearest first.
         cutoff: what decided over them; ``None`` where nothing did, and they are merely the nearest.
     """
 
@@ -206,7 +207,7 @@ class Searcher:
         return label_warnings(phrases, self.bundle.manifest.model.languages, _Knows(words))
 
     def by_text(self, query: LabelBank, *, top_k: int = 20, cut: bool = True) -> Found:
-        """Return the pictures that a text is about, most relevant first.
+        """Return the pictures that a text is about, nearest first.
 
         Args:
             query: as :meth:`encode` returns it.
@@ -224,11 +225,9 @@ class Searcher:
         if judged is None:
             return Found(tuple(self._match(row, similarity) for row in rows[:top_k].tolist()))
         relevance, cutoff = judged
-        order = np.argsort(-relevance, kind="stable")[:top_k]
-        pairs = zip(rows[order].tolist(), relevance[order].tolist(), strict=True)
-        return Found(
-            tuple(self._match(row, similarity, said) for row, said in pairs if said >= cutoff.least), cutoff
-        )
+        good = np.flatnonzero(relevance >= cutoff.least)[:top_k]
+        pairs = zip(rows[good].tolist(), relevance[good].tolist(), strict=True)
+        return Found(tuple(self._match(row, similarity, said) for row, said in pairs), cutoff)
 
     def by_embedding(
         self, query: NDArray[np.float32], *, top_k: int = 20, leave_out: Path | None = None

@@ -80,8 +80,8 @@ def search(
     """Find pictures of a folder that `edgeclip index` has indexed, by words or by a picture.
 
     QUERY is a picture where it is the path of one, else words; synonyms after '|'. Words bring what is
-    relevant, best first: nothing, if the folder has nothing of it. A picture brings the nearest, itself left
-    out. In a pipe, paths come one a line.
+    relevant, nearest first: nothing, if the folder has nothing of it. A picture brings the nearest, itself
+    left out. In a pipe, paths come one a line.
 
     Example: edgeclip search "a red car" photos/ -0 | xargs -0 cp -t cars/
     """
@@ -208,14 +208,15 @@ class _Result:
         elif form == "json":
             sys.stdout.write(json.dumps(self._document(), ensure_ascii=False, indent=2) + "\n")
         elif form == "jsonl":
-            kind = {"schema": SCHEMA, "score_kind": self._kind}
+            kind = {"schema": SCHEMA, "score_kind": "cosine"}
             for row in self._rows():
                 sys.stdout.write(json.dumps({**kind, **row}, ensure_ascii=False) + "\n")
         elif form == "csv":
             table = csv.writer(sys.stdout, lineterminator="\n")
-            table.writerow(["path", "rank", "score", "similarity"])
+            table.writerow(["path", "rank", "similarity", "relevance"])
             table.writerows(
-                [row["path"], row["rank"], row["score"], row["similarity"]] for row in self._rows()
+                [row["path"], row["rank"], row["similarity"], row.get("relevance", "")]
+                for row in self._rows()
             )
         else:
             self._table()
@@ -243,17 +244,13 @@ class _Result:
         elif asked.cut and count == asked.top_k:
             notes.say(f"more than these {count} may be relevant: --top-k gives more")
 
-    @property
-    def _kind(self) -> str:
-        return "cosine" if self.found.cutoff is None else "relevance"
-
     def _rows(self) -> list[dict[str, Any]]:
         return [
             {
                 "path": shown(path),
                 "rank": rank,
-                "score": _rounded(each.similarity if each.relevance is None else each.relevance),
                 "similarity": _rounded(each.similarity),
+                **({} if each.relevance is None else {"relevance": _rounded(each.relevance)}),
             }
             for rank, (path, each) in enumerate(zip(self.paths, self.found.matches, strict=True), start=1)
         ]
@@ -262,7 +259,7 @@ class _Result:
         made, cutoff = self.index.made_with, self.found.cutoff
         return {
             "schema": SCHEMA,
-            "score_kind": self._kind,
+            "score_kind": "cosine",
             "query": shown(self.asked.query),
             "query_kind": "words" if self.asked.picture is None else "picture",
             "index": shown(self.index.path),
@@ -277,9 +274,11 @@ class _Result:
     def _table(self) -> None:
         from edgeclip.tables import aligned
 
-        titles = ["cosine", "picture"] if self._kind == "cosine" else [self._kind, "cosine", "picture"]
-        cells = [[row["score"], row["similarity"], row["path"]] for row in self._rows()]
-        lines = [[f"{score:.3f}", f"{cosine:.3f}", path][-len(titles) :] for score, cosine, path in cells]
+        titles = ["cosine", *(["relevance"] if self.found.cutoff else []), "picture"]
+        lines = [
+            [f"{each[name]:.3f}" for name in ("similarity", "relevance") if name in each] + [each["path"]]
+            for each in self._rows()
+        ]
         if lines:
             click.echo("\n".join(aligned([titles, *lines], range(len(titles) - 1))))
 
