@@ -320,7 +320,7 @@ class FewShotHead:
         return cls.from_bytes(content, source=repr(str(path)))
 
     @classmethod
-    def from_bytes(cls, content: bytes, *, source: str = "few-shot head") -> FewShotHead:
+    def from_bytes(cls, content: bytes, *, source: str = "head data") -> FewShotHead:
         """Return the head in the content of a head file.
 
         Raises:
