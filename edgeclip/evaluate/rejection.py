@@ -23,14 +23,23 @@ if TYPE_CHECKING:
 
     from edgeclip.labels import LabelBank
 
-__all__ = ["Rates", "RejectFit", "Shown", "draw_sets", "fit_reject", "inside_and_outside", "rates_at"]
+__all__ = [
+    "Rates",
+    "RejectFit",
+    "Shown",
+    "draw_sets",
+    "fit_no",
+    "fit_reject",
+    "inside_and_outside",
+    "rates_at",
+]
 
 COUNTS = (1, 2, 5, 10, 20, 50)
 """Names offered, for which thresholds are fitted."""
 _JUDGED = (5, 20)
 _WEIGHTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 _OVERLAPS = (0.5, 0.6, 0.7, 0.8)
-LEAST_PICTURES, LEAST_NAMES = 50, 10
+LEAST_PICTURES, LEAST_NAMES = 50, 6
 _DRAWS = 20
 _FOLDS = 5
 
@@ -73,6 +82,13 @@ class Shown:
         result: NDArray[np.float64] = np.log(np.maximum(sums, 1e-12))
         return result
 
+    def against_denials(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return the score of a ``NoGate``, where the rows of ``others`` are the denied names."""
+        own = np.take_along_axis(self.cosines, sets, axis=1)
+        first = np.take_along_axis(sets, own.argmax(axis=1)[:, None], axis=1)
+        denied = np.take_along_axis(self.others, first, axis=1)[:, 0]
+        return np.asarray(self.scale * (own.max(axis=1).astype(np.float64) - denied))
+
     def negatives(self, weight: float) -> Score:
         """Return the score of a ``NegativesGate`` with this weight, as a function of the names offered."""
         return lambda sets: self.scale * self.best(sets) - weight * self.background(sets)
@@ -100,9 +116,10 @@ class RejectFit:
     """A fitted ``reject`` head and what it is worth.
 
     Attributes:
+        method: of the head.
         scale: multiplier of the cosines.
-        weight: of the background.
-        overlap: text-text cosine above which a background row means a label.
+        weight: of the background (``negatives``).
+        overlap: text-text cosine above which a background row means a label (``negatives``).
         threshold: of one label, and its growth with ``ln N``.
         false_accepts: the share it was fitted for.
         auroc: by names offered: of the gate, of the greatest cosine, of the greatest softmax.
@@ -111,6 +128,7 @@ class RejectFit:
         names: how many.
     """
 
+    method: str
     scale: float
     weight: float
     overlap: float
@@ -126,9 +144,9 @@ class RejectFit:
         """Whether the gate tells pictures apart better than the greatest softmax does."""
         return all(each["gate"] > each["softmax"] for each in self.auroc.values())
 
-    def head(self) -> RejectHead:
-        """Return the head, without rows of its own."""
-        return RejectHead("negatives", self.scale, self.threshold, self.weight, self.overlap)
+    def head(self, templates: tuple[str, ...] = ()) -> RejectHead:
+        """Return the head, without rows of its own; ``templates`` deny labels (``no``)."""
+        return RejectHead(self.method, self.scale, self.threshold, self.weight, self.overlap, templates)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -195,7 +213,7 @@ def fit_reject(
     own: NDArray[np.intp],
     *,
     scale: float,
-    false_accepts: float = 0.1,
+    false_accepts: float = 0.05,
     seed: int = 0,
 ) -> RejectFit:
     """Fit weight, overlap and threshold of a gate with negatives.
@@ -214,16 +232,10 @@ def fit_reject(
         seed: of draws and folds.
 
     Raises:
-        InputError: fewer than 50 pictures or 10 names.
+        InputError: fewer than 50 pictures or 6 names, or a share that is none.
     """
-    names = len(labels)
-    if len(images) < LEAST_PICTURES or names < LEAST_NAMES:
-        raise InputError(
-            f"rejection: got {len(images)} pictures and {names} names, expected at least {LEAST_PICTURES} "
-            f"and {LEAST_NAMES}; give more."
-        )
+    judged = _checked(len(images), len(labels), false_accepts)
     products = np.asarray(images @ labels.embeddings.T), np.asarray(images @ background.embeddings.T)
-    judged = [count for count in _JUDGED if count < names]
     found: list[tuple[float, float, float, Shown]] = []
     for overlap in _OVERLAPS:
         shown = Shown(products[0], own, products[1], meaning(labels, background, overlap), scale)
@@ -231,24 +243,84 @@ def fit_reject(
             area = _mean_area(shown, shown.negatives(weight), judged, seed)
             found.append((area, weight, overlap, shown))
     _, weight, overlap, shown = max(found, key=lambda each: each[0])
-    scores = shown.negatives(weight)
-    counts = [count for count in COUNTS if count < names]
+    return _fitted("negatives", shown, shown.negatives(weight), weight, overlap, false_accepts, seed)
+
+
+def fit_no(
+    labels: LabelBank,
+    denials: NDArray[np.float32],
+    images: NDArray[np.float32],
+    own: NDArray[np.intp],
+    *,
+    scale: float,
+    false_accepts: float = 0.05,
+    seed: int = 0,
+) -> RejectFit:
+    """Fit the threshold of a gate that compares labels with their denials, as :func:`fit_reject` does.
+
+    Args:
+        labels: the names.
+        denials: ``(N, E)`` unit embeddings of the denied names.
+        images: ``(P, E)`` unit embeddings.
+        own: ``(P,)`` row of each picture's name.
+        scale: multiplier of the cosines.
+        false_accepts: share that may be accepted wrongly, between 0 and 1.
+        seed: of draws and folds.
+
+    Raises:
+        InputError: fewer than 50 pictures or 6 names, or a share that is none.
+    """
+    _checked(len(images), len(labels), false_accepts)
+    cosines, others = np.asarray(images @ labels.embeddings.T), np.asarray(images @ denials.T)
+    shown = Shown(cosines, own, others, np.eye(len(labels), dtype=np.bool_), scale)
+    return _fitted("no", shown, shown.against_denials, 0.0, 1.0, false_accepts, seed)
+
+
+def _checked(pictures: int, names: int, false_accepts: float) -> list[int]:
+    """Return the numbers of names that areas are judged at."""
+    if pictures < LEAST_PICTURES or names < LEAST_NAMES:
+        raise InputError(
+            f"rejection: got {pictures} pictures and {names} names, expected at least {LEAST_PICTURES} and "
+            f"{LEAST_NAMES}; give more."
+        )
+    if not 0 < false_accepts < 1:
+        raise InputError(
+            f"rejection: got {false_accepts:g} false accepts, expected a share above 0, below 1."
+        )
+    return [count for count in _JUDGED if count < names]
+
+
+def _fitted(
+    method: str, shown: Shown, score: Score, weight: float, overlap: float, false_accepts: float, seed: int
+) -> RejectFit:
+    """Return the fit of a score: its threshold, and areas and rates on draws that chose nothing."""
+    pictures, names = shown.cosines.shape
     drawn = {
-        count: inside_and_outside(scores, own, names, count, draws=_DRAWS, seed=seed + 1) for count in counts
+        count: inside_and_outside(score, shown.own, names, count, draws=_DRAWS, seed=seed + 1)
+        for count in COUNTS
+        if count < names
     }
-    threshold = _line({count: outside for count, (_, outside) in drawn.items()}, false_accepts)
     areas = {
         str(count): {
-            "gate": _mean_area(shown, scores, [count], seed + 1),
+            "gate": _mean_area(shown, score, [count], seed + 1),
             "cosine": _mean_area(shown, shown.best, [count], seed + 1),
             "softmax": _mean_area(shown, shown.softmax, [count], seed + 1),
         }
-        for count in judged
+        for count in _JUDGED
+        if count < names
     }
     return RejectFit(
-        scale, weight, overlap, threshold, false_accepts, areas, _held_out(drawn, own, false_accepts, seed),
-        len(images), names,
-    )  # fmt: skip
+        method=method,
+        scale=shown.scale,
+        weight=weight,
+        overlap=overlap,
+        threshold=_line({count: outside for count, (_, outside) in drawn.items()}, false_accepts),
+        false_accepts=false_accepts,
+        auroc=areas,
+        rates=_held_out(drawn, shown.own, false_accepts, seed),
+        pictures=pictures,
+        names=names,
+    )
 
 
 def _mean_area(shown: Shown, score: Score, counts: Sequence[int], seed: int) -> float:
