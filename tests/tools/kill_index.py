@@ -1,4 +1,4 @@
-"""Kill processes that index a folder at random moments, and check after each what the index holds.
+"""Kill processes that index a folder at random moments of their work, and check what the index holds then.
 
 ``kill_index.py FOLDER INDEX BUNDLE COUNT SEED``: before each run a few pictures come, change and go, so that
 every run has work. After each kill the index opens and is sound, with what the last finished run wrote.
@@ -16,12 +16,15 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.index import made_with, update_index
 from edgeclip.index_file import PictureIndex
 from edgeclip.runtime.session import RuntimeOptions
+
+RECORD_BYTES = 150
 
 
 def update(folder: Path, index: Path, bundle: str) -> None:
@@ -55,17 +58,21 @@ def disturb(folder: Path, draw: random.Random) -> None:
             path.with_name(f"{path.stem}c{path.suffix}").write_bytes(path.read_bytes() + b"\0" * number)
 
 
+def wait(child: int, index: Path, journal_bytes: int | None) -> None:
+    """Wait until the journal has grown by so much, or until the index is written; or until the end."""
+    journal, new = (index.with_name(f"{index.name}.{end}") for end in ("journal", "new"))
+    before = journal.stat().st_size if journal.exists() else 0
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        with suppress(FileNotFoundError):
+            if new.stat() if journal_bytes is None else journal.stat().st_size > before + journal_bytes:
+                return
+        time.sleep(0.0005)
+
+
 def main(folder: Path, index: Path, bundle: str, count: int, seed: int) -> dict[str, int]:
     """Kill ``count`` runs, then let one through and compare with an index made at once."""
     draw = random.Random(seed)
     whole = index.with_name("at-once")
-    began = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        update(folder, whole, bundle)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    took_s = time.perf_counter() - began
     committed: dict[str, str] = {}
     seen = {"kills": 0, "finished": 0, "resumed_from": 0, "commits": 0}
     while seen["kills"] < count:
@@ -73,7 +80,9 @@ def main(folder: Path, index: Path, bundle: str, count: int, seed: int) -> dict[
         if child == 0:
             update(folder, index, bundle)
             os._exit(0)
-        time.sleep(draw.uniform(0.3, 1.0) * took_s)
+        # by how far it is, not by the clock: machines are busy
+        records = draw.uniform(0, 20 if committed else len(list(folder.iterdir())) / 3)
+        wait(child, index, None if draw.random() < 0.25 else int(records * RECORD_BYTES))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         found = state(index)
@@ -92,7 +101,6 @@ def main(folder: Path, index: Path, bundle: str, count: int, seed: int) -> dict[
     child = os.fork()
     if child == 0:
         update(folder, index, bundle)
-        whole.unlink()
         update(folder, whole, bundle)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
