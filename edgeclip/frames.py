@@ -111,10 +111,10 @@ class PictureSplitter:
     def space(self) -> memoryview:
         """Return room for the next bytes, 128 KiB or more."""
         kept = self._end - self._start
-        if len(self._buffer) - self._end < _READ_BYTES:
-            if kept + _READ_BYTES <= _BUFFER_BYTES < len(self._buffer):
-                self._move_to(bytearray(_BUFFER_BYTES))
-            elif self._start >= kept + _READ_BYTES:
+        if kept + _READ_BYTES <= _BUFFER_BYTES < len(self._buffer):
+            self._move_to(bytearray(_BUFFER_BYTES))
+        elif len(self._buffer) - self._end < _READ_BYTES:
+            if self._start >= kept + _READ_BYTES:
                 self._move_to(self._buffer)
             else:
                 self._move_to(bytearray(2 * (kept + _READ_BYTES)))
@@ -146,12 +146,13 @@ class PictureSplitter:
                 return
             size, whole = step or _Step(walk.again, whole=False)
             end = self._start + size
-            if whole:
+            proved = walk.overlooked(self._buffer, self._start, end)
+            if whole and proved == end:
                 yield bytes(memoryview(self._buffer)[self._start : end])
                 self._start = end
             else:
                 self.cut_frames += walk.proved or ends_inside
-                self._skip(walk.overlooked(self._buffer, self._start, end))
+                self._skip(proved)
             self._walk, ends_inside = None, False
 
     def _find(self, *, last: bool) -> _JpegWalk | _PngWalk | None:

@@ -35,6 +35,7 @@ _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "": 1.0}
 # Files are looked at so often. What changed is read once it has been the same twice: its writer is done.
 _POLL_S: Final = 0.5
 _SHOWN_LABELS: Final = 5
+_COLUMNS: Final = 80  # of a terminal that does not say
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -384,9 +385,9 @@ def _why_none(decision: Decision) -> str:
 
 def _columns() -> int:
     try:
-        return max(os.get_terminal_size(sys.stdout.fileno()).columns, 20)
+        return os.get_terminal_size(sys.stdout.fileno()).columns or _COLUMNS
     except OSError:
-        return 80
+        return _COLUMNS
 
 
 def _rounded(value: float) -> float:

@@ -1,0 +1,291 @@
+"""A camera with damage in its stream, and labels that change: what ``edgeclip classify -`` makes of it.
+
+One process plays the camera: 30 JPEG frames a second of 640 × 480, made of the demonstration photographs and
+written into a pipe in real time; between them multipart headers, random bytes, and frames that break off.
+Another runs ``edgeclip classify - --jsonl`` with a label file, which is replaced or written over again and
+again; its cache is empty at the start, so new labels are encoded beside the stream. Written down are:
+
+* ``rss_kb``: resident memory, once a second; ``growth_mb`` from minute 1 to the end (means of ten samples).
+* ``age_ms``: what the lines say: from a frame's last byte in memory to its line. ``end_to_end_ms``: from the
+  return of the camera's last write of the frame to the arrival of its line here. The bar is two frame times
+  and one inference, which is timed before, frame after frame, alone.
+* frames and garbage as sent and as counted, the time between two decisions, label sets that answered.
+
+    nice python benchmarks/camera.py
+    python benchmarks/camera.py --seconds 10 --changes 3 --output FILE.json
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from written import ROOT, arguments, model, write
+
+from edgeclip.classify import ZeroShotClassifier
+
+FRAMES_A_SECOND = 30
+MAX_GROWTH_MB = 2.0
+SIZE_PX = (640, 480)
+COMMAND = [str(ROOT / "tests" / "tools" / "stream_command.py"), "-"]
+_CUT_EVERY = 90
+_FIRST_CHANGE_S = 3.0
+
+
+def frames() -> list[bytes]:
+    """Return JPEG files: each demonstration photograph in four crops."""
+    found = []
+    for path in sorted((ROOT / "edgeclip" / "assets" / "photos").glob("*.jpg")):
+        picture = Image.open(path).convert("RGB")
+        for step in range(4):
+            left, top = (side * step // 20 for side in picture.size)
+            crop = picture.crop((left, top, left + picture.width * 4 // 5, top + picture.height * 4 // 5))
+            stream = io.BytesIO()
+            crop.resize(SIZE_PX).save(stream, "JPEG", quality=85)
+            found.append(stream.getvalue())
+    return found
+
+
+def garbage(rng: random.Random) -> bytes:
+    """Return what may stand between two frames, and begins none."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return b""
+    if kind == 1:
+        return b"\r\n--frame\r\nContent-Type: image/jpeg\r\nX-Timestamp: %d\r\n\r\n" % rng.randrange(10**9)
+    if kind == 2:
+        return bytes(rng.randrange(1, 64))
+    drawn = rng.randbytes(rng.randrange(1, 4000))
+    return drawn.replace(b"\xff\xd8", b"\xff\x00") + b"."
+
+
+def camera(seconds: float, log: Path) -> None:
+    """Write frames to standard output in real time, and what was sent to ``log``."""
+    rng, pictures = random.Random(0), frames()
+    sent_ns: list[int] = []
+    other_bytes = cut = late = 0
+    began = time.perf_counter()
+    for number in range(round(seconds * FRAMES_A_SECOND)):
+        wait_s = began + number / FRAMES_A_SECOND - time.perf_counter()
+        late += wait_s < -1 / FRAMES_A_SECOND
+        if wait_s > 0:
+            time.sleep(wait_s)
+        picture = pictures[number // 8 % len(pictures)]
+        before = garbage(rng)
+        if number % _CUT_EVERY == _CUT_EVERY // 2:
+            before += picture[: rng.randrange(1000, len(picture) - 2)]
+            cut += 1
+        other_bytes += len(before)
+        rest = memoryview(before + picture)
+        while rest:
+            rest = rest[os.write(1, rest) :]
+        sent_ns.append(time.perf_counter_ns())
+    sent = {"sent_ns": sent_ns, "other_bytes": other_bytes, "cut": cut, "late": late}
+    log.write_text(json.dumps(sent), encoding="utf-8")
+
+
+def inference_ms(classifier: ZeroShotClassifier, pictures: list[bytes]) -> list[float]:
+    """Return the time from bytes to answer of each frame, after one round of warming up."""
+    samples = []
+    for picture in [*pictures, *pictures]:
+        began = time.perf_counter_ns()
+        classifier.answer(classifier.embed_images(picture, exact=False)[None])
+        samples.append((time.perf_counter_ns() - began) / 1e6)
+    return samples[len(pictures) :]
+
+
+class Watched:
+    """What is seen of the process from outside while it runs."""
+
+    def __init__(self, process: subprocess.Popen[bytes], labels: Path, every_s: float, changes: int) -> None:
+        self.lines: list[tuple[int, dict[str, Any]]] = []  # when, what
+        self.remarks: list[str] = []
+        self.rss_kb: list[int] = []
+        self.changed_ns: list[int] = []
+        self._process = process
+        self._labels = labels
+        self._every_s, self._changes = every_s, changes
+        self._ended = threading.Event()
+
+    def watch(self) -> None:
+        """Read its output until it ends."""
+        others = [threading.Thread(target=each) for each in (self._remarks, self._memory, self._relabel)]
+        for other in others:
+            other.start()
+        for line in self._process.stdout:  # type: ignore[union-attr]
+            self.lines.append((time.perf_counter_ns(), json.loads(line)))
+        self._process.wait()
+        self._ended.set()
+        for other in others:
+            other.join()
+
+    def _remarks(self) -> None:
+        self.remarks += [line.decode().strip() for line in self._process.stderr]  # type: ignore[union-attr]
+
+    def _memory(self) -> None:
+        status = Path(f"/proc/{self._process.pid}/status")
+        while not self._ended.wait(1.0):
+            try:
+                said = status.read_text(encoding="ascii")
+            except OSError:
+                return
+            rss = [line.split()[1] for line in said.splitlines() if line.startswith("VmRSS")]
+            self.rss_kb += [int(each) for each in rss] if self.lines else []
+
+    def _relabel(self) -> None:
+        while not self.lines:
+            if self._ended.wait(0.05):
+                return
+        self._ended.wait(_FIRST_CHANGE_S)
+        for number in range(self._changes):
+            if number and self._ended.wait(self._every_s):
+                return
+            write_labels(self._labels, number + 1, whole=number % 2 == 0)
+            self.changed_ns.append(time.perf_counter_ns())
+
+
+def write_labels(path: Path, number: int, *, whole: bool) -> None:
+    """Write label set ``number``: ten old names and ten new ones; over the old file or in its place."""
+    names = ["castle", "cat", "coffee", "dog", "koala", "panda", "parrot", "sheep", "car", "teapot"]
+    text = "\n".join([*names, *(f"thing {number} {each}" for each in range(10))]) + "\n"
+    if not whole:
+        path.write_text(text, encoding="utf-8")
+        return
+    beside = path.with_suffix(".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """Return percentiles of samples."""
+    return {
+        name: round(float(np.quantile(samples, share)), 3)
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("longest", 1.0))
+    }
+
+
+def judged(watched: Watched, sent: dict[str, Any], each_ms: list[float], code: int) -> dict[str, Any]:
+    """Return the figures, raw samples and verdicts."""
+    arrived_ns = [at_ns for at_ns, _ in watched.lines]
+    lines = [line for _, line in watched.lines]
+    last = lines[-1]
+    ages = [line["age_ms"] for line in lines]
+    end_to_end = [(at - sent["sent_ns"][line["frame"] - 1]) / 1e6 for at, line in watched.lines]
+    gaps_ms = [(b - a) / 1e6 for a, b in pairwise(arrived_ns)]
+    bar_ms = 2e3 / FRAMES_A_SECOND + float(np.median(each_ms))
+    rss_kb = watched.rss_kb
+    start = 60 if len(rss_kb) > 120 else len(rss_kb) // 4
+    growth_mb = float(np.mean(rss_kb[-10:]) - np.mean(rss_kb[start : start + 10])) / 1024
+    tail = next((said for said in reversed(watched.remarks) if " decided, " in said), "")
+    versions = sorted({line["labels_version"] for line in lines})
+    checks = {
+        "exit code 0": code == 0,
+        f"memory grew by less than {MAX_GROWTH_MB} MB": growth_mb < MAX_GROWTH_MB,
+        "99 of 100 ages within two frame times and an inference": np.quantile(ages, 0.99) <= bar_ms,
+        "every frame sent was found": last["frame"] == len(sent["sent_ns"]),
+        "every frame found was decided or dropped": last["frame"] == len(lines) + last["dropped"],
+        "garbage was counted exactly": last["skipped_bytes"] == sent["other_bytes"],
+        "every set of labels answered": versions == list(range(1, len(watched.changed_ns) + 2)),
+    }
+    return {
+        "checks": {name: bool(passed) for name, passed in checks.items()},
+        "frames": {
+            "sent": len(sent["sent_ns"]),
+            "found": last["frame"],
+            "decided": len(lines),
+            "dropped": last["dropped"],
+            "camera_late": sent["late"],
+        },
+        "garbage_bytes": {"sent": sent["other_bytes"], "skipped": last["skipped_bytes"]},
+        "frames_cut_off_sent": sent["cut"],
+        "summary": tail.partition(": ")[2],
+        "label_changes": len(watched.changed_ns),
+        "label_sets_that_answered": len(versions),
+        "answering_after_change_ms": _answering(watched),
+        "growth_mb": round(growth_mb, 3),
+        "bar_ms": round(bar_ms, 3),
+        "ages_within_bar_share": round(float(np.mean(np.array(ages) <= bar_ms)), 5),
+        "inference_ms": quantiles(each_ms),
+        "age_ms": quantiles(ages),
+        "end_to_end_ms": quantiles(end_to_end),
+        "gap_between_decisions_ms": quantiles(gaps_ms),
+        "samples": {
+            "rss_kb": rss_kb,
+            "inference_ms": [round(each, 3) for each in each_ms],
+            "frame": [line["frame"] for line in lines],
+            "age_ms": [round(each, 2) for each in ages],
+            "end_to_end_ms": [round(each, 2) for each in end_to_end],
+        },
+    }
+
+
+def _answering(watched: Watched) -> list[float]:
+    """Return the time from each change of the file to the first answer of a later set of labels."""
+    found = []
+    for version, changed_ns in zip(count(2), watched.changed_ns):
+        at = next((ns for ns, line in watched.lines if line["labels_version"] >= version), None)
+        found += [] if at is None else [round((at - changed_ns) / 1e6, 1)]
+    return found
+
+
+def main() -> None:
+    """Run camera and command side by side, judge, and write."""
+    parser = arguments(__doc__.partition("\n")[0], "camera.json")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--changes", type=int, default=20)
+    parser.add_argument("--play", type=Path, help="be the camera, and write what was sent here")
+    given = parser.parse_args()
+    if given.play is not None:
+        camera(given.seconds, given.play)
+        return
+    with ZeroShotClassifier.open(given.bundle, variant=given.variant) as classifier:
+        ran = model(classifier)
+        each_ms = inference_ms(classifier, frames())
+    with tempfile.TemporaryDirectory() as folder:
+        labels, log = Path(folder) / "labels.txt", Path(folder) / "sent.json"
+        write_labels(labels, 0, whole=True)
+        command = [*COMMAND, "--bundle", given.bundle, "--variant", given.variant]
+        play = [__file__, "--seconds", str(given.seconds), "--play", str(log)]
+        source = subprocess.Popen([sys.executable, *play], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, *command, "--label-file", str(labels), "--jsonl"],
+            stdin=source.stdout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "EDGECLIP_CACHE_DIR": folder},
+        )
+        source.stdout.close()  # type: ignore[union-attr]  # the other process reads it
+        between_s = (given.seconds - 3 * _FIRST_CHANGE_S) / max(given.changes, 1)
+        watched = Watched(process, labels, between_s, given.changes)
+        watched.watch()
+        source.wait()
+        if not watched.lines:
+            sys.exit("no decision was made: " + " ".join(watched.remarks))
+        result = judged(watched, json.loads(log.read_text(encoding="utf-8")), each_ms, process.returncode)
+    document = {
+        "what": "camera",
+        **ran,
+        "seconds": given.seconds,
+        "frames_a_second": FRAMES_A_SECOND,
+        **result,
+    }
+    write(given.output, document, show=False)
+    shown = {name: value for name, value in result.items() if name != "samples"}
+    print(json.dumps(shown, indent=1))
+    sys.exit(not all(result["checks"].values()))
+
+
+if __name__ == "__main__":
+    main()
