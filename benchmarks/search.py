@@ -5,9 +5,9 @@ The pictures are small JPEGs, made here: 8,000 of shapes and 2,000 crops of the 
 * ``index``: the folder is indexed at once; rows are compared with ``embed_images``. Beside it, an update in
   which nothing changed.
 * ``kills``: the folder is indexed by processes that end with SIGKILL at random moments, 20 times: first while
-  it is indexed for the first time, then while pictures come, change, move and go. After each kill the index
-  must open, be sound, and be the one before or the one of everything that is there. In the end each
-  embedding must have the bytes of an index made at once.
+  it is indexed for the first time, then while pictures come, change, move and go, the last five while the
+  index is written. After each kill the index must open, be sound, and be the one before or the one of
+  everything that is there. In the end each embedding must have the bytes of an index made at once.
 * ``query``, warm: an open index, by words whose embedding is cached, by words that are new (the text tower is
   open), and by an embedding. ``--bar-ms`` is for the median of the first two and the last. Cold: the command
   in a fresh process, from start to end.
@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from written import arguments, model, write
+from written import ROOT, arguments, model, write
 
 from edgeclip.bundle import Bundle
 from edgeclip.classify import ZeroShotClassifier
@@ -51,10 +51,12 @@ from edgeclip.runtime.session import RuntimeOptions
 from edgeclip.search import Searcher, nearest
 from edgeclip.shapes import ordered_combinations, render
 
-PICTURES, CROPS, KILLS, FIRST_KILLS = 10_000, 2_000, 20, 12
+PICTURES, CROPS = 10_000, 2_000
+KILLS, FIRST_KILLS, WRITING_KILLS = 20, 10, 5
 _SHAPE_PX, _CROP_PX, _QUALITY = 96, 224, 85
 _QUERIES, _TOP, _PROCESSES, _THREADS, _CHECKED = 200, 10, 21, 16, 500
 _CHANGED = 0.06  # share of the pictures between kills, once the folder is indexed
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 OPTIONS = RuntimeOptions(threads=1)
 
 
@@ -144,17 +146,21 @@ def state(path: Path) -> dict[str, str]:
 def kills(folder: Path, work: Path, bundle: str, variant: str, whole_s: float) -> dict[str, Any]:
     """Kill runs at random moments; see the head of this file."""
     draw = random.Random(0)
-    path, journal = work / "killed", work / "killed.journal"
+    path, journal, new = (work / f"killed{end}" for end in ("", ".journal", ".new"))
     told: list[dict[str, Any]] = []
     before: dict[str, str] = {}
     changed = round(_CHANGED * sum(1 for _ in folder.rglob("*.jpg")))
     update_s = _CHANGED * whole_s + 1.0
-    while sum(each["killed"] for each in told) < KILLS:
+    while (done := sum(each["killed"] for each in told)) < KILLS:
         if before:  # it is indexed: something has to happen
             disturb(folder, draw, changed)
         longest_s = update_s if before else 1.6 * whole_s / FIRST_KILLS
         child = in_child(lambda: index(folder, path, bundle, variant))
-        after_s = draw.uniform(0.3, longest_s)
+        writing = done >= KILLS - WRITING_KILLS
+        after_s = draw.uniform(0, 0.03) if writing else draw.uniform(0.3, longest_s)
+        if writing:
+            while not new.exists() and os.waitid(os.P_PID, child, _ENDED) is None:
+                time.sleep(0.001)
         time.sleep(after_s)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -167,6 +173,7 @@ def kills(folder: Path, work: Path, bundle: str, variant: str, whole_s: float) -
             {
                 "killed": killed,
                 "after_s": round(after_s, 3),
+                "while_the_index_is_written": writing and new.exists(),
                 "journal_bytes": journal.stat().st_size if journal.exists() else 0,
                 "index": "none" if not found else "as it was" if found == before else "new",
             }
@@ -328,8 +335,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         folder, path = work / "pictures", work / "index"
-        folder.mkdir()
-        make_pictures(folder, chosen.pictures)
+        drawn = ROOT / "build" / f"search-pictures-{chosen.pictures}"  # once, then kept
+        if not (drawn / "done").exists():
+            make_pictures(drawn / "pictures", chosen.pictures)
+            (drawn / "done").touch()
+        subprocess.run(["cp", "-r", str(drawn / "pictures"), str(folder)], check=True)
         os.environ["EDGECLIP_CACHE_DIR"] = str(work / "cache")  # what this run caches is of use to nobody
         size = sum(each.stat().st_size for each in folder.rglob("*.jpg"))
         print("indexing …", file=sys.stderr)

@@ -298,7 +298,7 @@ class _Update:
     ) -> None:
         """Look at what is new or may have changed, and write it to the journal."""
         began, looked_at = time.perf_counter(), 0
-        waiting: deque[tuple[str, Path, Stat, bytes]] = deque()  # at the tower
+        waiting: deque[tuple[str, Path, Stat, Entry]] = deque()  # at the tower
 
         def done(name: str, entry: Entry | None, reason: str = "") -> None:
             nonlocal looked_at
@@ -317,8 +317,10 @@ class _Update:
             for name, path in self._pending:
                 try:
                     stat = _stat(path)
+                    trusted = _trusted(stat)
                     content = _content(path)
                 except OSError as error:  # it may be readable next time, and need not have changed for that
+                    self._stale |= name in self._entries
                     done(name, None, f"cannot be opened ({error.strerror or error})")
                     continue
                 known = self._by_content.get(content)
@@ -326,30 +328,28 @@ class _Update:
                     own = self._entries.get(name)
                     if own is not None and own.content == content:
                         self._report.unchanged += 1
-                        done(name, own if own.stat == stat else own._replace(stat=_trusted(stat)))
+                        done(name, own if own.stat == stat else own._replace(stat=trusted))
                     else:
                         self._report.recognised += 1
-                        done(name, known._replace(stat=_trusted(stat)))
+                        done(name, known._replace(stat=trusted))
                     continue
-                waiting.append((name, path, stat, content))
+                waiting.append((name, path, stat, Entry(trusted, content, None)))
                 yield path
 
         for each in embedder.embed_stream(to_embed(), batch_size=batch_size):
-            name, path, stat, content = waiting.popleft()
-            if not _is_as_it_was(
-                path, stat
-            ):  # it changed meanwhile: nobody knows which content this embedding is of
-                stat, content = stat._replace(mtime_ns=-1), b""
+            name, path, stat, entry = waiting.popleft()
+            if not _is_as_it_was(path, stat):  # nobody knows which of its contents was embedded
+                entry = entry._replace(stat=stat._replace(mtime_ns=-1), content=b"")
             if each.embedding is None:
                 reason = _reason(path, each.error)
-                done(name, Entry(_trusted(stat), content, None, reason), reason)
+                done(name, entry._replace(reason=reason), reason)
                 continue
             if not np.isfinite(each.embedding).all():
                 raise BackendError("the image tower gave no numbers; run `edgeclip verify`.")
             self._report.embedded += 1
-            entry = Entry(_trusted(stat), content, each.embedding)
-            if content:
-                self._by_content[content] = entry
+            entry = entry._replace(embedding=each.embedding)
+            if entry.content:
+                self._by_content[entry.content] = entry
             done(name, entry)
 
     def _add(self, name: str, entry: Entry) -> None:

@@ -176,6 +176,30 @@ def test_what_cannot_be_opened_is_tried_each_time(update, photos: Path) -> None:
     assert (report.failed, report.pictures) == ({}, 10)
 
 
+def test_a_picture_that_changes_while_it_is_read_is_read_again(update, classifier, photos: Path) -> None:
+    class Changing(Counting):
+        def embed_stream(self, images: Iterable[Path], *, batch_size: int | None = None) -> Iterator[Any]:
+            for each in super().embed_stream(images, batch_size=batch_size):
+                if each.source.name == "red.png":
+                    put(photos, "red.png", "black", seed=3)
+                yield each
+
+    update(photos, Changing(classifier))
+    counting = Counting(classifier)
+    index = PictureIndex(update(photos, counting).path)
+    assert counting.names == ["red.png"]
+    row = index.embeddings[list(index.paths).index("red.png")]
+    np.testing.assert_array_equal(row, classifier.embed_images(photos / "red.png"))
+
+
+def test_a_known_picture_that_can_no_longer_be_opened_is_dropped(update, photos: Path) -> None:
+    update(photos)
+    (photos / "red.png").unlink()
+    (photos / "red.png").symlink_to(photos / "nowhere.png")
+    assert list(update(photos).failed) == ["red.png"]
+    assert "red.png" not in PictureIndex(photos / ".edgeclip-index").paths
+
+
 def test_odd_names(update, photos: Path) -> None:
     names = [b"line\nfeed.png", b"latin-\xe9.png", "猫.png".encode()]
     for number, name in enumerate(names):
