@@ -16,7 +16,8 @@ combinations in eight pictures each, and one attribute alone among pictures that
 Methods: `vectors` and `prompts` of `edgeclip adapt`; `upl`, hard labels of the sixteen surest pictures of a
 label (Huang et al. 2022), with a text row as one more picture; for `nano` also `taught` by the default model.
 Each is measured whether or not the command would refuse it, and so that a refusal leaves the rows as they
-are ("gated").
+are ("gated"). Prompts take time: of the names of a kind they are learned for the first seed and at most 30
+names, of all names not at all.
 
 Intervals are of differences to zero-shot, 95 %, bootstrap over names (of shapes: over captions); three seeds
 choose draws, which pictures are adapted on, and halves. `--style openmoji` is what choices were made on.
@@ -82,6 +83,7 @@ KINDS = {
     "office": "office supplies", "tool": "tool", "household": "household item",
 }  # fmt: skip
 _SIDE_PX, _LEAST_NAMES, _UPL_TOP, _CAPTIONS, _ATTRIBUTE_PICTURES = 160, 8, 16, 40, 500
+_MOST_FOR_PROMPTS = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +239,9 @@ def of_drawings(found: Drawings, seed: int) -> Iterator[Case]:
     for kind in sorted(set(found.kinds)):
         rows = np.flatnonzero([each == kind for each in found.kinds])
         if kind and len(rows) >= _LEAST_NAMES:
-            yield case("names of a kind", rows, CHECKPOINT)
-    yield case("all names", every, CHECKPOINT if seed == SEEDS[0] else None)
+            few = seed == SEEDS[0] and len(rows) <= _MOST_FOR_PROMPTS
+            yield case("names of a kind", rows, CHECKPOINT if few else None)
+    yield case("all names", every, None)
     keys = [key for key in KINDS if found.kinds.count(key) >= _LEAST_NAMES]
     columns = [list(KINDS).index(key) for key in keys]
     shown = draw.permutation([row for row, kind in enumerate(found.kinds) if kind in keys])

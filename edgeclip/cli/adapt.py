@@ -170,7 +170,7 @@ def adapt(
             targets, about_teacher = _targets(seen, taught_by, subject.scale, strength, seed)
             fit: Fit = targets
             if method == "prompts":
-                fit = _prompts(checkpoint or "", model, bank, targets, subject.scale, seed)
+                fit = _prompts(checkpoint or "", model, bank, targets, subject.scale, seed, threads)
             found = adaptation.adapt(
                 seen.rows,
                 bank.embeddings,
@@ -551,7 +551,13 @@ def _check(
 
 
 def _prompts(
-    checkpoint: str, model: str | None, bank: LabelBank, targets: Self | Taught, scale: float, seed: int
+    checkpoint: str,
+    model: str | None,
+    bank: LabelBank,
+    targets: Self | Taught,
+    scale: float,
+    seed: int,
+    threads: int | None,
 ) -> Fit:
     """Return learned prompts through the text tower of a checkpoint.
 
@@ -560,13 +566,17 @@ def _prompts(
         ConfigError: it is not the checkpoint of the bundle.
     """
     from edgeclip.errors import MissingExtraError
+    from edgeclip.runtime.host import usable_cores
 
     try:
+        import torch
+
         from edgeclip.distill.learned_prompts import LearnedPrompts, open_prompt_tower
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             "--method prompts", extra="train", module=(error.name or "torch").partition(".")[0]
         ) from error
+    torch.set_num_threads(threads or usable_cores())
     tower = open_prompt_tower(checkpoint, bank.labels, bank.templates, model=model)
     tower.check(bank.embeddings, where=f"checkpoint {shown(checkpoint)!r}")
     return LearnedPrompts(tower, targets, scale, seed=seed)

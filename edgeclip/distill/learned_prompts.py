@@ -53,9 +53,9 @@ class PromptSettings:
         patience: steps without a better context after which training ends.
     """
 
-    steps: int = 100
-    learning_rate: float = 0.02
-    patience: int = 15
+    steps: int = 60
+    learning_rate: float = 0.1
+    patience: int = 10
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.patience < 1 or not self.learning_rate > 0:
@@ -186,11 +186,13 @@ def _context(tokens: NDArray[np.int32], before: NDArray[np.int32]) -> tuple[int,
         tokens: ``(T, L)`` rows of prompts.
         before: ``(2, L)`` the words before the label alone, and nothing.
     """
-    same = np.logical_and.accumulate((tokens == tokens[0]).all(axis=0))
-    first = int(np.argmin(np.logical_and.accumulate(before[0] == before[1])))
-    shared = np.logical_and.accumulate((tokens[0] == before[0]) & same)
-    end = len(shared) if shared.all() else int(np.argmin(shared))
-    return first, max(first, end)
+    first = _alike(before[0] == before[1])
+    return first, max(first, _alike((tokens == before[0]).all(axis=0)))
+
+
+def _alike(same: NDArray[np.bool_]) -> int:
+    """Return how many values at the beginning are true."""
+    return len(same) if same.all() else int(np.argmin(same))
 
 
 @dataclass(frozen=True, eq=False)
