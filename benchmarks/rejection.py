@@ -24,7 +24,8 @@ chosen on the half ``tune`` of the stamps.
 
     edgeclip data fetch stamps pictograms held-out-pictograms photos default-model
     python benchmarks/rejection.py                   # tune half
-    python benchmarks/rejection.py --half report     # once, for what is quoted
+    python benchmarks/rejection.py --half tune --half report     # once, for what is quoted
+    python benchmarks/rejection.py --probes          # denials on models that were trained here, on shapes
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from edgeclip.answers import Answers
 from edgeclip.bundle import Bundle
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.evaluate.metrics import bootstrap_interval
-from edgeclip.evaluate.rejection import Shown, draw_sets
+from edgeclip.evaluate.rejection import Shown, draw_sets, fit_no, fit_reject
 from edgeclip.evaluate.subjects import Subject, open_bundle
 from edgeclip.export.recipes.rejection import add_rejection
 from edgeclip.export.recipes.stamps import candidates, of_half
@@ -75,6 +76,8 @@ DENIALS = {
 JUDGED, RATED = (5, 20), (1, 5, 20)
 GOALS = {"gate of 5": 85, "gate of 20": 78, "gain of 5": 3, "gain of 20": 3}
 _DRAWS, _RESAMPLES, _SEED = 100, 1000, 0
+_MANY, _FEWER = 500, 200
+"""Of so many names each draw says more, and costs more: fewer draws, fewer resamples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,11 @@ class Asked:
     denials: NDArray[np.float32]
     texts: tuple[NDArray[np.float32], NDArray[np.float32]]
     names: list[str] = field(default_factory=list)
+
+
+def draws_of(asked: Asked) -> int:
+    """Return how many sets of names a picture is offered."""
+    return _DRAWS if len(asked.bank) < _MANY else _DRAWS // 10
 
 
 def scores_of(asked: Asked, head: RejectHead, sets: NDArray[np.intp]) -> dict[str, NDArray[np.float64]]:
@@ -136,7 +144,7 @@ def areas(asked: Asked, head: RejectHead, offered: int) -> dict[str, dict[str, F
     """Return the area of every way in %, with intervals, and its gain over the greatest softmax."""
     inside: dict[str, list[NDArray[np.float64]]] = {}
     outside: dict[str, list[NDArray[np.float64]]] = {}
-    for having, without in draw_sets(asked.own, len(asked.bank), offered, _DRAWS, _SEED):
+    for having, without in draw_sets(asked.own, len(asked.bank), offered, draws_of(asked), _SEED):
         for kept, sets in ((inside, having), (outside, without)):
             for way, scores in scores_of(asked, head, sets).items():
                 kept.setdefault(way, []).append(scores)
@@ -160,10 +168,12 @@ def won_by_name(
     for first, second in zip(inside, outside, strict=True):
         won += first[:, None] > second
         won += first[:, None] >= second
-    _, columns = np.unique(np.array(names), return_inverse=True)
-    belongs = np.zeros((columns.max() + 1, len(names)), np.float32)
-    belongs[columns, np.arange(len(names))] = 1
-    return belongs @ (won / np.float32(2 * len(inside))) @ belongs.T, belongs.sum(axis=1)
+    order = np.argsort(np.array(names), kind="stable")
+    ordered = np.array(names)[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    sums = np.add.reduceat(np.add.reduceat(won[order][:, order], starts, axis=0), starts, axis=1)
+    sizes = np.diff(np.append(starts, len(names))).astype(np.float32)
+    return (sums / np.float32(2 * len(inside))).astype(np.float32), sizes
 
 
 def _figure(found: tuple[NDArray[np.float32], NDArray[np.float32]]) -> Figure:
@@ -173,11 +183,13 @@ def _figure(found: tuple[NDArray[np.float32], NDArray[np.float32]]) -> Figure:
         counts = np.bincount(drawn.astype(np.intp), minlength=len(sizes)).astype(np.float32)
         return float(counts @ won @ counts / (counts @ sizes) ** 2)
 
-    low, high = bootstrap_interval(np.arange(len(sizes)), statistic, draws=_RESAMPLES, seed=_SEED)
+    low, high = bootstrap_interval(
+        np.arange(len(sizes)), statistic, draws=_RESAMPLES if len(sizes) < _MANY else _FEWER, seed=_SEED
+    )
     value = float(won.sum() / sizes.sum() ** 2)
     return {
         "value": round(100 * value, 2), "low": round(100 * low, 2), "high": round(100 * high, 2),
-        "n": int(sizes.sum()), "names": len(sizes), "draws": _DRAWS,
+        "n": int(sizes.sum()), "names": len(sizes),
     }  # fmt: skip
 
 
@@ -269,7 +281,7 @@ def mixed(english: Asked, chinese: Asked, head: RejectHead) -> dict[str, Any]:
     )
 
     def sets(offered: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-        for having, without in draw_sets(english.own[first], count, offered, _DRAWS, _SEED):
+        for having, without in draw_sets(english.own[first], count, offered, draws_of(english), _SEED):
             having[:, -1] = shown.own
             yield having, without
 
@@ -294,7 +306,7 @@ def unrelated(
                 np.argsort(random.random((len(images), len(asked.bank))), axis=1)[:, :offered]
             )
             >= head.least(offered)
-            for _ in range(_DRAWS)
+            for _ in range(draws_of(asked))
         ]
         pictures = [str(number) for number in range(len(images))]
         said[f"of {offered}"] = mean_figure(np.mean(accepted, axis=0), pictures)
@@ -337,6 +349,42 @@ def of_nano() -> dict[str, Any]:
     return fit.to_dict()
 
 
+def of_probes() -> dict[str, Any]:
+    """Return what negatives and denials are worth for models trained here, on shapes they never saw.
+
+    The names are the hundred of one colour and shape; general names are these and those of two and more
+    objects. Denials are texts that no training caption resembles: "without" was never learnt.
+    """
+    from context_and_multi import Probe
+
+    from edgeclip.shapes import COLOURS, COUNTS, SHAPES, held_out_combinations, render
+
+    names = [f"{colour} {shape.replace('-', ' ')}" for colour in COLOURS for shape in SHAPES]
+    general = [f"{count} {name}" for count in COUNTS for name in names]
+    shown = held_out_combinations()
+    own = np.array([names.index(f"{each.colour} {each.shape.replace('-', ' ')}") for each in shown], np.intp)
+    said: dict[str, Any] = {}
+    for name in ("mobileclip", "vit", "tinyclip"):
+        probe = Probe(name)
+        pictures = np.stack([render(each, row, size_px=probe.size_px) for row, each in enumerate(shown)])
+        images = probe.images(pictures)
+
+        def bank(texts: Sequence[str], probe: Probe = probe) -> LabelBank:
+            return LabelBank(LabelSet.of(list(texts)), probe.texts(texts), Templates.of("bare"))
+
+        forms = ("no {}", "a picture without a {}")
+        denied = np.mean(
+            [probe.texts([form.replace("{}", each) for each in names]) for form in forms], axis=0
+        )
+        denied /= np.linalg.norm(denied, axis=1, keepdims=True)
+        labels = bank(names)
+        said[name] = {
+            "negatives": fit_reject(labels, bank(general), images, own, scale=probe.scale).to_dict(),
+            "no": fit_no(labels, denied, images, own, scale=probe.scale).to_dict(),
+        }
+    return said
+
+
 @contextmanager
 def own_cache() -> Iterator[None]:
     """Keep label vectors of this run out of the user's cache."""
@@ -351,8 +399,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", default="default")
     parser.add_argument("--half", action="append", choices=("tune", "report"), help="[default: tune]")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/rejection.json")
+    parser.add_argument("--probes", action="store_true", help="models trained on shapes instead")
+    parser.add_argument("--output", type=Path, help="[default: benchmarks/results/rejection….json]")
     chosen = parser.parse_args(arguments)
+    if chosen.probes:
+        write(
+            chosen.output or ROOT / "benchmarks/results/rejection_probes.json",
+            {"what": "area under the ROC curve and rates, models trained on shapes", "probes": of_probes()},
+        )
+        return 0
     bundle = Bundle.open(chosen.bundle)
     head, background = read_reject_head(bundle), read_background(bundle)
     found: dict[str, Any] = {}
@@ -369,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 said["rates"] = {
                     f"of {offered}": rates(
                         asked.shown.negatives(head.weight),
-                        draw_sets(asked.own, len(asked.bank), offered, _DRAWS, _SEED),
+                        draw_sets(asked.own, len(asked.bank), offered, draws_of(asked), _SEED),
                         head.least(offered),
                         asked.names,
                     )
@@ -386,9 +441,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "bundle": {"name": bundle.manifest.model.name, "digest": bundle.digest},
             "head": {
                 "method": head.method, "scale": head.scale, "weight": head.weight, "overlap": head.overlap,
-                "threshold": list(head.threshold), "background": len(background),
+                "threshold": list(head.threshold),
+                "offered": list(head.offered), "background": len(background),
             },
-            "draws": _DRAWS,
+            "draws": {"names below 500": _DRAWS, "others": _DRAWS // 10},
             "seed": _SEED,
             "denials": DENIALS,
             "goals": {"half": "report, and Twemoji", "least": GOALS},
@@ -396,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "demo photographs": demo(chosen.bundle),
             "nano, tuning half": of_nano(),
         }  # fmt: skip
-    write(chosen.output, document, show=False)
+    write(chosen.output or ROOT / "benchmarks/results/rejection.json", document, show=False)
     sys.stdout.write(table(document) + "\n")
     return 0
 

@@ -16,16 +16,16 @@ names or synonyms, and those whose text is closer to it than ``overlap``.
 that deny each label ("a photo without {}"), ``n`` their cosines; the score is ``s · (c − n)`` of the first
 label: the log odds of yes against no. It is worth what the model learnt of "without": docs/rejection.md.
 
-*Threshold.* The best of many labels fits a strange picture better than one does, so the threshold of N
-labels is ``a + b · ln N``, fitted so that the same share of pictures without a right label is accepted
-whatever N is.
+*Threshold.* The best of many labels fits a strange picture better than one does, so the threshold depends
+on how many are offered. The head holds those of some numbers of labels, each accepting the same share of
+pictures without a right label; between them it is interpolated along ``ln N``, and beyond them it stays.
 
-**Head file.** Safetensors with float tensors ``scale`` (s), ``threshold`` (``[a, b]``), for ``negatives``
-also ``weight`` (w) and ``overlap``; metadata ``method``, and ``templates`` (JSON list) for ``no``. The
-background is the bank that the manifest names as ``background_bank``: only its rows ``bank_rows``
-(integers), where the head lists some, and ``more`` rows of the head's own, named by the metadata ``labels``
-(JSON, as label files), in four bits a number: ``(M, ⌈E / 2⌉)`` uint8, the lower four bits first, each
-holding the number plus 8, times ``more_scales`` ``(M,)``.
+**Head file.** Safetensors with float tensors ``scale`` (s), ``threshold`` ``(K,)`` with integers
+``offered`` ``(K,)``, rising, for ``negatives`` also ``weight`` (w) and ``overlap``; metadata ``method``,
+and ``templates`` (JSON list) for ``no``. The background is the bank that the manifest names as
+``background_bank``: only its rows ``bank_rows`` (integers), where the head lists some, and ``more`` rows of
+the head's own, named by the metadata ``labels`` (JSON, as label files), in four bits a number: ``(M, ⌈E /
+2⌉)`` uint8, the lower four bits first, each holding the number plus 8, times ``more_scales`` ``(M,)``.
 """
 
 from __future__ import annotations
@@ -68,8 +68,6 @@ __all__ = [
 ]
 
 METHODS = ("negatives", "no")
-MOST_COUNTED = 100
-"""From so many labels on the threshold grows no further: no fit has seen more."""
 
 
 class Gate(Protocol):
@@ -174,7 +172,8 @@ class RejectHead:
     Attributes:
         method: one of :data:`METHODS`.
         scale: multiplier of the cosines, above 0 and at most 100; ``None`` is that of the labels' own head.
-        threshold: of one label, and what it grows by with the natural logarithm of their number.
+        threshold: least score that is accepted, for each number of labels in ``offered``.
+        offered: numbers of labels, rising.
         weight: of the background (``negatives``).
         overlap: text-text cosine above which a background row means an offered label (``negatives``).
         templates: texts that deny a label (``no``).
@@ -184,7 +183,8 @@ class RejectHead:
 
     method: str = "negatives"
     scale: float | None = None
-    threshold: tuple[float, float] = (0.0, 0.0)
+    threshold: tuple[float, ...] = (0.0,)
+    offered: tuple[int, ...] = (1,)
     weight: float = 1.0
     overlap: float = 1.0
     templates: tuple[str, ...] = ()
@@ -192,8 +192,8 @@ class RejectHead:
     more: tuple[LabelSet, NDArray[np.float32]] | None = None
 
     def least(self, labels: int) -> float:
-        """Return the threshold of so many labels."""
-        return self.threshold[0] + self.threshold[1] * math.log(min(labels, MOST_COUNTED))
+        """Return the threshold of so many labels, interpolated along the logarithm of their number."""
+        return float(np.interp(math.log(labels), np.log(self.offered), self.threshold))
 
     def background(self, bank: LabelBank, *, where: str = "background") -> LabelBank:
         """Return the rows of a background bank that are used, and those of the head behind them.
@@ -234,18 +234,23 @@ class RejectHead:
         scale = _numbers(tensors, "scale", 1, where)[0] if "scale" in tensors else None
         if scale is not None and not 0 < scale <= MAX_SCALE:
             raise BundleError(f"{where}: scale is {scale:g}, expected above 0 and at most {MAX_SCALE:g}.")
-        least, slope = _numbers(tensors, "threshold", 2, where)
+        offered = _integers(tensors, "offered", where)
+        if offered is None or not len(offered) or offered[0] < 1 or (np.diff(offered) < 1).any():
+            raise BundleError(f"{where}: 'offered' is {offered}, expected rising numbers from 1.")
+        least = tuple(_numbers(tensors, "threshold", len(offered), where))
+        counts = tuple(offered.tolist())
         try:
             if method == "no":
                 templates = Templates.of(_strings(metadata.get("templates", ""))).texts
-                return cls(method, scale, (least, slope), templates=templates)
+                return cls(method, scale, least, counts, templates=templates)
             return cls(
                 method,
                 scale,
-                (least, slope),
+                least,
+                counts,
                 _numbers(tensors, "weight", 1, where)[0],
                 _numbers(tensors, "overlap", 1, where)[0],
-                bank_rows=_integers(tensors.get("bank_rows"), where),
+                bank_rows=_integers(tensors, "bank_rows", where),
                 more=_more(tensors, metadata, embed_dim, where),
             )
         except (InputError, ConfigError) as error:
@@ -253,7 +258,10 @@ class RejectHead:
 
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """Return the head file described in the module docstring, with further metadata."""
-        tensors: dict[str, NDArray[Any]] = {"threshold": np.array(self.threshold, np.float32)}
+        tensors: dict[str, NDArray[Any]] = {
+            "threshold": np.array(self.threshold, np.float32),
+            "offered": np.array(self.offered, np.int32),
+        }
         said = {**(metadata or {}), "method": self.method}
         if self.scale is not None:
             tensors["scale"] = np.array(self.scale, np.float32)
@@ -438,12 +446,13 @@ def _strings(text: str) -> list[str]:
     return said if isinstance(said, list) else []
 
 
-def _integers(rows: NDArray[Any] | None, where: str) -> NDArray[np.integer[Any]] | None:
-    if rows is None:
+def _integers(tensors: dict[str, NDArray[Any]], key: str, where: str) -> NDArray[np.intp] | None:
+    values = tensors.get(key)
+    if values is None:
         return None
-    if rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise BundleError(f"{where}: 'bank_rows' is {rows.dtype} {rows.shape}, expected integers (K,).")
-    return rows.astype(np.intp)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise BundleError(f"{where}: {key!r} is {values.dtype} {values.shape}, expected integers (K,).")
+    return values.astype(np.intp)
 
 
 def _more(

@@ -113,11 +113,10 @@ def test_scores_are_finite_at_the_ends(extreme: float) -> None:
         assert np.isfinite(gate.scores(own, np.full((2, 1000), extreme, np.float32))).all()
 
 
-def test_the_threshold_grows_with_the_logarithm_of_the_labels() -> None:
-    head = RejectHead(threshold=(-4.0, 2.0))
-    assert head.least(1) == -4.0
-    assert head.least(20) == pytest.approx(-4 + 2 * math.log(20))
-    assert head.least(5000) == head.least(reject.MOST_COUNTED)
+def test_thresholds_between_those_known_lie_along_the_logarithm() -> None:
+    head = RejectHead(threshold=(-4.0, -1.0, 2.0), offered=(1, 5, 20))
+    assert [head.least(labels) for labels in (1, 5, 20, 5000)] == pytest.approx([-4.0, -1.0, 2.0, 2.0])
+    assert head.least(10) == pytest.approx(-1 + 3 * math.log(2) / math.log(4))
 
 
 # --- what means the same -----------------------------------------------------------------------------------
@@ -176,13 +175,20 @@ def test_a_head_comes_back_from_its_file() -> None:
     labels = LabelSet.of([Label("red panda", aliases=(("zh", Label("小熊猫")),)), "kite", "map"])
     rows = unit(np.random.default_rng(1).normal(size=(3, 47)))  # an odd number: half a byte is left
     head = RejectHead(
-        "negatives", 20.0, (-3.5, 1.25), 0.75, 0.5, bank_rows=np.array([4, 0, 2]), more=(labels, rows)
+        "negatives",
+        20.0,
+        (-3.5, 1.25),
+        (1, 20),
+        0.75,
+        0.5,
+        bank_rows=np.array([4, 0, 2]),
+        more=(labels, rows),
     )
     content = head.to_bytes({"false_accepts": "0.05"})
     assert content == head.to_bytes({"false_accepts": "0.05"})
     back = RejectHead.from_bytes(content, embed_dim=47)
-    assert (back.method, back.scale, back.threshold, back.weight, back.overlap) == (
-        "negatives", 20.0, (-3.5, 1.25), 0.75, 0.5,
+    assert (back.method, back.scale, back.threshold, back.offered, back.weight, back.overlap) == (
+        "negatives", 20.0, (-3.5, 1.25), (1, 20), 0.75, 0.5,
     )  # fmt: skip
     assert back.bank_rows is not None
     assert back.bank_rows.tolist() == [4, 0, 2]
@@ -193,7 +199,7 @@ def test_a_head_comes_back_from_its_file() -> None:
     assert (np.abs(back.more[1] - rows) <= 1.1 * steps).all()
     assert np.linalg.norm(back.more[1], axis=1) == pytest.approx(1, abs=1e-6)
     assert (back.more[1] * rows).sum(axis=1) == pytest.approx(1, abs=0.02)
-    no = RejectHead("no", 20.0, (0.0, 0.0), templates=("a photo without {}.", "no {}."))
+    no = RejectHead("no", 20.0, templates=("a photo without {}.", "no {}."))
     assert RejectHead.from_bytes(no.to_bytes(), embed_dim=47).templates == no.templates
 
 
@@ -215,7 +221,9 @@ def test_the_background_is_the_rows_used_and_those_of_the_head() -> None:
 def damaged(**change: Any) -> bytes:
     """Return a sound head with some tensors or metadata replaced; ``None`` takes one out."""
     rows = unit(np.ones((1, 48)))
-    content = RejectHead("negatives", 20.0, (0.0, 1.0), 0.7, 0.6, more=(LabelSet.of(["x"]), rows)).to_bytes()
+    content = RejectHead(
+        "negatives", 20.0, (0.0, 1.0), (1, 5), 0.7, 0.6, more=(LabelSet.of(["x"]), rows)
+    ).to_bytes()
     tensors, metadata = read_tensors(content)
     everything: Mapping[str, Any] = {**tensors, **metadata, **change}
     return write_tensors(
@@ -231,6 +239,10 @@ def damaged(**change: Any) -> bytes:
         ({"method": None}, "rejects by method ''"),
         ({"threshold": None}, "expected a finite float tensor 'threshold' of 2"),
         ({"threshold": np.array([np.nan, 0], np.float32)}, "expected a finite float tensor 'threshold' of 2"),
+        ({"offered": None}, "'offered' is None, expected rising numbers from 1"),
+        ({"offered": np.array([5, 1])}, r"'offered' is \[5 1\], expected rising numbers from 1"),
+        ({"offered": np.array([0, 1])}, r"'offered' is \[0 1\], expected rising numbers from 1"),
+        ({"offered": np.array([1, 2, 5])}, "expected a finite float tensor 'threshold' of 3"),
         ({"weight": np.array([1, 2], np.float32)}, "expected a finite float tensor 'weight' of 1"),
         ({"overlap": np.array(1, np.int32)}, "expected a finite float tensor 'overlap' of 1"),
         ({"scale": np.array(0, np.float32)}, "scale is 0, expected above 0 and at most 100"),
@@ -280,14 +292,14 @@ def test_a_head_of_a_label_bank_is_no_gate(tiny_bundle: Path) -> None:
 
 
 def test_thresholds_and_scale_are_the_heads_unless_given(tiny_bundle: Path) -> None:
-    bundle = with_head(tiny_bundle, RejectHead(threshold=(-2.0, 1.0), weight=0.5).to_bytes())
+    bundle = with_head(tiny_bundle, RejectHead(threshold=(-2.0, 1.0), offered=(1, 2), weight=0.5).to_bytes())
     background = read_background(bundle)
     assert len(background) == 8
     labels = bank_of(["x", "y"], dim=background.embeddings.shape[1])
     gate = open_gate(bundle, labels, scale=17.0)
     assert isinstance(gate, NegativesGate)
     assert (gate.scale, gate.weight, gate.method) == (17.0, 0.5, "negatives")
-    assert (gate.threshold, gate.threshold_alone) == (pytest.approx(-2 + math.log(2)), -2.0)
+    assert (gate.threshold, gate.threshold_alone) == (1.0, -2.0)
     given = open_gate(bundle, labels, scale=17.0, threshold=3.0, background=background)
     assert (given.threshold, given.threshold_alone) == (3.0, 3.0)
     assert (given.rows == gate.rows).all()
@@ -315,7 +327,7 @@ def test_files_are_read_once_and_forgotten_with_the_bundle(
 
 
 def test_denials_are_encoded_or_found_in_a_bank(tiny_bundle: Path) -> None:
-    head = RejectHead("no", 20.0, (0.5, 0.25), templates=("a photo without {}.", "no {} here"))
+    head = RejectHead("no", 20.0, (0.5, 0.75), (1, 2), templates=("a photo without {}.", "no {} here"))
     bundle = with_head(tiny_bundle, head.to_bytes(), background=None)
     dim = bundle.manifest.model.embed_dim
     asked: list[str] = []
@@ -331,7 +343,7 @@ def test_denials_are_encoded_or_found_in_a_bank(tiny_bundle: Path) -> None:
     expected = unit(encode(asked[:4]).reshape(2, 2, dim).mean(axis=1))
     assert gate.rows == pytest.approx(expected, abs=1e-6)
     assert (gate.scale, gate.threshold_alone) == (20.0, 0.5)
-    assert gate.threshold == pytest.approx(0.5 + 0.25 * math.log(2))
+    assert gate.threshold == 0.75
     stored = bank_of(["sky", "sea", "red"], dim=dim)
     carried = open_gate(bundle, labels, scale=9.0, background=stored)
     assert (carried.rows == stored.embeddings[[2, 0]]).all()
@@ -367,7 +379,8 @@ def test_the_default_background_is_general_names_in_both_languages(default: Bund
     assert {"teapot", "umbrella", "castle"} <= set(background.names)
     assert all(dict(label.aliases)["zh"] for label in background.labels.labels)
     assert head.method == "negatives"
-    assert head.threshold[1] > 0
+    assert head.offered == (1, 2, 5, 10, 20, 50)
+    assert list(head.threshold) == sorted(head.threshold)
     entry = default.manifest.heads["reject"]
     _, metadata = read_tensors(default.read(entry.file))
     assert metadata["false_accepts"] == "0.05"

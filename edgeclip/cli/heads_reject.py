@@ -268,7 +268,11 @@ def _write(opened: Bundle, data: str, fitted: _Fitted) -> None:
 def _summary(fit: RejectFit, *, write: bool, path: Path) -> str:
     lines = [
         f"{fit.pictures:,} pictures of {fit.names:,} labels",
-        f"threshold {fit.threshold[0]:.2f} for one label, {fit.threshold[1]:+.2f} a factor of e more",
+        "threshold "
+        + ", ".join(
+            f"{least:.2f} for {offered}" for least, offered in zip(fit.threshold, fit.offered, strict=True)
+        )
+        + " labels",
     ]
     for offered, areas in fit.auroc.items():
         lines.append(

@@ -6,7 +6,7 @@ own name in the place of the last. Both share all other names, so that only the 
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -120,7 +120,8 @@ class RejectFit:
         scale: multiplier of the cosines.
         weight: of the background (``negatives``).
         overlap: text-text cosine above which a background row means a label (``negatives``).
-        threshold: of one label, and its growth with ``ln N``.
+        threshold: for each number of labels in ``offered``.
+        offered: numbers of labels.
         false_accepts: the share it was fitted for.
         auroc: by names offered: of the gate, of the greatest cosine, of the greatest softmax.
         rates: on names that the threshold was not fitted on, by names offered.
@@ -132,7 +133,8 @@ class RejectFit:
     scale: float
     weight: float
     overlap: float
-    threshold: tuple[float, float]
+    threshold: tuple[float, ...]
+    offered: tuple[int, ...]
     false_accepts: float
     auroc: dict[str, dict[str, float]]
     rates: tuple[Rates, ...]
@@ -146,15 +148,14 @@ class RejectFit:
 
     def head(self, templates: tuple[str, ...] = ()) -> RejectHead:
         """Return the head, without rows of its own; ``templates`` deny labels (``no``)."""
-        return RejectHead(self.method, self.scale, self.threshold, self.weight, self.overlap, templates)
+        return RejectHead(
+            self.method, self.scale, self.threshold, self.offered, self.weight, self.overlap, templates
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
-        return {
-            **asdict(self),
-            "threshold": list(self.threshold),
-            "rates": [asdict(each) for each in self.rates],
-        }
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
 
 def draw_sets(
@@ -219,8 +220,8 @@ def fit_reject(
     """Fit weight, overlap and threshold of a gate with negatives.
 
     Weight and overlap are those with the best area under the ROC curve, over 5 and 20 names offered. The
-    threshold is the line in ``ln N`` nearest to those thresholds that accept ``false_accepts`` of the
-    pictures whose name is not among 1, 2, 5, 10, 20 and 50 offered.
+    thresholds accept ``false_accepts`` of the pictures whose name is not among 1, 2, 5, 10, 20 and 50
+    offered.
 
     Args:
         labels: the names.
@@ -314,7 +315,8 @@ def _fitted(
         scale=shown.scale,
         weight=weight,
         overlap=overlap,
-        threshold=_line({count: outside for count, (_, outside) in drawn.items()}, false_accepts),
+        threshold=tuple(_least(outside, false_accepts) for _, outside in drawn.values()),
+        offered=tuple(drawn),
         false_accepts=false_accepts,
         auroc=areas,
         rates=_held_out(drawn, shown.own, false_accepts, seed),
@@ -333,11 +335,8 @@ def _mean_area(shown: Shown, score: Score, counts: Sequence[int], seed: int) -> 
     return float(np.mean(areas))
 
 
-def _line(outside: dict[int, NDArray[np.float64]], false_accepts: float) -> tuple[float, float]:
-    """Return ``a`` and ``b`` of the thresholds ``a + b · ln N``."""
-    least = [float(np.quantile(scores, 1 - false_accepts)) for scores in outside.values()]
-    slope, start = np.polyfit(np.log(list(outside)), least, 1)
-    return float(start), float(slope)
+def _least(outside: NDArray[np.float64], false_accepts: float) -> float:
+    return float(np.quantile(outside, 1 - false_accepts))
 
 
 def _held_out(
@@ -353,9 +352,8 @@ def _held_out(
         held = part == fold
         if not held.any() or held.all():
             continue
-        start, slope = _line({count: pair[1][:, ~held] for count, pair in drawn.items()}, false_accepts)
         for count, (inside, outside) in drawn.items():
-            least = start + slope * math.log(count)
+            least = _least(outside[:, ~held], false_accepts)
             rates = rates_at(inside[:, held], outside[:, held], least, count)
             found[count].append((int(held.sum()), rates))
     return tuple(_mean_rates(count, each) for count, each in found.items())
