@@ -19,6 +19,7 @@ import click
 from edgeclip.errors import EdgeClipError, InputError
 
 from ._options import SCHEMA, quiet_broken_pipe
+from ._results import _SHARES
 
 if TYPE_CHECKING:
     from edgeclip.answers import Prediction
@@ -346,12 +347,14 @@ class _Lines:
     def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, min_confidence: float) -> None:
         self._stream = stream
         self._min_confidence = min_confidence
+        self._score = "{:.1%}" if classifier.score_kind in _SHARES else "{:.2f}"
         self._changing = stream.isatty()
         self._open_line = False
 
     def write(self, decision: Decision) -> float:
         """Write one line, and return the age in it."""
-        labels = [f"{each.label} {each.score:.1%}" for each in _kept(decision, self._min_confidence)]
+        kept = _kept(decision, self._min_confidence)
+        labels = [f"{each.label} {self._score.format(each.score)}" for each in kept]
         counts, age_ms = decision.frame.counts, decision.age_ms()
         aside = f"{age_ms:.0f} ms old" + (f", {counts.dropped:,} dropped" if counts.dropped else "")
         said = "  ".join(labels) or _why_none(decision)
@@ -380,7 +383,7 @@ def _why_none(decision: Decision) -> str:
     asked = decision.answer.rejection
     if asked is None or not asked.rejected:
         return "no label scored high enough"
-    return f"none of the labels: {asked.score:.3g}, of the {asked.threshold:.3g} that is needed"
+    return f"none of the labels: score {asked.score:.2f}, needed {asked.threshold:.2f}"
 
 
 def _columns() -> int:
