@@ -300,16 +300,18 @@ class _Moments:
         spread = float(np.mean(factor * step * (length + gain * length**2)))
         inverted = means @ inverse
         along_means, along_self = solved @ means.T, np.einsum("ne,ne->n", solved, pictures)
-        linear = pictures @ inverted.T + (gain * along_self)[:, None] * along_means
+        products = pictures @ inverted.T
+        linear = products + (gain * along_self)[:, None] * along_means
         quadratic = np.einsum("ce,ce->c", inverted, means) + gain[:, None] * along_means**2
         logits = factor * linear - 0.5 * (factor * quadratic - spread / self.counts)
-        own = means[wanted] - deviation / (count - 1)[:, None]
-        own_inverted, along_own = own @ inverse, np.einsum("ne,ne->n", solved, own)
-        linear_own = np.einsum("ne,ne->n", own_inverted, pictures) + gain * along_self * along_own
+        # The own class has another mean without the picture: it moves by part of the picture's deviation.
+        places, moved = np.arange(len(rows)), 1 / (count - 1)
+        own = means[wanted] - deviation * moved[:, None]
+        along_own = along_means[places, wanted] - length * moved
+        linear_own = products[places, wanted] - along_self * moved + gain * along_self * along_own
+        own_inverted = inverted[wanted] - solved * moved[:, None]
         quadratic_own = np.einsum("ne,ne->n", own_inverted, own) + gain * along_own**2
-        logits[np.arange(len(rows)), wanted] = factor * linear_own - 0.5 * (
-            factor * quadratic_own - spread / (count - 1)
-        )
+        logits[places, wanted] = factor * linear_own - 0.5 * (factor * quadratic_own - spread * moved)
         return logits, spread
 
 
