@@ -25,6 +25,7 @@ COMMANDS = [
     ["classify", "PHOTOS"],
     ["classify", "PHOTOS", "--labels", "cat,dog,teapot", "--jsonl"],
     ["embed", "PHOTOS", "-o", "OUT/embeddings.npy"],
+    ["index", "PHOTOS", "--json"],
     ["labels", "build", "--labels", "cat,dog", "-o", "OUT/bank.safetensors"],
     ["bundle", "inspect", "default"],
     [
@@ -70,6 +71,16 @@ def test_the_guard_sees_a_socket(guard: Path) -> None:
     result = _run(guard, "-c", "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)")
     assert result.returncode == 99
     assert "socket used" in result.stderr
+
+
+@pytest.mark.parametrize("query", ["a cat", "PHOTO"])
+def test_searches_use_no_socket(query: str, guard: Path, repo: Path, tmp_path: Path) -> None:
+    photos = repo / "edgeclip" / "assets" / "photos"
+    index = str(tmp_path / "index")
+    for command in (["index", str(photos), "-o", index], ["search", query, index]):
+        command[1] = command[1].replace("PHOTO", str(photos / "cat.jpg"))
+        result = _run(guard, "-m", "edgeclip", *command)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
