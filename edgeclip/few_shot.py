@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
-from .errors import ConfigError, InputError
+from .errors import BundleError, ConfigError, InputError
 from .label_store import is_sound, seal
 from .labels import write_atomic
 from .tensors import read_tensors
@@ -467,7 +467,7 @@ def read_head(bundle: Bundle, name: str | None = None) -> FewShotHead:
 
     Raises:
         ConfigError: there is none of this name, or several.
-        InputError: it is damaged.
+        BundleError: it is damaged.
     """
     found = [key for key, entry in bundle.manifest.heads.items() if entry.kind == KIND]
     if name is None and len(found) == 1:
@@ -478,4 +478,7 @@ def read_head(bundle: Bundle, name: str | None = None) -> FewShotHead:
             f"{', '.join(map(repr, found)) or 'none'}; store one with `edgeclip heads fit --write`."
         )
     where = f"{bundle.where}: head {name!r}"
-    return FewShotHead.from_bytes(bundle.read(bundle.manifest.heads[name].file), source=where)
+    try:
+        return FewShotHead.from_bytes(bundle.read(bundle.manifest.heads[name].file), source=where)
+    except InputError as error:
+        raise BundleError(str(error)) from error

@@ -146,10 +146,10 @@ def fit(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Fit a head for classes of your own: DATA holds a folder a class, from one picture each.
+    """Fit a head for classes of your own.
 
-    DATA may also be a table or shards with labels. No training: closed form, less than a second after the
-    pictures are embedded. How often the head is right is measured on pictures that it was not fitted on,
+    DATA holds a folder a class, from one picture each; it may also be a table or shards with labels. No
+    training: closed form, less than a second after the pictures are embedded. How often the head is right is measured on pictures that it was not fitted on,
     beside the class names alone. Classify with 'classify --head HEAD'.
 
     Example: edgeclip heads fit parts/ -o parts.head
@@ -166,7 +166,7 @@ def fit(
     _check_output(output)
     opened = Bundle.open(bundle_directory(asked.bundle_path, notes))
     if write is not None:
-        _check_writable(asked.bundle_path, write)
+        _check_writable(opened, asked.bundle_path, write)
     labelled = _labelled(opened, data, asked, words, notes, least=2)
     what: dict[str, Any] = {
         "zero_shot": labelled.zero_shot,
@@ -492,9 +492,11 @@ def _check_output(output: Path | None) -> None:
         raise InputError(f"{str(output.parent)!r}: no such folder, so {output.name!r} cannot be written.")
 
 
-def _check_writable(bundle_path: str, name: str) -> None:
+def _check_writable(opened: Bundle, bundle_path: str, name: str) -> None:
+    """Refuse what cannot be stored in a bundle, before pictures are embedded."""
     from edgeclip.bundle import EMBEDDED
     from edgeclip.errors import ConfigError
+    from edgeclip.few_shot import KIND
 
     if bundle_path in EMBEDDED:
         raise ConfigError(
@@ -503,20 +505,18 @@ def _check_writable(bundle_path: str, name: str) -> None:
         )
     if re.fullmatch(r"[A-Za-z0-9_@+-][A-Za-z0-9._@+-]{0,63}", name) is None:
         raise ConfigError(f"--write: got {name!r}, expected a name of up to 64 letters, digits, '-' and '_'.")
+    there = opened.manifest.heads.get(name)
+    if there is not None and there.kind != KIND:
+        raise ConfigError(f"{opened.where}: head {name!r} is of kind {there.kind!r}; take another name.")
 
 
 def _store(opened: Bundle, name: str, head: FewShotHead, fitted_on: str) -> None:
     """Store a head in its bundle, in place of a few-shot head of this name."""
     from edgeclip.bundle import BundleWriter
-    from edgeclip.errors import ConfigError
     from edgeclip.few_shot import KIND
 
     with BundleWriter(opened.path) as writer:
         stored: dict[str, Any] = writer.manifest.setdefault("heads", {})
-        if name in stored and stored[name]["kind"] != KIND:
-            raise ConfigError(
-                f"{opened.where}: head {name!r} is of kind {stored[name]['kind']!r}; take another name."
-            )
         stored[name] = {
             "kind": KIND,
             "file": writer.add(f"heads/{name}.safetensors", head.to_bytes()),
@@ -605,4 +605,4 @@ def _worth_lines(worth: dict[str, Any] | None, folds: int) -> list[str]:
 
 
 def _written(path: Path, head: FewShotHead) -> str:
-    return f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB; classify with --head {shown(path)}"
+    return f"{shown(path)}: {path.stat().st_size / 1e3:,.0f} kB; classify with --head {shown(path)}"
