@@ -569,15 +569,14 @@ def _prompts(
     from edgeclip.runtime.host import usable_cores
 
     try:
-        import torch
-
         from edgeclip.distill.learned_prompts import LearnedPrompts, open_prompt_tower
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             "--method prompts", extra="train", module=(error.name or "torch").partition(".")[0]
         ) from error
-    torch.set_num_threads(threads or usable_cores())
-    tower = open_prompt_tower(checkpoint, bank.labels, bank.templates, model=model)
+    tower = open_prompt_tower(
+        checkpoint, bank.labels, bank.templates, model=model, threads=threads or usable_cores()
+    )
     tower.check(bank.embeddings, where=f"checkpoint {shown(checkpoint)!r}")
     return LearnedPrompts(tower, targets, scale, seed=seed)
 

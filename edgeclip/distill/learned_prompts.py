@@ -260,7 +260,12 @@ class LearnedPrompts:
 
 
 def open_prompt_tower(
-    path: str, labels: LabelSet, templates: Templates, *, model: str | None = None
+    path: str,
+    labels: LabelSet,
+    templates: Templates,
+    *,
+    model: str | None = None,
+    threads: int | None = None,
 ) -> PromptTower:
     """Return the text tower of a checkpoint, ready for prompts.
 
@@ -269,11 +274,14 @@ def open_prompt_tower(
         labels: what will be encoded.
         templates: see :class:`PromptTower`.
         model: name of the model, where it is a file.
+        threads: of torch, for the whole process; as they are if missing.
 
     Raises:
         InputError: the checkpoint cannot be read.
         ConfigError: it cannot be used, see :class:`PromptTower`.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     where = f"checkpoint {path!r}"
     if not (Path(path) / "config.json").is_file():
         loaded = load_model(path, model=model)

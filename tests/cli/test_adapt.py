@@ -328,6 +328,7 @@ def test_prompts_without_torch_name_the_extra(
     assert 'pip install "edgeclip[train]"' in result.err
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_prompts_of_the_default_model_make_a_bank(
     run: Command, repo: Path, out: Path, tmp_path: Path
 ) -> None:
