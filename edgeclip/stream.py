@@ -114,11 +114,10 @@ class FrameReader:
         self._every_frame = every_frame
         self._changed = threading.Condition()
         self._newest: Frame | None = None
-        self._counts = Counts()
         self._dropped = 0
         self._frames = 0
         self._read_bytes = 0
-        self._ended = self._closed = False
+        self._inside = self._ended = self._closed = False
         self._error: BaseException | None = None
 
     def __enter__(self) -> FrameReader:
@@ -136,7 +135,7 @@ class FrameReader:
     def counts(self) -> Counts:
         """What became of the stream so far."""
         with self._changed:
-            return self._counts
+            return self._count()
 
     def take(self, *, not_before: float = 0.0) -> Frame | None:
         """Return the newest frame that was not taken yet, or ``None`` at the end of the stream.
@@ -177,18 +176,14 @@ class FrameReader:
                         break
                     self._read_bytes += count
                     self._keep(self.splitter.take(count))
-            self._finish()
+            inside = self.splitter.inside_bytes > 0
+            self._keep(self.splitter.finish())
+            self._inside = inside
         except BaseException as error:  # raised again where frames are taken
             self._error = error
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-
-    def _finish(self) -> None:
-        inside = self.splitter.inside_bytes > 0
-        self._keep(self.splitter.finish())
-        with self._changed:
-            self._counts = self._count(inside=inside)
 
     def _keep(self, frames: Iterator[bytes | bytearray]) -> None:
         complete_ns = perf_counter_ns()
@@ -200,17 +195,15 @@ class FrameReader:
                 self._frames += 1
                 self._newest = Frame(data, complete_ns, self._count())
                 self._changed.notify_all()
-        with self._changed:
-            self._counts = self._count()
 
-    def _count(self, *, inside: bool = False) -> Counts:
+    def _count(self) -> Counts:
         return Counts(
             self._frames,
             self._dropped,
             self.splitter.cut_frames,
             self.splitter.skipped_bytes,
             self._read_bytes,
-            inside,
+            self._inside,
         )
 
 

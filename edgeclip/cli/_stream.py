@@ -255,13 +255,15 @@ class _Tally:
         from edgeclip.stream import AGE_SAMPLES_FOR_P99
 
         ages = self.ages
-        dropped = counts.frames - ages.n - self.broken
+        left = counts.frames - counts.dropped - ages.n - self.broken
         parts = [
             f"{counts.frames:,} frames",
-            f"{ages.n:,} decided, {dropped:,} dropped for newer ones, {self.broken:,} broken",
+            f"{ages.n:,} decided, {counts.dropped:,} dropped for newer ones, {self.broken:,} broken",
             f"{counts.cut:,} cut off",
             f"{counts.skipped_bytes:,} bytes between frames skipped",
         ]
+        if left:
+            parts.append(f"{left:,} not looked at any more")
         if counts.inside:
             parts.append("the stream ended inside a frame")
         if ages.n:

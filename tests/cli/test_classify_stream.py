@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_bundle import COLOURS, colour_picture
 
 NAMES = sorted(COLOURS)
-COMMAND = [sys.executable, str(Path(__file__).parents[1] / "tools" / "stream_command.py"), "-"]
+COMMAND = [sys.executable, "-m", "edgeclip", "classify", "-"]
 PATIENCE_S = 60  # a loaded machine starts slowly
 
 
