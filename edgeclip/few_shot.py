@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 
 from .errors import BundleError, ConfigError, InputError
+from .label_sets import MAX_LABEL_CHARS
 from .label_store import is_sound, seal
 from .labels import write_atomic
 from .tensors import read_tensors
@@ -284,6 +285,12 @@ class FewShotHead:
                 f"few-shot head: weights of shape {self.weights.shape} and bias of {self.bias.shape} for "
                 f"{len(self.names)} classes, expected float32 (C, E) and (C,) with at least two classes."
             )
+        for name in self.names:
+            if not name.strip() or not name.isprintable() or len(name) > MAX_LABEL_CHARS:
+                raise InputError(
+                    f"few-shot head: got the class name {name[:80]!r}, expected up to {MAX_LABEL_CHARS} "
+                    "printable characters; name it otherwise and fit it again."
+                )
         if len(set(self.names)) < len(self.names):
             raise InputError("few-shot head: a class name is repeated; fit it again.")
         if not (np.isfinite(self.weights).all() and np.isfinite(self.bias).all()):

@@ -325,6 +325,8 @@ def test_files_that_are_no_heads_are_refused(head: FewShotHead, tmp_path: Path) 
         changed({key: value for key, value in tensors.items() if key != "sums"}),
         changed(tensors, names="[]"),
         changed(tensors, names=json.dumps(["a"] * CLASSES)),
+        changed(tensors, names=json.dumps([*NAMES[1:], "\x1b[2J"])),
+        changed(tensors, names=json.dumps([*NAMES[1:], " "])),
         changed(tensors, settings="{}"),
         changed(tensors, settings="[]"),
         changed(tensors, settings=metadata["settings"].replace("blend", "magic")),
