@@ -37,7 +37,7 @@ __all__ = [
 COUNTS = (1, 2, 5, 10, 20, 50)
 """Names offered, for which thresholds are fitted."""
 _JUDGED = (5, 20)
-_WEIGHTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
+_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _OVERLAPS = (0.5, 0.6, 0.7, 0.8)
 LEAST_PICTURES, LEAST_NAMES = 50, 6
 _DRAWS = 20
@@ -56,6 +56,8 @@ class Shown:
         others: ``(P, M)`` cosines of pictures and background rows.
         same: ``(N, M)`` which background rows mean which name.
         scale: multiplier of the cosines.
+        near: ``(N, M)`` rows that are left out as if nobody had thought of what a picture shows; ``same``
+            if not given.
     """
 
     cosines: NDArray[np.float32]
@@ -63,6 +65,7 @@ class Shown:
     others: NDArray[np.float32]
     same: NDArray[np.bool_]
     scale: float
+    near: NDArray[np.bool_] | None = None
 
     def best(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
         """Return the greatest cosine ``(P,)`` with the names ``sets`` ``(P, n)``."""
@@ -75,9 +78,14 @@ class Shown:
         score: NDArray[np.float64] = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
         return score
 
-    def background(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Return ``log Σ exp(scale · others)`` ``(P,)`` over the rows that mean none of the names offered."""
+    def background(self, sets: NDArray[np.intp], *, unnamed: bool = False) -> NDArray[np.float64]:
+        """Return ``log Σ exp(scale · others)`` ``(P,)`` over the rows that mean none of the names offered.
+
+        With ``unnamed`` also without those that mean what the picture shows, as if nobody had thought of it.
+        """
         kept = ~self.same[sets].any(axis=1)
+        if unnamed:
+            kept &= ~(self.same if self.near is None else self.near)[self.own]
         sums = (np.exp(self.scale * self.others, dtype=np.float64) * kept).sum(axis=1)
         result: NDArray[np.float64] = np.log(np.maximum(sums, 1e-12))
         return result
@@ -89,9 +97,9 @@ class Shown:
         denied = np.take_along_axis(self.others, first, axis=1)[:, 0]
         return np.asarray(self.scale * (own.max(axis=1).astype(np.float64) - denied))
 
-    def negatives(self, weight: float) -> Score:
+    def negatives(self, weight: float, *, unnamed: bool = False) -> Score:
         """Return the score of a ``NegativesGate`` with this weight, as a function of the names offered."""
-        return lambda sets: self.scale * self.best(sets) - weight * self.background(sets)
+        return lambda sets: self.scale * self.best(sets) - weight * self.background(sets, unnamed=unnamed)
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,8 @@ def fit_reject(
 ) -> RejectFit:
     """Fit weight, overlap and threshold of a gate with negatives.
 
-    Weight and overlap are those with the best area under the ROC curve, over 5 and 20 names offered. The
+    Weight and overlap are those with the best area under the ROC curve, over 5 and 20 names offered, and over
+    a background that holds what the pictures show and one that does not: a camera sees both. The
     thresholds accept ``false_accepts`` of the pictures whose name is not among 1, 2, 5, 10, 20 and 50
     offered.
 
@@ -238,11 +247,17 @@ def fit_reject(
     judged = _checked(len(images), len(labels), false_accepts)
     products = np.asarray(images @ labels.embeddings.T), np.asarray(images @ background.embeddings.T)
     found: list[tuple[float, float, float, Shown]] = []
+    near = meaning(labels, background, min(_OVERLAPS))  # the same whatever overlap is tried
     for overlap in _OVERLAPS:
-        shown = Shown(products[0], own, products[1], meaning(labels, background, overlap), scale)
+        shown = Shown(products[0], own, products[1], meaning(labels, background, overlap), scale, near)
         for weight in _WEIGHTS:
-            area = _mean_area(shown, shown.negatives(weight), judged, seed)
-            found.append((area, weight, overlap, shown))
+            area = np.mean(
+                [
+                    _mean_area(shown, shown.negatives(weight, unnamed=unnamed), judged, seed)
+                    for unnamed in (False, True)
+                ]
+            )
+            found.append((float(area), weight, overlap, shown))
     _, weight, overlap, shown = max(found, key=lambda each: each[0])
     return _fitted("negatives", shown, shown.negatives(weight), weight, overlap, false_accepts, seed)
 
