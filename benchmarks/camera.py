@@ -39,7 +39,7 @@ from edgeclip.classify import ZeroShotClassifier
 FRAMES_A_SECOND = 30
 MAX_GROWTH_MB = 2.0
 SIZE_PX = (640, 480)
-COMMAND = [str(ROOT / "tests" / "tools" / "stream_command.py"), "-"]
+COMMAND = ["-m", "edgeclip", "classify", "-"]
 _CUT_EVERY = 90
 _FIRST_CHANGE_S = 3.0
 
