@@ -333,7 +333,8 @@ def measured(pictures: Pictures, draws: int) -> dict[str, Any]:
         gains = {
             method: _figure(np.array(rows[method]) - np.array(rows["zero-shot"])) for method in METHODS[1:]
         }
-        said["shots"][shots] = {"figures": figures, "points_above_zero_shot": gains, "draws": rows}
+        kept = {name: [round(value, 3) for value in values] for name, values in rows.items()}
+        said["shots"][shots] = {"figures": figures, "points_above_zero_shot": gains, "draws": kept}
         print(
             f"{pictures.name:24}{shots:3} zero-shot {figures['zero-shot']['value']:5.1f}",
             *(f"{method} {each['value']:+5.1f}" for method, each in gains.items()),
@@ -498,14 +499,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--parts", default="sets,time", help="what to measure; what is there of others stays")
+    parser.add_argument("--parts", default="sets,cost", help="what to measure; what is there of others stays")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/few_shot.json")
     asked = parser.parse_args()
     parts = asked.parts.split(",")
     made: dict[str, Any] = {}
     if asked.output.is_file():
         known = json.loads(asked.output.read_text("utf-8"))
-        made = {key: known[key] for key in ("sets", "bars", "time") if key in known}
+        made = {key: known[key] for key in ("sets", "bars", "cost") if key in known}
     sources: Sequence[Callable[[], Iterable[Pictures]]] = (pictograms_and_stamps, shapes)
     if "sets" in parts:
         sets = {each.name: measured(each, asked.draws) for source in sources for each in source()}
@@ -513,10 +514,10 @@ def main() -> None:
         for name, found in made["bars"].items():
             for what, said in found.items():
                 print(f"{'ok  ' if said['passed'] else 'MISS'} {name:24} {what}: {said['reached']}")
-    if "time" in parts:
+    if "cost" in parts:
         largest = max(pictograms_and_stamps(), key=lambda each: len(each.rows))
-        made["time"] = timed(largest)
-        print(json.dumps({**made["time"], "fit": {**made["time"]["fit"], "samples_s": "…"}}, indent=1))
+        made["cost"] = timed(largest)
+        print(json.dumps({**made["cost"], "fit": {**made["cost"]["fit"], "samples_s": "…"}}, indent=1))
     write(asked.output, {"benchmark": "few_shot", **made}, show=False)
 
 
