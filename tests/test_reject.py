@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -384,3 +385,23 @@ def test_the_default_background_is_general_names_in_both_languages(default: Bund
     entry = default.manifest.heads["reject"]
     _, metadata = read_tensors(default.read(entry.file))
     assert metadata["false_accepts"] == "0.05"
+
+
+def test_committed_figures_are_of_the_head_that_ships(default: Bundle, repo: Path) -> None:
+    result = json.loads((repo / "benchmarks/results/rejection.json").read_text("utf-8"))
+    head, measured = read_reject_head(default), result["head"]
+    assert (measured["scale"], measured["weight"], measured["overlap"]) == (
+        head.scale,
+        head.weight,
+        head.overlap,
+    )
+    assert (measured["threshold"], measured["offered"]) == (list(head.threshold), list(head.offered))
+    goals = result["goals"]["least"]
+    for shown in ("stamps report en", "stamps report zh", "twitter en", "twitter zh"):
+        for offered in ("of 5", "of 20"):
+            gate = result["sets"][shown][offered]["gate"]
+            assert gate["auroc"]["value"] >= goals[f"gate {offered}"]
+            assert gate["gain"]["value"] >= goals[f"gain {offered}"]
+    photographs = result["demo photographs"]
+    assert photographs["teapot"]["rejected"] >= 0.9 * photographs["teapot"]["pictures"]
+    assert photographs["right name"]["rejected"] <= 0.2 * photographs["right name"]["pictures"]
