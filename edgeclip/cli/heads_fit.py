@@ -487,8 +487,9 @@ def _check_output(output: Path | None) -> None:
 
     if output is None:
         return
-    if output.is_dir():
-        raise InputError(f"{str(output)!r} is a folder, expected the name of a file for the head.")
+    if output.exists() and not output.is_file():
+        what = "folder" if output.is_dir() else "device or pipe"
+        raise InputError(f"{str(output)!r} is a {what}, expected the name of a file for the head.")
     if not output.absolute().parent.is_dir():
         raise InputError(f"{str(output.parent)!r}: no such folder, so {output.name!r} cannot be written.")
 
