@@ -626,7 +626,7 @@ def _summary(
 
 def _side(what: str, side: Side) -> str:
     return (
-        f"{what + ':':21} {side.in_use:,} labels come first, the commonest for {side.largest:.1%}; balance "
+        f"{what + ':':21} labels in use {side.in_use:,}, the commonest for {side.largest:.1%}; balance "
         f"{side.balance:.2f}, doubt {side.doubt:.2f}, neighbours agree {side.neighbours:.2f}"
     )
 
