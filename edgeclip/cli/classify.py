@@ -139,6 +139,8 @@ def classify(
     with ZeroShotClassifier.open(
         bundle_directory(model.bundle, notes),
         variant=model.variant,
+        # Labels that change while it runs: opening the tower at each change moves the memory up and down.
+        keep_text_tower=stream and label_file is not None,
         options=model.options(),
         fast_decode=fast_decode,
         answers=asked.answers(),
