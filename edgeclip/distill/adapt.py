@@ -12,8 +12,8 @@ The rows ``W0`` of a bank are texts, pictures of somebody's domain lie elsewhere
    TransCLIP (Zanella et al. 2024) keep them; here by construction, for rows of a bank have unit length.
 3. From the new rows again, ``rounds`` times.
 
-A teacher says the soft labels instead where there is one, as in PromptKD (Li et al. 2024), whose student learns
-them by gradients: here one round, and its word counts for more.
+A teacher says the soft labels instead where there is one, as in PromptKD (Li et al. 2024), whose student
+learns them by gradients: here one round, and its word counts for more.
 
 Nothing is known about what is right. So :func:`adapt` fits halves of the pictures too, and
 :class:`Judgement` says whether the result can be relied on: do the halves agree, do labels explain what
