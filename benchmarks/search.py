@@ -143,6 +143,14 @@ def state(path: Path) -> dict[str, str]:
     return {name: hashlib.sha256(row.tobytes()).hexdigest() for name, row in rows}
 
 
+def written(path: Path) -> int | None:
+    """Return when a file was last written to, ``None`` where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def kills(folder: Path, work: Path, bundle: str, variant: str, whole_s: float) -> dict[str, Any]:
     """Kill runs at random moments; see the head of this file."""
     draw = random.Random(0)
@@ -155,11 +163,12 @@ def kills(folder: Path, work: Path, bundle: str, variant: str, whole_s: float) -
         if before:  # it is indexed: something has to happen
             disturb(folder, draw, changed)
         longest_s = update_s if before else 1.6 * whole_s / FIRST_KILLS
+        left = written(new)  # what an earlier kill left
         child = in_child(lambda: index(folder, path, bundle, variant))
         writing = done >= KILLS - WRITING_KILLS
         after_s = draw.uniform(0, 0.03) if writing else draw.uniform(0.3, longest_s)
         if writing:
-            while not new.exists() and os.waitid(os.P_PID, child, _ENDED) is None:
+            while written(new) == left and os.waitid(os.P_PID, child, _ENDED) is None:
                 time.sleep(0.001)
         time.sleep(after_s)
         os.kill(child, signal.SIGKILL)
@@ -173,7 +182,7 @@ def kills(folder: Path, work: Path, bundle: str, variant: str, whole_s: float) -
             {
                 "killed": killed,
                 "after_s": round(after_s, 3),
-                "while_the_index_is_written": writing and new.exists(),
+                "while_the_index_is_written": written(new) not in (None, left),
                 "journal_bytes": journal.stat().st_size if journal.exists() else 0,
                 "index": "none" if not found else "as it was" if found == before else "new",
             }

@@ -62,9 +62,12 @@ def wait(child: int, index: Path, journal_bytes: int | None) -> None:
     """Wait until the journal has grown by so much, or until the index is written; or until the end."""
     journal, new = (index.with_name(f"{index.name}.{end}") for end in ("journal", "new"))
     before = journal.stat().st_size if journal.exists() else 0
+    left = new.stat().st_mtime_ns if new.exists() else 0  # by an earlier kill
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         with suppress(FileNotFoundError):
-            if new.stat() if journal_bytes is None else journal.stat().st_size > before + journal_bytes:
+            if journal_bytes is None and new.stat().st_mtime_ns != left:
+                return
+            if journal_bytes is not None and journal.stat().st_size > before + journal_bytes:
                 return
         time.sleep(0.0005)
 
