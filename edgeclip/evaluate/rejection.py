@@ -41,6 +41,8 @@ _WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _OVERLAPS = (0.5, 0.6, 0.7, 0.8)
 LEAST_PICTURES, LEAST_NAMES = 50, 6
 _DRAWS = 20
+_MOST_PICTURES = 2000
+"""More are drawn from: thresholds of 2,000 pictures and twenty draws are certain enough."""
 _FOLDS = 5
 
 Score: TypeAlias = "Callable[[NDArray[np.intp]], NDArray[np.float64]]"
@@ -97,9 +99,9 @@ class Shown:
         denied = np.take_along_axis(self.others, first, axis=1)[:, 0]
         return np.asarray(self.scale * (own.max(axis=1).astype(np.float64) - denied))
 
-    def negatives(self, weight: float, *, unnamed: bool = False) -> Score:
+    def negatives(self, weight: float) -> Score:
         """Return the score of a ``NegativesGate`` with this weight, as a function of the names offered."""
-        return lambda sets: self.scale * self.best(sets) - weight * self.background(sets, unnamed=unnamed)
+        return lambda sets: self.scale * self.best(sets) - weight * self.background(sets)
 
 
 @dataclass(frozen=True)
@@ -245,19 +247,15 @@ def fit_reject(
         InputError: fewer than 50 pictures or 6 names, or a share that is none.
     """
     judged = _checked(len(images), len(labels), false_accepts)
+    if len(images) > _MOST_PICTURES:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:_MOST_PICTURES])
+        images, own = images[chosen], own[chosen]
     products = np.asarray(images @ labels.embeddings.T), np.asarray(images @ background.embeddings.T)
-    found: list[tuple[float, float, float, Shown]] = []
     near = meaning(labels, background, min(_OVERLAPS))  # the same whatever overlap is tried
+    found: list[tuple[float, float, float, Shown]] = []
     for overlap in _OVERLAPS:
         shown = Shown(products[0], own, products[1], meaning(labels, background, overlap), scale, near)
-        for weight in _WEIGHTS:
-            area = np.mean(
-                [
-                    _mean_area(shown, shown.negatives(weight, unnamed=unnamed), judged, seed)
-                    for unnamed in (False, True)
-                ]
-            )
-            found.append((float(area), weight, overlap, shown))
+        found += [(area, weight, overlap, shown) for weight, area in _areas_by_weight(shown, judged, seed)]
     _, weight, overlap, shown = max(found, key=lambda each: each[0])
     return _fitted("negatives", shown, shown.negatives(weight), weight, overlap, false_accepts, seed)
 
@@ -338,6 +336,21 @@ def _fitted(
         pictures=pictures,
         names=names,
     )
+
+
+def _areas_by_weight(shown: Shown, counts: Sequence[int], seed: int) -> list[tuple[float, float]]:
+    """Return each weight with its mean area, over a background with what pictures show, and one without."""
+    pictures, names = shown.cosines.shape
+    positive = np.arange(2 * pictures) < pictures
+    areas: dict[float, list[float]] = {weight: [] for weight in _WEIGHTS}
+    for count in counts:
+        for pair in draw_sets(shown.own, names, count, _DRAWS, seed):
+            best = shown.scale * np.concatenate([shown.best(sets) for sets in pair])
+            for unnamed in (False, True):
+                background = np.concatenate([shown.background(sets, unnamed=unnamed) for sets in pair])
+                for weight, found in areas.items():
+                    found.append(auroc(best - weight * background, positive))
+    return [(weight, float(np.mean(found))) for weight, found in areas.items()]
 
 
 def _mean_area(shown: Shown, score: Score, counts: Sequence[int], seed: int) -> float:
