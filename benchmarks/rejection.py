@@ -36,9 +36,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ from default_model import Figure, asked_for, embedded, mean_figure
 from written import ROOT, write
 
 from edgeclip.answers import Answers
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.evaluate.metrics import bootstrap_interval
 from edgeclip.evaluate.rejection import Shown, draw_sets, fit_no, fit_reject
@@ -62,7 +62,7 @@ from edgeclip.fetch import data_directory, photos
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import LabelBank
 from edgeclip.preprocess import Preprocess
-from edgeclip.reject import RejectHead, meaning, read_background, read_reject_head
+from edgeclip.reject import RejectHead, kinds_of, meaning, read_background, read_reject_head
 from edgeclip.runtime.session import RuntimeOptions
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Asked:
         images: ``(P, E)``.
         own: ``(P,)`` column of each picture's name.
         shown: with the background that ships.
+        bare: the same without kinds of names.
         imagenet: with the bundle's own names as background.
         denials: ``(P, N)`` cosines with the denied names.
         texts: mean and deviation ``(N,)`` of each name's cosines with background rows.
@@ -102,6 +103,7 @@ class Asked:
     images: NDArray[np.float32]
     own: NDArray[np.intp]
     shown: Shown
+    bare: Shown
     imagenet: Shown
     denials: NDArray[np.float32]
     texts: tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -120,9 +122,7 @@ def scores_of(asked: Asked, head: RejectHead, sets: NDArray[np.intp]) -> dict[st
     best, first = own.max(axis=1), own.argmax(axis=1)
     sums = np.exp(scale * own).sum(axis=1)
     kept = ~shown.same[sets].any(axis=1)
-    unnamed = kept & ~shown.same[asked.own]
-    exponents = np.exp(scale * shown.others.astype(np.float64))
-    background, without = ((exponents * rows).sum(axis=1) for rows in (kept, unnamed))
+    background = np.exp(asked.bare.background(sets))
     named = sets[np.arange(len(sets)), first]
     mean, deviation = asked.texts
     return {
@@ -134,8 +134,9 @@ def scores_of(asked: Asked, head: RejectHead, sets: NDArray[np.intp]) -> dict[st
         "rank": -((shown.others > best[:, None]) & kept).sum(axis=1).astype(np.float64),
         "standardised": ((own - mean[sets]) / deviation[sets]).max(axis=1),
         "imagenet": asked.imagenet.negatives(head.weight)(sets),
-        "gate": scale * best - head.weight * np.log(background),
-        "gate, unnamed": scale * best - head.weight * np.log(without),
+        "gate": shown.negatives(head.weight)(sets),
+        "gate, unnamed": scale * shown.best(sets) - head.weight * shown.background(sets, unnamed=True),
+        "gate without kinds": asked.bare.negatives(head.weight)(sets),
         "no": scale * (best - asked.denials[np.arange(len(sets)), named]),
     }
 
@@ -193,17 +194,24 @@ def _figure(found: tuple[NDArray[np.float32], NDArray[np.float32]]) -> Figure:
     }  # fmt: skip
 
 
+def accepts(shown: Shown, head: RejectHead, sets: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Return which pictures ``(P,)`` the shipped gate accepts, for the names offered ``(P, n)``."""
+    least = np.array([head.least(each) for each in shown.counted(sets)])
+    return np.asarray(shown.negatives(head.weight)(sets) >= least)
+
+
 def rates(
-    score: Callable[[NDArray[np.intp]], NDArray[np.float64]],
+    shown: Shown,
+    head: RejectHead,
     pairs: Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]],
-    least: float,
+    offered: int,
     names: Sequence[str],
 ) -> dict[str, Any]:
     """Return the shares of pictures that are accepted with their name offered, and without it, in %."""
-    accepted = [(score(having) >= least, score(without) >= least) for having, without in pairs]
+    accepted = [tuple(accepts(shown, head, sets) for sets in pair) for pair in pairs]
     right, wrong = (np.mean([pair[side] for pair in accepted], axis=0) for side in (0, 1))
     return {
-        "threshold": round(least, 4),
+        "threshold": round(head.least(offered), 4),
         "true accepts": mean_figure(right, names),
         "false accepts": mean_figure(wrong, names),
     }
@@ -257,9 +265,12 @@ def asked_of(
         same = meaning(bank, rows, head.overlap)
         return Shown(cosines, own, pictures @ rows.embeddings.T, same, scale)
 
+    bare = shown(background)
+
     of_texts = bank.embeddings @ background.embeddings.T
     return Asked(
-        title, language, bank, pictures, own, shown(background), shown(own_names),
+        title, language, bank, pictures, own,
+        replace(bare, kinds=kinds_of(head, bank, background)), bare, shown(own_names),
         np.asarray(pictures @ means.T, np.float32), (of_texts.mean(axis=1), of_texts.std(axis=1)), truth,
     )  # fmt: skip
 
@@ -278,6 +289,7 @@ def mixed(english: Asked, chinese: Asked, head: RejectHead) -> dict[str, Any]:
         english.shown.others[first],
         np.concatenate([english.shown.same, chinese.shown.same]),
         english.shown.scale,
+        kinds=np.concatenate([_kinds(english), _kinds(chinese)]),
     )
 
     def sets(offered: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
@@ -286,8 +298,12 @@ def mixed(english: Asked, chinese: Asked, head: RejectHead) -> dict[str, Any]:
             yield having, without
 
     names = [chinese.names[row] for row in second]
-    score = shown.negatives(head.weight)
-    return {f"of {offered}": rates(score, sets(offered), head.least(offered), names) for offered in RATED}
+    return {f"of {offered}": rates(shown, head, sets(offered), offered, names) for offered in RATED}
+
+
+def _kinds(asked: Asked) -> NDArray[np.bool_]:
+    assert asked.shown.kinds is not None
+    return asked.shown.kinds
 
 
 def unrelated(
@@ -296,21 +312,71 @@ def unrelated(
     """Return the share of landscapes and other photographs of nothing offered that is accepted, in %."""
     shown = Shown(
         images @ asked.bank.embeddings.T, np.zeros(len(images), np.intp), images @ background.embeddings.T,
-        asked.shown.same, asked.shown.scale,
+        asked.shown.same, asked.shown.scale, kinds=asked.shown.kinds,
     )  # fmt: skip
     random = np.random.default_rng(_SEED)
     said: dict[str, Any] = {}
     for offered in RATED:
         accepted = [
-            shown.negatives(head.weight)(
-                np.argsort(random.random((len(images), len(asked.bank))), axis=1)[:, :offered]
+            accepts(
+                shown,
+                head,
+                np.argsort(random.random((len(images), len(asked.bank))), axis=1)[:, :offered],
             )
-            >= head.least(offered)
             for _ in range(draws_of(asked))
         ]
         pictures = [str(number) for number in range(len(images))]
         said[f"of {offered}"] = mean_figure(np.mean(accepted, axis=0), pictures)
     return said
+
+
+def superclasses(bundle: str, halves: Sequence[str]) -> dict[str, Any]:
+    """Return what is accepted where superclasses of what is shown are offered, with kinds and without, in %.
+
+    *alone*: one of them, the right one or another. *all*: all of them, or all but the right one.
+    """
+    said: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as work:
+        shutil.copytree(Bundle.open(bundle).path, Path(work) / "bare")
+        with BundleWriter(Path(work) / "bare") as writer:
+            opened = Bundle.open(bundle)
+            entry = writer.manifest["heads"]["reject"]
+            bare = replace(read_reject_head(opened), kinds={})
+            entry["file"] = writer.add("heads/bare.safetensors", bare.to_bytes())
+            writer.commit()
+        for title, path in (("with kinds", bundle), ("without kinds", str(Path(work) / "bare"))):
+            with ZeroShotClassifier.open(path, answers=Answers(reject=True)) as classifier:
+                said[title] = {half: _of_superclasses(classifier, half) for half in halves}
+    return said
+
+
+def _of_superclasses(classifier: ZeroShotClassifier, half: str) -> dict[str, Figure]:
+    found = asked_for([half])
+    shown = [stamp for stamp in found.stamps if stamp.split == half and stamp.coarse is not None]
+    images = classifier.embed_images([stamp.path(found.package) for stamp in shown])
+    own = np.array([str(stamp.coarse) for stamp in shown])
+    classes = sorted({str(stamp.coarse) for stamp in found.stamps if stamp.coarse is not None})
+
+    def accepted(labels: Sequence[str]) -> NDArray[np.float64]:
+        classifier.set_labels(labels)
+        said = [answer.rejection for answer in classifier.answer(images)]
+        return np.array([0.0 if each is None or each.rejected else 1.0 for each in said])
+
+    alone = np.stack([accepted([each]) for each in classes])  # (N, P)
+    right = np.array(classes)[:, None] == own
+    every = accepted(classes)
+    without = np.zeros(len(shown))
+    for each in classes:
+        of_class = own == each
+        if of_class.any():
+            without[of_class] = accepted([other for other in classes if other != each])[of_class]
+    names = [stamp.en for stamp in shown]
+    return {
+        "alone, right": mean_figure((alone * right).sum(axis=0), names),
+        "alone, wrong": mean_figure((alone * ~right).sum(axis=0) / (len(classes) - 1), names),
+        "all, right": mean_figure(every, names),
+        "all but the right one, wrong": mean_figure(without, names),
+    }
 
 
 def demo(bundle: str) -> dict[str, Any]:
@@ -423,9 +489,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 said: dict[str, Any] = {f"of {offered}": areas(asked, head, offered) for offered in JUDGED}
                 said["rates"] = {
                     f"of {offered}": rates(
-                        asked.shown.negatives(head.weight),
+                        asked.shown,
+                        head,
                         draw_sets(asked.own, len(asked.bank), offered, draws_of(asked), _SEED),
-                        head.least(offered),
+                        offered,
                         asked.names,
                     )
                     for offered in RATED
@@ -449,6 +516,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "denials": DENIALS,
             "goals": {"half": "report, and Twemoji", "least": GOALS},
             "sets": found,
+            "superclasses": superclasses(chosen.bundle, chosen.half or ["tune"]),
             "demo photographs": demo(chosen.bundle),
             "nano, tuning half": of_nano(),
         }  # fmt: skip

@@ -694,6 +694,7 @@ class ZeroShotClassifier:
             scale=scale,
             threshold=self.answers.threshold,
             background=None if background is None else self._labels.bank(background),
+            encode=lambda texts: self._labels.encode(texts)[0],
         )
 
     def _check_space(self, what: str, space: str, width: int) -> None:

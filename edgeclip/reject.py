@@ -10,7 +10,9 @@ score of a label is ``s · c − w · log Σ exp(s · d)``, and that of a pictur
 1`` these are the log odds of the label against the background: NegLabel (Jiang et al. 2024, eq. 4, all
 negatives in one group) of one label. A smaller ``w`` trusts the cosine itself more, as a model needs whose
 first guess is often wrong. Background rows that mean an offered label are left out: those with one of its
-names or synonyms, and those whose text is closer to it than ``overlap``.
+names or synonyms, and those whose text is closer to it than ``overlap``. *Kinds* of a label (breeds, for
+dog) stand on its side: a picture of a kind is one of the label, whose own cosine is small because it is the
+mean of many. Each counts as a twentieth of a label where the threshold is chosen.
 
 *Method* ``no`` (the idea of CLIPN, Wang et al. 2023, without its second text tower). The rows are texts
 that deny each label ("a photo without {}"), ``n`` their cosines; the score is ``s · (c − n)`` of the first
@@ -26,6 +28,8 @@ and ``templates`` (JSON list) for ``no``. The background is the bank that the ma
 ``background_bank``: only its rows ``bank_rows`` (integers), where the head lists some, and ``more`` rows of
 the head's own, named by the metadata ``labels`` (JSON, as label files), in four bits a number: ``(M, ⌈E /
 2⌉)`` uint8, the lower four bits first, each holding the number plus 8, times ``more_scales`` ``(M,)``.
+``kinds``, where there are any, is uint8: JSON compressed by zlib, for each name in lower case the
+background rows that are kinds of it.
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ import math
 import threading
 import unicodedata
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -61,6 +66,7 @@ __all__ = [
     "NegativesGate",
     "NoGate",
     "RejectHead",
+    "kinds_of",
     "meaning",
     "open_gate",
     "read_background",
@@ -68,6 +74,10 @@ __all__ = [
 ]
 
 METHODS = ("negatives", "no")
+KIND_COUNTS = 0.05
+"""What a kind counts as where the threshold is chosen by the number of labels; docs/rejection.md."""
+_MOST_KINDS_BYTES = 1 << 24
+_ARTICLES = ("a", "an", "the")
 
 
 class Gate(Protocol):
@@ -117,6 +127,7 @@ class NegativesGate:
         threshold_alone: least score of a label by itself.
         scale: multiplier of the cosines.
         weight: of the background.
+        kinds: for a label that has kinds its column, and their rows; these are the first of ``rows``.
     """
 
     rows: NDArray[np.float32]
@@ -125,13 +136,22 @@ class NegativesGate:
     scale: float
     weight: float
     method: str = "negatives"
+    kinds: tuple[tuple[int, NDArray[np.intp]], ...] = ()
 
     def scores(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return ``scale · max own − weight · log Σ exp(scale · others)``, ``(B,)``."""
+        if self.kinds:
+            return np.asarray(self.alone(own, others).max(axis=1))
         return self.alone(own.max(axis=1, keepdims=True), others)[:, 0]
 
     def alone(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return ``scale · own − weight · log Σ exp(scale · others)``, ``(B, N)``."""
+        if self.kinds:
+            own, first = own.copy(), 0
+            for column, rows in self.kinds:
+                own[:, column] = np.maximum(own[:, column], others[:, rows].max(axis=1))
+                first = max(first, int(rows.max()) + 1)
+            others = others[:, first:]
         # Cosines times a scale of at most 100: in double precision nothing need be taken off first.
         background = np.log(np.exp(others * self.scale, dtype=np.float64).sum(axis=1, keepdims=True))
         return np.asarray(own * self.scale - self.weight * background)
@@ -179,6 +199,7 @@ class RejectHead:
         templates: texts that deny a label (``no``).
         bank_rows: rows of the background bank that are used; ``None`` for all.
         more: labels and rows beside the background bank's.
+        kinds: for names in lower case the background rows that are kinds of them.
     """
 
     method: str = "negatives"
@@ -190,8 +211,9 @@ class RejectHead:
     templates: tuple[str, ...] = ()
     bank_rows: NDArray[np.integer[Any]] | None = None
     more: tuple[LabelSet, NDArray[np.float32]] | None = None
+    kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def least(self, labels: int) -> float:
+    def least(self, labels: float) -> float:
         """Return the threshold of so many labels, interpolated along the logarithm of their number."""
         return float(np.interp(math.log(labels), np.log(self.offered), self.threshold))
 
@@ -252,6 +274,7 @@ class RejectHead:
                 _numbers(tensors, "overlap", 1, where)[0],
                 bank_rows=_integers(tensors, "bank_rows", where),
                 more=_more(tensors, metadata, embed_dim, where),
+                kinds=_kinds(tensors, where),
             )
         except (InputError, ConfigError) as error:
             raise BundleError(f"{where}: {error}") from error
@@ -272,6 +295,9 @@ class RejectHead:
         tensors["overlap"] = np.array(self.overlap, np.float32)
         if self.bank_rows is not None:
             tensors["bank_rows"] = self.bank_rows.astype(np.int32)
+        if self.kinds:
+            kinds = json.dumps(self.kinds, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+            tensors["kinds"] = np.frombuffer(zlib.compress(kinds.encode(), 9), np.uint8)
         if self.more is not None:
             labels, rows = self.more
             tensors["more"], tensors["more_scales"] = _to_four_bits(rows)
@@ -309,20 +335,38 @@ def open_gate(
     if threshold is not None and not math.isfinite(threshold):
         raise ConfigError(f"rejection threshold: got {threshold!r}, expected a finite number.")
     head = read_reject_head(bundle)
-    least = head.least(len(labels)) if threshold is None else threshold
     least_alone = head.least(1) if threshold is None else threshold
     if head.method == "no":
+        least = head.least(len(labels)) if threshold is None else threshold
         rows = _denials(bundle, head, labels, background, encode)
         return NoGate(rows, least, least_alone, head.scale or scale)
     own = _background(bundle, background)
-    kept = ~meaning(labels, own, head.overlap).any(axis=0)
+    kept: NDArray[np.bool_] = ~np.asarray(meaning(labels, own, head.overlap).any(axis=0))
+    of_label = kinds_of(head, labels, own) & kept
+    lifted = np.flatnonzero(of_label.any(axis=0))
+    kept[lifted] = False
     if not kept.any():
         raise ConfigError(
             f"{bundle.where}: the {len(labels)} labels offered cover all {len(own)} names of its "
             "background, so nothing is left to reject them for: offer fewer, or do without rejection."
         )
-    rows = np.ascontiguousarray(own.embeddings[kept])
-    return NegativesGate(rows, least, least_alone, head.scale or scale, head.weight)
+    if threshold is None:
+        counts = of_label.sum(axis=1)
+        least = head.least(len(labels) + KIND_COUNTS * counts.sum())
+        least_alone = head.least(1 + KIND_COUNTS * counts.max())
+    else:
+        least = threshold
+    return NegativesGate(
+        np.concatenate([own.embeddings[lifted], own.embeddings[kept]]),
+        least,
+        least_alone,
+        head.scale or scale,
+        head.weight,
+        kinds=tuple(
+            (column, np.searchsorted(lifted, np.flatnonzero(of_label[column])))
+            for column in np.flatnonzero(of_label.any(axis=1)).tolist()
+        ),
+    )
 
 
 def meaning(labels: LabelBank, background: LabelBank, overlap: float) -> NDArray[np.bool_]:
@@ -371,6 +415,24 @@ def read_reject_head(bundle: Bundle) -> RejectHead:
         embed_dim = bundle.manifest.model.embed_dim
         kept.head = RejectHead.from_bytes(bundle.read(entry.file), embed_dim=embed_dim, where=where)
     return kept.head
+
+
+def kinds_of(head: RejectHead, labels: LabelBank, background: LabelBank) -> NDArray[np.bool_]:
+    """Return which background rows are kinds of which label, ``(N, M)``; some may mean it as well.
+
+    Raises:
+        BundleError: the head belongs to another background.
+    """
+    kinds = np.zeros((len(labels), len(background)), np.bool_)
+    for column, label in enumerate(labels.labels.labels if head.kinds else ()):
+        rows = [row for phrase in _phrases(label) for row in head.kinds.get(phrase, ())]
+        if rows and max(rows) >= len(background):
+            raise BundleError(
+                f"the `reject` head names kinds of {label.name!r} beyond the {len(background)} rows of the "
+                "background: write that head again."
+            )
+        kinds[column, rows] = True
+    return kinds
 
 
 # --- inside ------------------------------------------------------------------------------------------------
@@ -455,6 +517,24 @@ def _integers(tensors: dict[str, NDArray[Any]], key: str, where: str) -> NDArray
     return values.astype(np.intp)
 
 
+def _kinds(tensors: dict[str, NDArray[Any]], where: str) -> dict[str, tuple[int, ...]]:
+    packed = tensors.get("kinds")
+    if packed is None:
+        return {}
+    try:
+        unpacking = zlib.decompressobj()
+        said = unpacking.decompress(packed.tobytes(), _MOST_KINDS_BYTES)
+        kinds = json.loads(said)
+        found = {str(name): tuple(int(row) for row in rows) for name, rows in kinds.items()}
+        if any(row < 0 for rows in found.values() for row in rows):
+            raise ValueError("a row is negative")
+    except (zlib.error, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            f"{where}: its kinds are damaged ({' '.join(str(error).split())[:80]}): write the head again."
+        ) from error
+    return found
+
+
 def _more(
     tensors: dict[str, NDArray[Any]], metadata: dict[str, str], embed_dim: int, where: str
 ) -> tuple[LabelSet, NDArray[np.float32]] | None:
@@ -515,8 +595,13 @@ def _denials(
 
 
 def _phrases(label: Label) -> Iterator[str]:
-    """Yield a label's names and synonyms in all its languages, in a form that equal ones share."""
+    """Yield a label's names and synonyms in all its languages, in a form that equal ones share.
+
+    Case, Unicode form and an English article make no difference.
+    """
     for phrase in (label.name, *label.synonyms):
-        yield phrase.casefold() if phrase.isascii() else unicodedata.normalize("NFKC", phrase).casefold()
+        same = phrase.casefold() if phrase.isascii() else unicodedata.normalize("NFKC", phrase).casefold()
+        first, _, rest = same.partition(" ")
+        yield rest if rest and first in _ARTICLES else same
     for _, alias in label.aliases:
         yield from _phrases(alias)

@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,61 @@ def test_committed_figures_are_of_the_head_that_ships(default: Bundle, repo: Pat
     photographs = result["demo photographs"]
     assert photographs["teapot"]["rejected"] >= 0.9 * photographs["teapot"]["pictures"]
     assert photographs["right name"]["rejected"] <= 0.2 * photographs["right name"]["pictures"]
+
+
+# -- kinds -------------------------------------------------------------------------------------------------
+
+
+def test_kinds_stand_on_the_side_of_their_label() -> None:
+    """Against the formula written out: kinds lift their label and leave the background."""
+    rng = np.random.default_rng(5)
+    own = rng.uniform(-0.2, 0.5, (6, 3)).astype(np.float32)
+    others = rng.uniform(-0.2, 0.9, (6, 8)).astype(np.float32)
+    kinds = ((0, np.array([0, 2])), (2, np.array([1, 2])))
+    gate = NegativesGate(np.zeros((8, 4), np.float32), 0.0, 0.0, 20.0, 0.4, kinds=kinds)
+    lifted = own.astype(np.float64)
+    lifted[:, 0] = np.maximum(own[:, 0], np.maximum(others[:, 0], others[:, 2]))
+    lifted[:, 2] = np.maximum(own[:, 2], np.maximum(others[:, 1], others[:, 2]))
+    expected = 20 * lifted - 0.4 * np.log(np.exp(20.0 * others[:, 3:]).sum(axis=1, keepdims=True))
+    before = own.copy()
+    np.testing.assert_allclose(gate.alone(own, others), expected, rtol=1e-5)
+    np.testing.assert_allclose(gate.scores(own, others), expected.max(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(own, before)
+
+
+def test_kinds_survive_the_file_and_damaged_ones_are_named() -> None:
+    head = RejectHead(kinds={"dog": (0, 3), "狗": (0, 3)})
+    content = head.to_bytes()
+    assert RejectHead.from_bytes(content, embed_dim=4).kinds == head.kinds
+    tensors, metadata = read_tensors(content, where="head")
+    for damaged in (b"no zlib", zlib.compress(b"[1]"), zlib.compress(b'{"dog": [-1]}')):
+        tensors["kinds"] = np.frombuffer(damaged, np.uint8)
+        with pytest.raises(BundleError, match="its kinds are damaged"):
+            RejectHead.from_bytes(write_tensors(tensors, metadata), embed_dim=4)
+
+
+@pytest.mark.parametrize(("label", "other"), [("dog", "bird"), ("a dog", "the bird"), ("狗", "鸟")])
+def test_a_german_shepherd_is_a_dog_and_no_bird(label: str, other: str, photos: Path) -> None:
+    picture = photos / "dog.jpg"
+    with ZeroShotClassifier.open(answers=Answers(reject=True)) as classifier:
+        classifier.set_labels([label])
+        assert [each.label for each in classifier.classify(picture)] == [label]
+        classifier.set_labels([other])
+        assert classifier.classify(picture) == []
+
+
+def test_every_kind_is_a_row_and_more_kinds_ask_for_more() -> None:
+    bundle = Bundle.open("default")
+    head, background = read_reject_head(bundle), read_background(bundle)
+    assert {"dog", "bird", "vehicle", "fruit", "狗", "鸟"} <= set(head.kinds)
+    assert max(row for rows in head.kinds.values() for row in rows) < len(background)
+    names = {background.names[row] for row in head.kinds["dog"]}
+    assert "German Shepherd Dog" in names
+    with ZeroShotClassifier.open(answers=Answers(reject=True)) as classifier:
+        least = []
+        for label in ("teapot", "dog", "animal"):
+            classifier.set_labels([label])
+            gate = classifier._labels_in_force().gate
+            assert gate is not None
+            least.append(gate.threshold)
+    assert least[0] < least[1] < least[2]

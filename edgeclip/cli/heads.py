@@ -19,6 +19,7 @@ from ._options import (
 )
 from .heads_fit import add, fit, remove
 from .heads_multi import multi
+from .heads_reject import reject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ def heads() -> None:
     """
 
 
-for _command in (multi, fit, add, remove):
+for _command in (multi, reject, fit, add, remove):
     heads.add_command(_command)
 
 

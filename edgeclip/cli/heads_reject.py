@@ -183,12 +183,14 @@ def _fit(
     seed: int,
 ) -> _Fitted:
     """Encode names and what stands against them, and fit."""
+    from dataclasses import replace
+
     import numpy as np
 
     from edgeclip.bundle import Bundle
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.evaluate.rejection import fit_no, fit_reject
-    from edgeclip.reject import read_background
+    from edgeclip.reject import read_background, read_reject_head
 
     names = sorted(set(shown_names))
     columns = {name: column for column, name in enumerate(names)}
@@ -217,7 +219,11 @@ def _fit(
             bank = added = classifier.bank
     fit = fit_reject(labels, bank, images, own, scale=scale, false_accepts=false_accepts, seed=seed)
     head = fit.head()
-    return _Fitted(fit, _with_rows_of(opened, head) if added is None else head, added)
+    if added is None:
+        head = _with_rows_of(opened, head)
+    elif general is None:  # the same names in the same order
+        head = replace(head, kinds=read_reject_head(Bundle.open("default")).kinds)
+    return _Fitted(fit, head, added)
 
 
 def _with_rows_of(opened: Bundle, head: RejectHead) -> RejectHead:
@@ -231,7 +237,7 @@ def _with_rows_of(opened: Bundle, head: RejectHead) -> RejectHead:
         before = read_reject_head(opened)
     except ConfigError:
         return head
-    return replace(head, bank_rows=before.bank_rows, more=before.more)
+    return replace(head, bank_rows=before.bank_rows, more=before.more, kinds=before.kinds)
 
 
 def _write(opened: Bundle, data: str, fitted: _Fitted) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from edgeclip.errors import InputError
-from edgeclip.reject import RejectHead, meaning
+from edgeclip.reject import KIND_COUNTS, RejectHead, meaning
 
 from .metrics import auroc
 
@@ -60,6 +60,7 @@ class Shown:
         scale: multiplier of the cosines.
         near: ``(N, M)`` rows that are left out as if nobody had thought of what a picture shows; ``same``
             if not given.
+        kinds: ``(N, M)`` which background rows are kinds of which name; none if not given.
     """
 
     cosines: NDArray[np.float32]
@@ -68,11 +69,31 @@ class Shown:
     same: NDArray[np.bool_]
     scale: float
     near: NDArray[np.bool_] | None = None
+    kinds: NDArray[np.bool_] | None = None
 
     def best(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Return the greatest cosine ``(P,)`` with the names ``sets`` ``(P, n)``."""
+        """Return the greatest cosine ``(P,)`` with the names ``sets`` ``(P, n)`` and their kinds."""
         best = np.take_along_axis(self.cosines, sets, axis=1).max(axis=1)
+        lifted = self._lifted(sets)
+        if lifted is not None:
+            best = np.maximum(best, np.where(lifted, self.others, -1).max(axis=1))
         return np.asarray(best, np.float64)
+
+    def counted(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return how many names ``(P,)`` count where the threshold is chosen: kinds count a little."""
+        counts = np.full(len(sets), float(sets.shape[1]))
+        if self.kinds is None:
+            return counts
+        kept = ~self.same[sets].any(axis=1)
+        for column in sets.T:
+            counts += KIND_COUNTS * (self.kinds[column] & kept).sum(axis=1)
+        return counts
+
+    def _lifted(self, sets: NDArray[np.intp]) -> NDArray[np.bool_] | None:
+        """Return the background rows ``(P, M)`` that are kinds of a name offered and mean none."""
+        if self.kinds is None:
+            return None
+        return np.asarray(self.kinds[sets].any(axis=1) & ~self.same[sets].any(axis=1))
 
     def softmax(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
         """Return the greatest softmax over the names offered: the plain maximum score."""
@@ -86,6 +107,9 @@ class Shown:
         With ``unnamed`` also without those that mean what the picture shows, as if nobody had thought of it.
         """
         kept = ~self.same[sets].any(axis=1)
+        lifted = self._lifted(sets)
+        if lifted is not None:
+            kept &= ~lifted
         if unnamed:
             kept &= ~(self.same if self.near is None else self.near)[self.own]
         sums = (np.exp(self.scale * self.others, dtype=np.float64) * kept).sum(axis=1)

@@ -128,7 +128,7 @@ _PARENTS: tuple[dict[str, Any], ...] = (
         "name": "WordNet 3.0",
         "package": "wordnet-base 1:3.0-37 (Debian)",
         "licence": "WordNet-3.0",
-        "role": "names, ancestors and glosses: not shipped",
+        "role": "names and glosses learnt from; which names are kinds of which: in the reject head",
     },
     {
         "name": "ImageNet class names",

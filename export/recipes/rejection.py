@@ -2,7 +2,8 @@
 
 General names are those of things and beings in the emoji list (``emojibase-data``, English and Chinese) that
 are written in plain letters. Where the bundle's own bank holds a name of nearly the same embedding, that row
-stands for it, and only the others are stored, in four bits a number. Weight, overlap and threshold are fitted
+stands for it, and only the others are stored, in four bits a number. Which of them are kinds of which
+(``kinds.py``) is from WordNet. Weight, overlap and threshold are fitted
 on the half ``tune`` of the cut-out photographs, with English names.
 
     python -m edgeclip.export.recipes.rejection BUNDLE        # into a bundle that is there; BUNDLE is changed
@@ -37,9 +38,12 @@ from edgeclip.runtime.session import RuntimeOptions, open_session
 from edgeclip.text_encoder import TextEncoder
 
 from .command import run_build
+from .default_text import read_chinese
 from .emoji import Pictogram, read_pictograms
 from .finish import STAMPS, TEMPLATES
+from .kinds import kinds_of_names
 from .stamps import candidates, of_half, read_stamps
+from .wordnet import read_wordnet
 
 __all__ = ["FALSE_ACCEPTS", "add_rejection", "general_names", "main"]
 
@@ -74,7 +78,9 @@ def add_rejection(bundle: Bundle, bank: str, *, data: Path | None, threads: int)
     Raises:
         InputError: something was not fetched.
     """
-    names = general_names(read_pictograms(materials("default-model", data)["emojibase-data"], ()))
+    found = materials("default-model", data)
+    names = general_names(read_pictograms(found["emojibase-data"], ()))
+    wordnet = read_wordnet(found["wordnet-base"] / "usr" / "share" / "wordnet")
     stamps = read_stamps(STAMPS)
     package = materials("stamps", data)["tuxpaint-stamps-default"]
     variant = bundle.variant(bundle.manifest.default_variants[0])
@@ -94,7 +100,8 @@ def add_rejection(bundle: Bundle, bank: str, *, data: Path | None, threads: int)
     shared = RejectHead.from_bytes(_share(everyday, own_bank).to_bytes(), embed_dim=embed_dim)
     background = shared.background(own_bank)
     fit = fit_reject(labels, background, images, own, scale=scale, false_accepts=FALSE_ACCEPTS)
-    head = replace(fit.head(), bank_rows=shared.bank_rows, more=shared.more)
+    above = kinds_of_names(background.names, wordnet, read_chinese())
+    head = replace(fit.head(), bank_rows=shared.bank_rows, more=shared.more, kinds=above)
     said = {"false_accepts": f"{FALSE_ACCEPTS:g}", "fitted": json.dumps(fit.to_dict())}
     with BundleWriter(bundle.path) as writer:
         stored: dict[str, Any] = writer.manifest.setdefault("heads", {})
