@@ -529,8 +529,11 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that the old or the new content stands there, never a part.
 
     Raises:
-        InputError: the directory is missing or not writable.
+        InputError: the directory is missing or not writable, or there stands something else than a file.
     """
+    # Renaming would put the file in the place of a device. Path.exists raises where a name is too long.
+    if os.path.exists(path) and not path.is_file():  # noqa: PTH110
+        raise InputError(f"{str(path)!r} is no file, expected one to write over, or none. Name another.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

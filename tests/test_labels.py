@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +21,16 @@ from edgeclip.bundle import Bundle
 from edgeclip.cache import HostCache
 from edgeclip.errors import InputError
 from edgeclip.label_store import LabelStore
-from edgeclip.labels import BankProgress, Label, LabelBank, LabelSet, Templates, build_bank, label_keys
+from edgeclip.labels import (
+    BankProgress,
+    Label,
+    LabelBank,
+    LabelSet,
+    Templates,
+    build_bank,
+    label_keys,
+    write_atomic,
+)
 from edgeclip.text_encoder import TEXTS_A_CALL, TextEncoder, even_parts
 
 ONE = Templates.of("one")
@@ -501,3 +511,12 @@ def test_a_changed_byte_is_noticed(bank: LabelBank) -> None:
 def test_an_unwritable_bank_file_is_named(bank: LabelBank, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'.*none/bank.safetensors' cannot be written"):
         bank.save(tmp_path / "none" / "bank.safetensors")
+
+
+def test_a_file_never_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="is no file, expected one to write over"):
+        write_atomic(pipe, b"content")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
