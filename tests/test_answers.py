@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +237,52 @@ def test_in_force_is_what_it_was_made_of() -> None:
     assert isinstance(force, InForce)
     assert force.rows is bank.embeddings
     assert (force.names, force.score_kind, force.bank) == (bank.names, "softmax", bank)
+
+
+def test_sixteen_threads_get_the_answers_of_one_set_of_labels(repo: Path) -> None:
+    """A gate, its rows and its labels change together, whatever the other threads do meanwhile."""
+    photos = repo / "edgeclip/assets/photos"
+    sets = [("cat", "dog"), ("teapot",), ("castle", "crab", "sheep")]
+    with ZeroShotClassifier.open(options=ONE_THREAD, answers=Answers(reject=True)) as classifier:
+        embeddings = classifier.embed_images([photos / f"{name}.jpg" for name in ("cat", "castle", "koala")])
+        expected = []
+        for labels in sets:
+            classifier.set_labels(labels)
+            expected.append(classifier.answer(embeddings))
+        done = threading.Event()
+
+        def swap() -> None:
+            try:
+                for turn in range(60):
+                    classifier.set_labels(sets[turn % len(sets)])
+            finally:
+                done.set()
+
+        def ask(_: int) -> set[int]:
+            said = [classifier.answer(embeddings)]
+            while not done.is_set():
+                said.append(classifier.answer(embeddings))
+            assert all(each in expected for each in said)
+            return {expected.index(each) for each in said}
+
+        with ThreadPoolExecutor(17) as pool:
+            asking = [pool.submit(ask, number) for number in range(16)]
+            pool.submit(swap).result()
+            seen = set().union(*(each.result() for each in asking))
+        assert len(seen) > 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_says_that_it_cannot_answer(tiny_bundle_session: Path) -> None:
+    with ZeroShotClassifier.open(tiny_bundle_session, options=ONE_THREAD) as classifier:
+        classifier.set_labels(COLOURS)
+        nothing = np.zeros((1, classifier.bundle.manifest.model.embed_dim), np.float32)
+        child = os.fork()
+        if child == 0:
+            try:
+                classifier.answer(nothing)
+            except BackendError as error:
+                os._exit(0 if "does not work in its fork" in str(error) else 2)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

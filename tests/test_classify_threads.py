@@ -32,27 +32,37 @@ def _answers(classifier: ZeroShotClassifier, rounds: int, threads: int, swaps: i
     start = threading.Barrier(threads + 1)
     seen: set[Key] = set()
     stopped: list[int] = []
+    swapped = threading.Event()
 
     def work(seed: int) -> int:
+        call = 0
         try:
             start.wait()
-            for call in range(rounds):
+            while call < rounds or not swapped.is_set():  # a busy machine may starve either side
                 number = (call * 7 + seed) % len(pictures)
                 answer = classifier.classify(pictures[number], top_k=5)
                 labels = frozenset(each.label for each in answer)
                 # exactly the serial answer of one whole label set: labels, scores, similarities
                 assert answer == serial[number, labels]
                 seen.add(labels)
+                call += 1
         finally:
             stopped.append(seed)
-        return rounds
+        return call
 
     def swap() -> int:
         start.wait()
         count = 0
-        while count < swaps or len(stopped) < threads:  # so many at least, and all the while there are calls
-            classifier.set_labels(LABEL_SETS[count % len(LABEL_SETS)])
-            count += 1
+        try:
+            while (
+                count < swaps or len(stopped) < threads
+            ):  # so many at least, and all the while there are calls
+                classifier.set_labels(LABEL_SETS[count % len(LABEL_SETS)])
+                count += 1
+                if count == swaps:
+                    swapped.set()
+        finally:
+            swapped.set()
         return count
 
     with ThreadPoolExecutor(threads + 1) as pool:
@@ -65,7 +75,7 @@ def _answers(classifier: ZeroShotClassifier, rounds: int, threads: int, swaps: i
 
 def test_threads_get_the_serial_answers(tiny_bundle_session: Path) -> None:
     with ZeroShotClassifier.open(tiny_bundle_session, options=RuntimeOptions(threads=1)) as classifier:
-        assert _answers(classifier, rounds=100, threads=4, swaps=40) == 400
+        assert _answers(classifier, rounds=100, threads=4, swaps=40) >= 400
 
 
 @pytest.mark.slow
@@ -73,7 +83,7 @@ def test_threads_get_the_serial_answers(tiny_bundle_session: Path) -> None:
 def test_sixteen_threads_with_a_hundred_swaps(tiny_bundle_session: Path, threads: int) -> None:
     options = RuntimeOptions(threads=threads)
     with ZeroShotClassifier.open(tiny_bundle_session, options=options, keep_text_tower=True) as classifier:
-        assert _answers(classifier, rounds=1000, threads=16, swaps=100) == 16_000
+        assert _answers(classifier, rounds=1000, threads=16, swaps=100) >= 16_000
 
 
 def test_threads_may_encode_labels_at_once(tiny_bundle_session: Path) -> None:
