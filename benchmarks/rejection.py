@@ -270,7 +270,7 @@ def asked_of(
     of_texts = bank.embeddings @ background.embeddings.T
     return Asked(
         title, language, bank, pictures, own,
-        replace(bare, kinds=kinds_of(head, bank, background)), bare, shown(own_names),
+        replace(bare, kinds=kinds_of(head, bank, background) & ~bare.same), bare, shown(own_names),
         np.asarray(pictures @ means.T, np.float32), (of_texts.mean(axis=1), of_texts.std(axis=1)), truth,
     )  # fmt: skip
 

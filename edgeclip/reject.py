@@ -341,10 +341,10 @@ def open_gate(
         rows = _denials(bundle, head, labels, background, encode)
         return NoGate(rows, least, least_alone, head.scale or scale)
     own = _background(bundle, background)
-    kept: NDArray[np.bool_] = ~np.asarray(meaning(labels, own, head.overlap).any(axis=0))
-    of_label = kinds_of(head, labels, own) & kept
+    same = meaning(labels, own, head.overlap)
+    of_label = kinds_of(head, labels, own) & ~same
     lifted = np.flatnonzero(of_label.any(axis=0))
-    kept[lifted] = False
+    kept = ~(same | of_label).any(axis=0)
     if not kept.any():
         raise ConfigError(
             f"{bundle.where}: the {len(labels)} labels offered cover all {len(own)} names of its "

@@ -464,3 +464,10 @@ def test_every_kind_is_a_row_and_more_kinds_ask_for_more() -> None:
             assert gate is not None
             least.append(gate.threshold)
     assert least[0] < least[1] < least[2]
+
+
+def test_a_kind_that_is_offered_too_still_lifts(photos: Path) -> None:
+    with ZeroShotClassifier.open(answers=Answers(multi=True)) as classifier:
+        classifier.set_labels(["dog", "German Shepherd Dog", "cat"])
+        said = {each.label for each in classifier.classify(photos / "dog.jpg")}
+    assert said == {"dog", "German Shepherd Dog"}

@@ -60,7 +60,7 @@ class Shown:
         scale: multiplier of the cosines.
         near: ``(N, M)`` rows that are left out as if nobody had thought of what a picture shows; ``same``
             if not given.
-        kinds: ``(N, M)`` which background rows are kinds of which name; none if not given.
+        kinds: ``(N, M)`` which background rows are kinds of which name and do not mean it; none if not given.
     """
 
     cosines: NDArray[np.float32]
@@ -84,16 +84,12 @@ class Shown:
         counts = np.full(len(sets), float(sets.shape[1]))
         if self.kinds is None:
             return counts
-        kept = ~self.same[sets].any(axis=1)
-        for column in sets.T:
-            counts += KIND_COUNTS * (self.kinds[column] & kept).sum(axis=1)
+        counts += KIND_COUNTS * self.kinds.sum(axis=1)[sets].sum(axis=1)
         return counts
 
     def _lifted(self, sets: NDArray[np.intp]) -> NDArray[np.bool_] | None:
-        """Return the background rows ``(P, M)`` that are kinds of a name offered and mean none."""
-        if self.kinds is None:
-            return None
-        return np.asarray(self.kinds[sets].any(axis=1) & ~self.same[sets].any(axis=1))
+        """Return the background rows ``(P, M)`` that are kinds of a name offered."""
+        return None if self.kinds is None else np.asarray(self.kinds[sets].any(axis=1))
 
     def softmax(self, sets: NDArray[np.intp]) -> NDArray[np.float64]:
         """Return the greatest softmax over the names offered: the plain maximum score."""
