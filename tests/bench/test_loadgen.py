@@ -161,11 +161,11 @@ def test_what_goes_wrong_in_a_call_is_told_at_once(
         "import itertools, os\n"
         "import edgeclip.classify as classify\n"
         "from edgeclip.errors import InputError\n"
-        "calls, real = itertools.count(), classify.ZeroShotClassifier._predict\n"
-        "def predict_some(self, *a, **k):\n"
+        "calls, real = itertools.count(), classify.ZeroShotClassifier._said\n"
+        "def say_some(self, *a, **k):\n"
         f"    if next(calls) > 100: {body}\n"
         "    return real(self, *a, **k)\n"
-        "classify.ZeroShotClassifier._predict = predict_some\n"
+        "classify.ZeroShotClassifier._said = say_some\n"
     )
     program = "import sys; sys.path[:] = sys.argv[1:]; import broken_calls"
     monkeypatch.setattr(
