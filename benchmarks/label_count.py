@@ -18,7 +18,8 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 from written import arguments, difference, ratio, write  # noqa: E402
 
-from edgeclip.classify import ZeroShotClassifier, _Active  # noqa: E402
+from edgeclip.answers import InForce  # noqa: E402
+from edgeclip.classify import ZeroShotClassifier  # noqa: E402
 from edgeclip.heads import TemperatureHead  # noqa: E402
 from edgeclip.labels import LabelBank, LabelSet, Templates  # noqa: E402
 from edgeclip.runtime.latency import compare_interleaved  # noqa: E402
@@ -26,12 +27,12 @@ from edgeclip.runtime.latency import compare_interleaved  # noqa: E402
 MAX_ADDED_MS = 2.0
 
 
-def active(labels: int, width: int) -> _Active:
+def active(labels: int, width: int) -> InForce:
     """Return a random bank in force, as the classifier holds it."""
     rows = np.random.default_rng(labels).standard_normal((labels, width)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     bank = LabelBank(LabelSet.of(f"label {row}" for row in range(labels)), rows, Templates.of("one"))
-    return _Active(bank, bank.names, bank.embeddings, TemperatureHead(50.0))
+    return InForce(bank.names, bank.embeddings, TemperatureHead(50.0))
 
 
 def main() -> None:
@@ -45,8 +46,8 @@ def main() -> None:
             embedding /= np.linalg.norm(embedding)
             many, few = active(10_000, width), active(100, width)
             found = compare_interleaved(
-                lambda: classifier._predict(embedding, many, 5),  # noqa: B023
-                lambda: classifier._predict(embedding, few, 5),  # noqa: B023
+                lambda: classifier._said(embedding, many, 5),  # noqa: B023
+                lambda: classifier._said(embedding, few, 5),  # noqa: B023
                 min_blocks=200,
                 min_duration_s=options.seconds,
                 max_duration_s=4 * options.seconds,

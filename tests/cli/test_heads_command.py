@@ -64,7 +64,7 @@ def test_a_stored_temperature_is_what_classify_scores_with(
     bundle.check_files()
     assert list(bundle.manifest.heads) == ["temperature-colours"]  # in place of the one that was there
     entry = bundle.manifest.heads["temperature-colours"]
-    assert entry.fitted_on == "labelled0: 64 pictures of 8 labels"
+    assert entry.fitted_on == f"{labelled.name}: 64 pictures of 8 labels"
     assert temperature_head(bundle, "colours").scale == pytest.approx(scale, rel=1e-6)
     _, about = read_tensors(bundle.read(entry.file), where="head")
     assert about["pictures"] == "64"

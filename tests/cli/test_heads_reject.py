@@ -62,7 +62,7 @@ def test_a_head_is_fitted_stored_and_used(tiny_bundle: Path, labelled: Path, gen
     head, background = read_reject_head(bundle), read_background(bundle)
     assert head.threshold == pytest.approx(said["threshold"], rel=1e-6)
     assert background.names[-2:] == ("fire", "grass")
-    assert bundle.manifest.heads["reject"].fitted_on == "labelled0: 64 pictures of 8 labels"
+    assert bundle.manifest.heads["reject"].fitted_on == f"{labelled.name}: 64 pictures of 8 labels"
     again = run(tiny_bundle, "--data", labelled, "--write", "--json")  # with the background that is there now
     assert json.loads(again.stdout)["threshold"] == pytest.approx(said["threshold"], abs=0.05)
     assert len(read_background(Bundle.open(tiny_bundle))) == len(background)
