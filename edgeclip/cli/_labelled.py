@@ -14,9 +14,27 @@ if TYPE_CHECKING:
 
     from ._options import ModelChoice, Notes
 
-__all__ = ["embed_labelled"]
+__all__ = ["bank_of", "embed_labelled"]
 
 T = TypeVar("T")
+
+
+def bank_of(opened: Bundle, asked: str | None) -> str:
+    """Return the name of the label bank that was asked for, else of the bundle's default one.
+
+    Raises:
+        ConfigError: there is none; the message lists those there are.
+    """
+    from edgeclip.errors import ConfigError
+
+    banks = opened.manifest.label_banks
+    name = asked or opened.manifest.default_bank
+    if name is None or name not in banks:
+        raise ConfigError(
+            f"{opened.where}: has no label bank {asked or 'by default'!r}, expected one of "
+            f"{', '.join(map(repr, banks)) or 'none'}; what is fitted belongs to a bank."
+        )
+    return name
 
 
 def embed_labelled(

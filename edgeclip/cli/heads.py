@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._labelled import bank_of, embed_labelled
 from ._options import (
     SCHEMA,
     ModelChoice,
@@ -106,7 +107,7 @@ def temperature(
     notes = Notes()
     pictures = open_set(data)
     opened = Bundle.open(bundle_directory(bundle_path, notes))
-    name = _bank_name(opened, bank)
+    name = bank_of(opened, bank)
     if write and bundle_path in EMBEDDED:
         raise ConfigError(
             f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
@@ -138,19 +139,6 @@ def temperature(
     return 0 if fit.improves else EXIT_INCONCLUSIVE
 
 
-def _bank_name(opened: Bundle, asked: str | None) -> str:
-    from edgeclip.errors import ConfigError
-
-    banks = opened.manifest.label_banks
-    name = asked or opened.manifest.default_bank
-    if name is None or name not in banks:
-        raise ConfigError(
-            f"{opened.where}: has no label bank {asked or 'by default'!r}, expected one of "
-            f"{', '.join(map(repr, banks)) or 'none'}; a temperature belongs to a bank."
-        )
-    return name
-
-
 def _embed(
     opened: Bundle,
     name: str,
@@ -163,12 +151,7 @@ def _embed(
     """Return the bank, embeddings ``(N, E)``, columns of their labels, and how many are left out."""
     import numpy as np
 
-    from edgeclip.classify import ZeroShotClassifier
-    from edgeclip.distill.samples import BrokenLimit
-    from edgeclip.evaluate.passes import Passes, check_left_out, choose
-    from edgeclip.evaluate.subjects import BundleSubject
     from edgeclip.labels import LabelBank
-    from edgeclip.runtime.host import usable_cores
 
     entry = opened.manifest.label_banks[name]
     bank = LabelBank.from_bytes(opened.read(entry.file), source=f"label bank {name!r}")
@@ -181,26 +164,8 @@ def _embed(
             return f"has the label {picture.label[:80]!r}, which is not in the bank {name!r}."
         return columns[picture.label]
 
-    allowed = BrokenLimit.parse(max_left_out).allowed
-    chosen = choose(pictures, usable, limit=limit, allowed=allowed)
-    rows: list[NDArray[np.float32]] = []
-    targets: list[int] = []
-    subject = BundleSubject(
-        str(opened.path), ZeroShotClassifier.open(opened, variant=model.variant, options=model.options())
-    )
-    try:
-        with Passes([subject], workers=usable_cores()) as passes:
-            for batch in passes.batches(chosen):
-                for _, embedded in passes.embedded(batch):
-                    rows.append(embedded)
-                targets += batch.uses
-                notes.progress(f"pictures: {len(targets):,} of {chosen.count:,}")
-            unread = tuple(passes.left_out)
-    finally:
-        notes.done()
-        subject.close()
-    check_left_out(pictures, unread, chosen.count, allowed)
-    return bank, np.concatenate(rows), np.array(targets, np.intp), len(chosen.left_out) + len(unread)
+    images, uses, left_out = embed_labelled(opened, pictures, usable, model, limit, max_left_out, notes)
+    return bank, images, np.array(uses, np.intp), left_out
 
 
 def _write(opened: Bundle, bank: str, data: str, fit: TemperatureFit) -> None:

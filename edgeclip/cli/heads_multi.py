@@ -76,25 +76,21 @@ def multi(
     from edgeclip.labels import LabelBank
     from edgeclip.multi import fit_multi
 
-    from ._labelled import embed_labelled
+    from ._labelled import bank_of, embed_labelled
 
     prepare_stdout()
     notes = Notes()
     pictures = open_set(data)
     opened = Bundle.open(bundle_directory(bundle_path, notes))
-    banks = opened.manifest.label_banks
-    name = bank or opened.manifest.default_bank
-    if name is None or name not in banks:
-        raise ConfigError(
-            f"{opened.where}: has no label bank {bank or 'by default'!r}, expected one of "
-            f"{', '.join(map(repr, banks)) or 'none'}; a threshold belongs to a bank."
-        )
+    name = bank_of(opened, bank)
     if write and bundle_path in EMBEDDED:
         raise ConfigError(
             f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
             f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
         )
-    labels = LabelBank.from_bytes(opened.read(banks[name].file), source=f"label bank {name!r}")
+    labels = LabelBank.from_bytes(
+        opened.read(opened.manifest.label_banks[name].file), source=f"label bank {name!r}"
+    )
     columns = {each: row for row, each in enumerate(labels.names)}
 
     def usable(picture: Picture) -> tuple[int, ...] | str:
