@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
+import sys
 
 __all__ = ["main"]
 
@@ -20,12 +23,31 @@ def main() -> None:
         signal.signal(signal.SIGINT, _leave)
     from edgeclip.cli import main as run
 
+    interrupted: list[bool] = []
+    atexit.register(_finish, interrupted)  # before anything else registers, so that it runs behind all
     try:
         if heeded:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
     except KeyboardInterrupt:  # before or behind the command
+        interrupted.append(True)
         raise SystemExit(_INTERRUPTED) from None
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            interrupted.append(True)
+        raise
+
+
+def _finish(interrupted: list[bool]) -> None:
+    """End with 130 after Ctrl-C.
+
+    Python remembers a Ctrl-C that fell into code run from text, as dataclasses are made, and `python -m` ends
+    with a signal in place of the code, though the exception was handled.
+    """
+    if interrupted:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(_INTERRUPTED)
 
 
 def _leave(number: int, frame: object) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -161,3 +163,29 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         del edgeclip.cli._COMMANDS["fails-loudly"], globals()["fails_loudly"]
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
+def test_ctrl_c_in_code_run_from_text_ends_with_130_too(tmp_path: Path) -> None:
+    """Python itself would end `python -m` with a signal then, though the exception was handled."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys, types\n"
+        "def main():\n"
+        "    try:\n"
+        "        exec('os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**8): pass')\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('handled')\n"
+        "        sys.exit(130)\n"
+        "module = types.ModuleType('edgeclip.cli')\n"
+        "module.main = main\n"
+        "sys.modules['edgeclip.cli'] = module\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeclip"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "handled\n"), done.stderr
