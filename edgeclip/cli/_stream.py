@@ -257,7 +257,7 @@ class _Tally:
         ages = self.ages
         left = counts.frames - counts.dropped - ages.n - self.broken
         parts = [
-            f"{counts.frames:,} frames",
+            f"{counts.frames:,} frame{'' if counts.frames == 1 else 's'}",
             f"{ages.n:,} decided, {counts.dropped:,} dropped for newer ones, {self.broken:,} broken",
             f"{counts.cut:,} cut off",
             f"{counts.skipped_bytes:,} bytes between frames skipped",
