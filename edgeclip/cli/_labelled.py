@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ._options import cache_dir_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,9 +18,51 @@ if TYPE_CHECKING:
 
     from ._options import ModelChoice, Notes
 
-__all__ = ["bank_of", "embed_labelled"]
+__all__ = ["bank_of", "check_own", "embed_labelled", "labelled_options"]
 
 T = TypeVar("T")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def labelled_options(command: _Command) -> _Command:
+    """Add the options that all commands have which fit heads on labelled pictures."""
+    for option in reversed(
+        (
+            click.option(
+                "--max-left-out",
+                default="1%",
+                show_default=True,
+                metavar="N|N%",
+                help="Pictures that may be unlabelled or broken.",
+            ),
+            click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
+            click.option(
+                "--threads",
+                type=click.IntRange(min=1),
+                help="Threads of the towers.  [default: usable cores]",
+            ),
+            cache_dir_option,
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def check_own(bundle_path: str) -> None:
+    """Refuse to write into a bundle of the installation.
+
+    Raises:
+        ConfigError: it is one; the message says how to get a copy.
+    """
+    from edgeclip.bundle import EMBEDDED
+    from edgeclip.errors import ConfigError
+
+    if bundle_path in EMBEDDED:
+        raise ConfigError(
+            f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
+            f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
+        )
 
 
 def bank_of(opened: Bundle, asked: str | None) -> str:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._labelled import bank_of, embed_labelled
+from ._labelled import bank_of, check_own, embed_labelled, labelled_options
 from ._options import (
     SCHEMA,
     ModelChoice,
     Notes,
     bundle_directory,
-    cache_dir_option,
     prepare_stdout,
     shown,
 )
@@ -63,17 +62,7 @@ for _command in (multi, reject, fit, add, remove):
 @click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Held-out parts.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parts.")
 @click.option("--limit", type=click.IntRange(min=1), help="Pictures at most, spread over the data.")
-@click.option(
-    "--max-left-out",
-    default="1%",
-    show_default=True,
-    metavar="N|N%",
-    help="Pictures that may be unlabelled or broken.",
-)
-@click.option("--variant", default="auto", show_default=True, help="Variant of the bundle.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
-@cache_dir_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@labelled_options
 def temperature(
     *,
     bundle_path: str,
@@ -97,9 +86,8 @@ def temperature(
 
     Example: edgeclip heads temperature my-bundle --data labelled/ --write
     """
-    from edgeclip.bundle import EMBEDDED, Bundle
+    from edgeclip.bundle import Bundle
     from edgeclip.confidence import fit_temperature
-    from edgeclip.errors import ConfigError
     from edgeclip.evaluate.picture_sets import open_set
     from edgeclip.heads import cosines, temperature_head
 
@@ -108,11 +96,8 @@ def temperature(
     pictures = open_set(data)
     opened = Bundle.open(bundle_directory(bundle_path, notes))
     name = bank_of(opened, bank)
-    if write and bundle_path in EMBEDDED:
-        raise ConfigError(
-            f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
-            f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
-        )
+    if write:
+        check_own(bundle_path)
     model = ModelChoice(bundle_path, variant, "auto", "cpu", threads, cache_dir)
     labels, images, targets, left_out = _embed(opened, name, pictures, model, limit, max_left_out, notes)
     before = temperature_head(opened, name).scale

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, cache_dir_option, prepare_stdout, shown
+from ._labelled import check_own, embed_labelled, labelled_options
+from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, prepare_stdout, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,21 +56,7 @@ def _data_options(command: _Command) -> _Command:
             click.option(
                 "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws."
             ),
-            click.option(
-                "--max-left-out",
-                default="1%",
-                show_default=True,
-                metavar="N|N%",
-                help="Pictures that may be unlabelled or broken.",
-            ),
-            click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
-            click.option(
-                "--threads",
-                type=click.IntRange(min=1),
-                help="Threads of the towers.  [default: usable cores]",
-            ),
-            cache_dir_option,
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+            labelled_options,
         )
     ):
         command = option(command)
@@ -315,8 +302,6 @@ def _labelled(
     from edgeclip.errors import ConfigError, InputError
     from edgeclip.evaluate.picture_sets import open_set
 
-    from ._labelled import embed_labelled
-
     pictures = open_set(data)
     renamed = {} if asked.names is None else _read_names(asked.names)
     numbers: dict[str, list[int]] = {}
@@ -496,15 +481,10 @@ def _check_output(output: Path | None) -> None:
 
 def _check_writable(opened: Bundle, bundle_path: str, name: str) -> None:
     """Refuse what cannot be stored in a bundle, before pictures are embedded."""
-    from edgeclip.bundle import EMBEDDED
     from edgeclip.errors import ConfigError
     from edgeclip.few_shot import KIND
 
-    if bundle_path in EMBEDDED:
-        raise ConfigError(
-            f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
-            f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
-        )
+    check_own(bundle_path)
     if re.fullmatch(r"[A-Za-z0-9_@+-][A-Za-z0-9._@+-]{0,63}", name) is None:
         raise ConfigError(f"--write: got {name!r}, expected a name of up to 64 letters, digits, '-' and '_'.")
     there = opened.manifest.heads.get(name)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, cache_dir_option, prepare_stdout, shown
+from ._labelled import bank_of, check_own, embed_labelled, labelled_options
+from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, prepare_stdout, shown
 
 if TYPE_CHECKING:
     from edgeclip.bundle import Bundle
@@ -33,17 +34,7 @@ _FITTED_ON_CHARS = 120
 @click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Held-out parts.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parts.")
 @click.option("--limit", type=click.IntRange(min=1), help="Pictures at most, spread over the data.")
-@click.option(
-    "--max-left-out",
-    default="1%",
-    show_default=True,
-    metavar="N|N%",
-    help="Pictures that may be unlabelled or broken.",
-)
-@click.option("--variant", default="auto", show_default=True, help="Variant of the bundle.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
-@cache_dir_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@labelled_options
 def multi(
     *,
     bundle_path: str,
@@ -69,25 +60,19 @@ def multi(
     """
     import numpy as np
 
-    from edgeclip.bundle import EMBEDDED, Bundle
-    from edgeclip.errors import ConfigError
+    from edgeclip.bundle import Bundle
     from edgeclip.evaluate.picture_sets import Picture, open_set
     from edgeclip.heads import cosines
     from edgeclip.labels import LabelBank
     from edgeclip.multi import fit_multi
-
-    from ._labelled import bank_of, embed_labelled
 
     prepare_stdout()
     notes = Notes()
     pictures = open_set(data)
     opened = Bundle.open(bundle_directory(bundle_path, notes))
     name = bank_of(opened, bank)
-    if write and bundle_path in EMBEDDED:
-        raise ConfigError(
-            f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
-            f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
-        )
+    if write:
+        check_own(bundle_path)
     labels = LabelBank.from_bytes(
         opened.read(opened.manifest.label_banks[name].file), source=f"label bank {name!r}"
     )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, cache_dir_option, prepare_stdout, shown
+from ._labelled import check_own, embed_labelled, labelled_options
+from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, prepare_stdout, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,17 +79,7 @@ class _Fitted:
 @click.option("--write", is_flag=True, help="Store the head in the bundle.  [default: only say it]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws and folds.")
 @click.option("--limit", type=click.IntRange(min=1), help="Pictures at most, spread over the data.")
-@click.option(
-    "--max-left-out",
-    default="1%",
-    show_default=True,
-    metavar="N|N%",
-    help="Pictures that may be unlabelled or broken.",
-)
-@click.option("--variant", default="auto", show_default=True, help="Variant of the bundle.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
-@cache_dir_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@labelled_options
 def reject(
     *,
     bundle_path: str,
@@ -115,12 +106,10 @@ def reject(
 
     Example: edgeclip heads reject my-bundle --data labelled/ --write
     """
-    from edgeclip.bundle import EMBEDDED, Bundle
+    from edgeclip.bundle import Bundle
     from edgeclip.errors import ConfigError
     from edgeclip.evaluate.picture_sets import Picture, open_set
     from edgeclip.label_sets import Templates
-
-    from ._labelled import embed_labelled
 
     prepare_stdout()
     notes = Notes()
@@ -129,11 +118,8 @@ def reject(
     templates = Templates.of(list(denials or _DENIALS)).texts
     pictures = open_set(data)
     opened = Bundle.open(bundle_directory(bundle_path, notes))
-    if write and bundle_path in EMBEDDED:
-        raise ConfigError(
-            f"bundle {bundle_path!r} is part of the installation, which every program shares: copy it with "
-            f"`edgeclip bundle slim {bundle_path} -o DIR` and write there."
-        )
+    if write:
+        check_own(bundle_path)
 
     def usable(picture: Picture) -> str | tuple[str]:
         if picture.label is None:
