@@ -55,7 +55,7 @@ def test_rows_of_the_bank_stand_for_names_that_are_near() -> None:
 
 @pytest.mark.full
 def test_the_recipe_writes_the_head_that_ships(tmp_path: Path) -> None:
-    """Needs `edgeclip data fetch stamps default-model`; the head in the embedded bundle is its last result."""
+    """Needs `edgeclip data fetch stamps default-model`; the embedded head is its last result."""
     shipped = Bundle.open("default")
     shutil.copytree(shipped.path, tmp_path / "copy")
     made, fit = add_rejection(Bundle.open(tmp_path / "copy"), "imagenet-1k", data=DATA, threads=1)
