@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +30,7 @@ __all__ = ["BundleLabels"]
 
 DEFAULT_TEMPLATES = "one"
 
-_RECENT_BANKS: Final = 4
+_RECENT_BANKS: Final = 4  # of the same templates
 _RECENT_ROWS: Final = 16_384  # 32 MiB at E = 512
 
 
@@ -36,8 +38,8 @@ class BundleLabels:
     """Make and read label banks for one open bundle. Safe from many threads: they take turns.
 
     The last banks made stay in memory, so that a set which differs by a few labels costs these labels alone:
-    the newest whatever its size (it is in force anyway), and up to three older ones while all of them
-    together have at most 16,384 rows.
+    the newest whatever its size (it is in force anyway), and up to three older ones of the same templates
+    while all of them together have at most 16,384 rows.
 
     Args:
         bundle: the bundle.
@@ -153,6 +155,17 @@ class BundleLabels:
                 self._leave_text_tower()
             self._remember(bank)
 
+    @contextmanager
+    def text_tower_held(self) -> Iterator[None]:
+        """Let what is encoded within this block share one opening of the text tower."""
+        with self._lock:
+            before, self._keep_text_tower = self._keep_text_tower, True
+            try:
+                yield
+            finally:
+                self._keep_text_tower = before
+                self._leave_text_tower()
+
     def templates_for(self, labels: LabelSet) -> Templates:
         """Return the templates of the bundle's own bank of the labels' language."""
         return self._templates_of(self._bank_like(labels))
@@ -177,7 +190,11 @@ class BundleLabels:
             self._encoder.close()
 
     def _remember(self, bank: LabelBank) -> None:
-        recent = [bank, *self._recent][:_RECENT_BANKS]
+        recent, alike = list[LabelBank](), Counter[str]()
+        for each in (bank, *self._recent):
+            alike[each.templates.digest] += 1
+            if alike[each.templates.digest] <= _RECENT_BANKS:
+                recent.append(each)
         while len(recent) > 1 and sum(map(len, recent)) > _RECENT_ROWS:
             recent.pop()
         self._recent = recent

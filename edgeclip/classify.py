@@ -226,7 +226,8 @@ class ZeroShotClassifier:
                     "context: a finished label bank has no texts to put into a context. Pass the labels "
                     "themselves."
                 )
-            self._activate(labels, None)
+            with self._lock:
+                self._activate(labels, None)
             return
         checked = LabelSet.of(labels)
         chosen = None if templates is None else Templates.of(templates)
@@ -281,7 +282,9 @@ class ZeroShotClassifier:
         if self.answers.context:
             raise ConfigError("context: a head fitted on pictures has no texts to put into a context.")
         gate = gate_of(fitted, self.answers.threshold) if self.answers.gated else None
-        self._active = of_few_shot(fitted, self.answers, gate)
+        # The first picture may be waiting for the bundle's labels: they must not come after what was asked.
+        with self._lock:
+            self._active = of_few_shot(fitted, self.answers, gate)
 
     @property
     def bank(self) -> LabelBank:
@@ -674,9 +677,11 @@ class ZeroShotClassifier:
         on_progress: Callable[[BankProgress], None] | None = None,
     ) -> None:
         """Offer labels as they are and in each context."""
+        forms = (templates, *(in_context(templates, phrase) for phrase in self.answers.context))
         banks: list[LabelBank] = []
-        for texts in (templates, *(in_context(templates, phrase) for phrase in self.answers.context)):
-            self._labels.build(labels, texts, banks.append, on_progress)
+        with self._labels.text_tower_held():
+            for each in forms:
+                self._labels.build(labels, each, banks.append, on_progress)
         self._activate(banks[0], name, banks[1:])
 
     def _gate(self, bank: LabelBank, name: str | None, scale: float) -> Gate:

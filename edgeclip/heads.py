@@ -110,10 +110,10 @@ class ContextHead(TemperatureHead):
     """Softmax over labels that were offered in several contexts: which context is inferred, then the label.
 
     The context ``z`` of a picture ``x`` is not asked for but inferred, and labels are compared in it (An et
-    al. 2024, "PerceptionCLIP")::
+    al. 2024, "PerceptionCLIP", with labels in the first step and no smoothing, which gained nothing)::
 
-        p(z | x) ∝ Σ_y exp(scale · cos(x, y in z) / smoothing)
-        p(y | x) = Σ_z p(z | x) · softmax_y(scale · cos(x, y in z))
+        p(z | x) ∝ Σ_y exp(scale · cos(x, y in z))
+        p(y | x) = Σ_z p(z | x) · softmax_y(scale · cos(x, y in z)) ∝ Σ_z exp(scale · cos(x, y in z))
 
     The similarity of a label is ``log p(y | x) / scale``, moved so that the best label has the mean of its
     cosines in all contexts, weighted by ``p(z | x)``: differences are those of cosines.
@@ -121,22 +121,19 @@ class ContextHead(TemperatureHead):
     Args:
         scale: multiplier of the cosines.
         contexts: K; the rows are ``(K · N, E)``, all labels in the first context first.
-        smoothing: temperature at which the context is inferred, above 0; larger trusts it less.
     """
 
     contexts: int = 1
-    smoothing: float = 1.0
 
     def similarity(self, products: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return ``(B, N)`` of the cosines ``(B, K · N)``."""
-        pictures = len(products)
-        cosine = products.reshape(pictures, self.contexts, -1).astype(np.float64)
+        pictures, rows = products.shape
+        cosine = products.reshape(pictures, self.contexts, rows // self.contexts).astype(np.float64)
         logits = self.scale * cosine
-        context = _log_sum_exp(logits / self.smoothing)
-        context -= _log_sum_exp(context[..., None], axis=1)
-        within = logits - _log_sum_exp(logits)[..., None]
-        likely = _log_sum_exp(context[..., None] + within, axis=1)  # log p(y | x), (B, N)
+        likely = _log_sum_exp(logits, axis=1)  # log p(y | x) and a constant, (B, N)
         best = likely.argmax(axis=1)
+        context = _log_sum_exp(logits, axis=2)  # log p(z | x) and the same constant, (B, K)
+        context -= _log_sum_exp(context, axis=1)[:, None]
         mean = (np.exp(context) * cosine[np.arange(pictures), :, best]).sum(axis=1)
         moved = (likely - likely.max(axis=1, keepdims=True)) / self.scale + mean[:, None]
         return np.asarray(moved, np.float32)
@@ -229,7 +226,7 @@ def _partitioned(similarity: NDArray[np.float32], k: int) -> list[list[int]]:
     ]
 
 
-def _log_sum_exp(values: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+def _log_sum_exp(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     highest = values.max(axis=axis, keepdims=True)
     total: NDArray[np.float64] = np.log(np.exp(values - highest).sum(axis=axis)) + highest.squeeze(axis)
     return total

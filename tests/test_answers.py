@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeclip import text_encoder
 from edgeclip.answers import MAX_CONTEXTS, Answers, InForce, Rejection, crossed, in_context, of_bank
+from edgeclip.bundle_labels import BundleLabels
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import BackendError, ConfigError, InputError
+from edgeclip.few_shot_fit import fit_head
 from edgeclip.heads import ContextHead, LinearHead, TemperatureHead, cosines
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import LabelBank
@@ -96,15 +100,15 @@ def test_groups_of_contexts_are_crossed() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 8), st.floats(0.5, 90), st.floats(0.2, 9))
+@given(st.integers(0, 5), st.integers(1, 6), st.integers(1, 8), st.floats(0.5, 90))
 def test_a_context_is_inferred_and_then_the_label(
-    pictures: int, contexts: int, labels: int, scale: float, smoothing: float
+    pictures: int, contexts: int, labels: int, scale: float
 ) -> None:
     """Against the two steps written out with probabilities."""
     products = cosines(_unit(1, pictures), _unit(2, contexts * labels))
-    head = ContextHead(scale, contexts, smoothing)
+    head = ContextHead(scale, contexts)
     logits = scale * products.astype(np.float64).reshape(pictures, contexts, labels)
-    of_context = np.exp(logits / smoothing).sum(axis=2)
+    of_context = np.exp(logits).sum(axis=2)
     of_context /= of_context.sum(axis=1, keepdims=True)
     within = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
     expected = (of_context[:, :, None] * within).sum(axis=1)
@@ -112,7 +116,12 @@ def test_a_context_is_inferred_and_then_the_label(
     for row, wanted in zip(similarity, expected, strict=True):
         order = np.argsort(-row)
         assert head(row, row[order].tolist()) == pytest.approx(wanted[order].tolist(), rel=1e-3, abs=1e-9)
-    assert (np.abs(similarity.max(axis=1)) <= 1.0001).all()
+    assert similarity.shape == (pictures, labels)
+    weighted = (of_context[:, :, None] * logits / scale).sum(axis=1)  # of every label
+    best = expected.argmax(axis=1)[:, None]
+    np.testing.assert_allclose(
+        np.take_along_axis(similarity, best, axis=1), np.take_along_axis(weighted, best, axis=1), atol=1e-6
+    )
 
 
 def test_one_context_changes_nothing() -> None:
@@ -219,6 +228,66 @@ def test_labels_in_contexts_have_a_row_for_each(tiny_bundle_session: Path) -> No
         assert len(classifier._labels_in_force().rows) == 3 * len(classifier.labels)
         with pytest.raises(ConfigError, match="finished label bank"):
             classifier.set_labels(classifier.bank)
+
+
+@pytest.mark.parametrize("asked", [Answers(), Answers(context=("on snow",)), Answers(reject=True),
+                                   Answers(multi=True, context=("on snow",))])  # fmt: skip
+def test_no_pictures_have_no_answers(asked: Answers) -> None:
+    with ZeroShotClassifier.open(options=ONE_THREAD, answers=asked) as classifier:
+        classifier.set_labels(["cat", "dog"])
+        assert classifier.answer(np.empty((0, classifier.bundle.manifest.model.embed_dim), np.float32)) == []
+        assert classifier.classify([]) == []
+
+
+def test_all_contexts_share_one_opening_of_the_text_tower(
+    tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    tower = text_encoder.open_tower
+    monkeypatch.setattr(
+        text_encoder, "open_tower", lambda *given, **named: opened.append(1) or tower(*given, **named)
+    )
+    asked = Answers(context=tuple(f"on ground {number}" for number in range(9)))
+    with ZeroShotClassifier.open(tiny_bundle_session, options=ONE_THREAD, answers=asked) as classifier:
+        classifier.set_labels(COLOURS)
+        assert (classifier.text_tower_runs, len(opened)) == (9, 1)  # names alone are in the bundle
+        assert not classifier._labels.text_tower_is_open
+        # What was encoded stays in memory, in every context: a label less costs nothing.
+        shutil.rmtree(os.environ["EDGECLIP_CACHE_DIR"])
+        classifier.set_labels(COLOURS[:2])
+        assert (classifier.text_tower_runs, len(opened)) == (9, 1)
+        assert classifier.labels == tuple(COLOURS[:2])
+
+
+@pytest.mark.parametrize("kind", ["head", "bank"])
+def test_what_is_set_stays_where_the_first_picture_waits_for_the_bundle_s_labels(
+    tiny_bundle_session: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The first picture sets the default labels, unless somebody was quicker: never after them."""
+    reading, go_on = threading.Event(), threading.Event()
+    read = BundleLabels.bank
+
+    def slowly(self: BundleLabels, name: str) -> LabelBank:
+        reading.set()
+        go_on.wait(10)
+        return read(self, name)
+
+    with ZeroShotClassifier.open(tiny_bundle_session, options=ONE_THREAD) as classifier:
+        classifier.set_labels(COLOURS)
+        bank, model = classifier.bank, classifier.bundle.manifest.model
+        head = fit_head(np.eye(3, model.embed_dim), range(3), ("x", "y", "z"), space=model.embedding_space)
+        classifier._active = None  # as before the first picture
+        monkeypatch.setattr(BundleLabels, "bank", slowly)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(lambda: classifier.labels)
+            assert reading.wait(10)
+            setting = pool.submit(classifier.set_head if kind == "head" else classifier.set_labels,
+                                  head if kind == "head" else bank)  # fmt: skip
+            wait([setting], timeout=0.2)
+            go_on.set()
+            first.result()
+            setting.result()
+        assert classifier.labels == (head.names if kind == "head" else bank.names)
 
 
 def test_a_bundle_that_cannot_reject_says_so(tiny_bundle_session: Path) -> None:
