@@ -74,8 +74,9 @@ LEAST_IN_USE: Final = 0.5
 """Least number of labels that come first for some picture, over that before."""
 
 _SWEEPS: Final = 60
-_SMALLEST: Final = 1e-300
-_LEAST_LOGIT: Final = -60.0
+_SETTLED: Final = 1e-5
+_SMALLEST: Final = 1e-30
+_LEAST_LOGIT: Final = -30.0
 _NEIGHBOURS_OF: Final = 10_000
 _ROWS_AT_ONCE: Final = 1024
 _ABOUT: Final = "adapted"
@@ -128,7 +129,7 @@ class Self:
         marginal = _marginal(posterior(seen, rows, self.scale))
         found = rows
         for _ in range(self.rounds):
-            said = soft_labels(self.scale * (seen @ found.T), self.balance, marginal)
+            said = _shares(_logits(seen, found, self.scale), self.balance, marginal)
             found = _mixed(rows, (said.T @ seen).astype(np.float32), self.strength)
         return found
 
@@ -168,7 +169,7 @@ class Taught:
             strength: share of the pictures in a row of the student.
         """
         marginal = _marginal(posterior(pictures, rows, scale))
-        return cls(soft_labels(scale * (pictures @ rows.T), balance, marginal), strength)
+        return cls(_shares(_logits(pictures, rows, scale), balance, marginal), strength)
 
     def __call__(
         self, pictures: NDArray[np.float32], rows: NDArray[np.float32], chosen: NDArray[np.intp]
@@ -187,7 +188,7 @@ def posterior(
     pictures: NDArray[np.float32], rows: NDArray[np.float32], scale: float
 ) -> NDArray[np.floating[Any]]:
     """Return ``(n, N)`` the softmax of ``scale · cosine`` over labels."""
-    return soft_labels(scale * (pictures @ rows.T), 0.0, None)
+    return _shares(_logits(pictures, rows, scale), 0.0, None)
 
 
 def soft_labels(
@@ -204,18 +205,38 @@ def soft_labels(
         marginal: ``(N,)`` shares; not asked where ``balance`` is 0.
 
     Returns:
-        ``(n, N)`` rows that sum to 1.
+        ``(n, N)`` rows that sum to 1, of the type of the logits.
     """
+    return _shares(logits.copy(), balance, marginal)
+
+
+def _logits(
+    pictures: NDArray[np.float32], rows: NDArray[np.float32], scale: float
+) -> NDArray[np.floating[Any]]:
+    return pictures @ (np.float32(scale) * rows).T
+
+
+def _shares(
+    logits: NDArray[np.floating[Any]], balance: float, marginal: NDArray[np.floating[Any]] | None
+) -> NDArray[np.floating[Any]]:
+    """Return :func:`soft_labels` in the place of the logits: those of many pictures fill the memory."""
+    kernel = logits
+    kernel -= kernel.max(axis=1, keepdims=True)
     # A label that is near no picture must not make columns so large that the others vanish.
-    kernel = np.exp(np.maximum(logits - logits.max(axis=1, keepdims=True), _LEAST_LOGIT), dtype=np.float64)
+    np.maximum(kernel, _LEAST_LOGIT, out=kernel)
+    np.exp(kernel, out=kernel)
     if balance and marginal is not None:
-        columns = np.ones(kernel.shape[1])
+        columns = np.ones(kernel.shape[1], kernel.dtype)
         for _ in range(_SWEEPS):
             reached = kernel.T @ (1 / (kernel @ columns)) / len(kernel)
-            columns = (marginal / np.maximum(reached, _SMALLEST)) ** balance
+            found = np.asarray((marginal / np.maximum(reached, _SMALLEST)) ** balance, kernel.dtype)
+            settled = bool(np.all(np.abs(found - columns) <= _SETTLED * columns))
+            columns = found
+            if settled:
+                break
         kernel *= columns
-    normalised: NDArray[np.floating[Any]] = kernel / kernel.sum(axis=1, keepdims=True)
-    return normalised
+    kernel /= kernel.sum(axis=1, keepdims=True)
+    return kernel
 
 
 def _marginal(said: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -452,7 +473,10 @@ def _checked(pictures: NDArray[np.float32], rows: NDArray[np.float32]) -> tuple[
 
 def first_labels(pictures: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.intp]:
     """Return ``(n,)`` the row that is most similar to each picture."""
-    first: NDArray[np.intp] = (pictures @ rows.T).argmax(axis=1)
+    first = np.empty(len(pictures), np.intp)
+    for start in range(0, len(pictures), _ROWS_AT_ONCE):
+        part = pictures[start : start + _ROWS_AT_ONCE]
+        first[start : start + len(part)] = (part @ rows.T).argmax(axis=1)
     return first
 
 
@@ -464,7 +488,11 @@ def _side(
     nearest: tuple[NDArray[np.intp], NDArray[np.intp]],
 ) -> Side:
     labels = len(rows)
-    said = posterior(pictures, rows, scale)
+    said, doubt = np.zeros(labels), 0.0
+    for start in range(0, len(pictures), _ROWS_AT_ONCE):
+        part = posterior(pictures[start : start + _ROWS_AT_ONCE], rows, scale)
+        said += part.sum(axis=0)
+        doubt += float(_entropy(part).sum())
     shares = np.bincount(first, minlength=labels) / len(first)
     largest = np.log(labels)
     one, other = nearest
@@ -472,8 +500,8 @@ def _side(
     return Side(
         in_use=int(np.count_nonzero(shares)),
         largest=float(shares.max()),
-        balance=float(_entropy(said.mean(axis=0)) / largest),
-        doubt=float(_entropy(said).mean() / largest),
+        balance=float(_entropy(said / len(first)) / largest),
+        doubt=float(doubt / len(first) / largest),
         neighbours=(same - chance) / (1 - chance) if chance < 1 else 0.0,
     )
 
@@ -510,9 +538,11 @@ def _explained(
         overall = pictures[fitted].mean(axis=0, dtype=np.float64)
         means = np.where(count[:, None] > 0, sums / np.maximum(count, 1)[:, None], overall)
         noise = 1 + 1 / np.where(count > 0, np.maximum(count, 1), len(fitted))
-        seen, label = pictures[judged].astype(np.float64), first[judged]
-        within += float((((seen - means[label]) ** 2).sum(axis=1) / noise[label]).sum())
-        total += float(((seen - overall) ** 2).sum() / (1 + 1 / len(fitted)))
+        for start in range(0, len(judged), _ROWS_AT_ONCE):
+            part = judged[start : start + _ROWS_AT_ONCE]
+            seen, label = pictures[part].astype(np.float64), first[part]
+            within += float((((seen - means[label]) ** 2).sum(axis=1) / noise[label]).sum())
+            total += float(((seen - overall) ** 2).sum() / (1 + 1 / len(fitted)))
     return 1 - within / total if total > 0 else 0.0
 
 
