@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat as stat_bits
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,7 @@ from .index_file import (
     PictureIndex,
     Stat,
     check_replaceable,
+    stat_of,
     write_index,
 )
 from .storage import FileLock
@@ -51,6 +53,7 @@ _HASH_BYTES: Final = 1 << 20
 _TICK_NS: Final = 2_000_000_000  # the coarsest clock of a file system in use: FAT
 _MAX_REASON_CHARS: Final = 300
 _LOOKED_FOR: Final = 10  # pictures of an index, in a folder that may be another one
+_REPLACES_MAPPED: Final = sys.platform != "win32"  # whether a file can be replaced that is mapped
 
 
 class EmbeddedPicture(Protocol):
@@ -242,19 +245,34 @@ class _Update:
             return
         if old.made_with != self._made:
             raise ConfigError(_made_differently(old, self._made))
-        self._entries = dict(old.entries())
+        for name, entry in old.entries():
+            row = entry.embedding
+            if row is not None and not _REPLACES_MAPPED:
+                row = row.copy()
+            self._entries[name] = entry._replace(embedding=row)
         try:
             old.check()
         except InputError as error:
             self._report.repaired = str(error)
             return
         self._stale = os.path.abspath(old.root) != os.path.abspath(self._root)  # noqa: PTH100
-        some = islice(self._entries, _LOOKED_FOR)
-        if self._stale and self._entries and not any((self._root / name).exists() for name in some):
+        if self._stale and self._entries and not self._knows_some():
             raise ConfigError(
                 f"{old.where}: is of the folder {str(old.root)!r}, got {str(self._root)!r}. Choose "
                 "another -o, or give --rebuild."
             )
+
+    def _knows_some(self) -> bool:
+        """Return whether pictures of the index are in the folder; names alone may be those of any camera."""
+        step = -(-len(self._entries) // _LOOKED_FOR)
+        for name, entry in islice(self._entries.items(), 0, None, step):
+            path = self._root / name
+            try:
+                if stat_of(path).size_bytes == entry.stat.size_bytes and _content(path) == entry.content:
+                    return True
+            except OSError:  # gone, as some may be
+                continue
+        return False
 
     def scan(self, skipped: Callable[[Path, str], None] | None) -> None:
         """Find the pictures, and tell those that are as they were from those to look at."""
@@ -316,7 +334,7 @@ class _Update:
         def to_embed() -> Iterator[Path]:
             for name, path in self._pending:
                 try:
-                    stat = _stat(path)
+                    stat = stat_of(path)
                     trusted = _trusted(stat)
                     content = _content(path)
                 except OSError as error:  # it may be readable next time, and need not have changed for that
@@ -328,7 +346,7 @@ class _Update:
                     own = self._entries.get(name)
                     if own is not None and own.content == content:
                         self._report.unchanged += 1
-                        done(name, own if own.stat == stat else own._replace(stat=trusted))
+                        done(name, own if own.stat in (stat, trusted) else own._replace(stat=trusted))
                     else:
                         self._report.recognised += 1
                         done(name, known._replace(stat=trusted))
@@ -388,19 +406,9 @@ def _made_differently(old: PictureIndex, now: MadeWith) -> str:
     )
 
 
-def _stat(path: Path) -> Stat:
-    """Return what tells that a file is as it was.
-
-    Raises:
-        OSError: there is none.
-    """
-    found = path.stat()
-    return Stat(found.st_mtime_ns, found.st_size, found.st_ino & (1 << 63) - 1)
-
-
 def _is_as_it_was(path: Path, stat: Stat) -> bool:
     try:
-        return _stat(path) == stat
+        return stat_of(path) == stat
     except OSError:
         return False
 

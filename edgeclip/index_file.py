@@ -29,7 +29,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from .errors import InputError
+from .errors import ConfigError, InputError
 from .storage import sync_directory
 from .tensors import map_tensors, tensor_blocks
 
@@ -54,6 +54,7 @@ __all__ = [
     "Stat",
     "check_replaceable",
     "index_path",
+    "stat_of",
     "write_index",
 ]
 
@@ -102,6 +103,16 @@ class Entry(NamedTuple):
     reason: str = ""
 
 
+def stat_of(path: Path) -> Stat:
+    """Return what tells that a file is as it was.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = path.stat()
+    return Stat(found.st_mtime_ns, found.st_size, found.st_ino & (1 << 63) - 1)
+
+
 @dataclass(frozen=True)
 class MadeWith:
     """What the embeddings of an index were made with. Those of two spaces cannot be compared.
@@ -110,14 +121,14 @@ class MadeWith:
         space: the manifest's ``model.embedding_space``.
         variant: name of the variant.
         tower: digest of its image tower.
-        model: name of the model.
+        model: name of the model; not compared.
         embed_dim: E.
     """
 
     space: str
     variant: str
     tower: str
-    model: str
+    model: str = field(compare=False)
     embed_dim: int
 
 
@@ -139,7 +150,8 @@ class PictureIndex:
         embeddings: ``(N, E)`` float32, read-only, mapped and not checked yet: see :meth:`check`.
 
     Raises:
-        InputError: the file is missing, no index, of a newer schema or damaged; the message says what to do.
+        InputError: the file is missing, no index or damaged; the message says what to do.
+        ConfigError: a newer edgeclip made it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -154,9 +166,9 @@ class PictureIndex:
         if metadata.get("format") != _FORMAT:
             raise InputError(f"{self.where}: safetensors, but no picture index. Check the path.")
         if metadata.get("schema") != _SCHEMA:
-            raise InputError(
+            raise ConfigError(
                 f"{self.where}: schema {metadata.get('schema', 'missing')[:20]!r}, expected {_SCHEMA!r}. "
-                "Install a newer edgeclip."
+                "Install a newer edgeclip, or make it anew with `edgeclip index --rebuild`."
             )
         try:
             if metadata["crc32"] != _table_sum(tensors):
@@ -231,6 +243,16 @@ class PictureIndex:
             raise InputError(
                 f"{self.where}: {damaged} of {len(self._sums)} blocks of embeddings are damaged. {_REPAIR}"
             )
+
+    def embedding_of(self, path: Path) -> NDArray[np.float32] | None:
+        """Return the embedding ``(E,)`` of a file, ``None`` where the index has none of it as it is now."""
+        try:
+            inside = path.resolve().relative_to(self.root.resolve()).as_posix()
+            place = self._names.index(inside)
+            known = not self._reasons[place] and stat_of(path) == Stat(*self._stats[place].tolist())
+        except (OSError, ValueError):  # it is elsewhere, gone, or not in the index
+            return None
+        return self.embeddings[self._reasons[:place].count("")] if known else None
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
         """Yield all entries, sorted by path; those in damaged blocks are left out."""

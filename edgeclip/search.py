@@ -24,7 +24,9 @@ of one kind lie at very different cosines.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -59,7 +61,8 @@ LEAST_PICTURES: Final = 50
 """Of fewer, mean and deviation say nothing: no picture of 16 can lie four deviations above their mean."""
 
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\w)", re.IGNORECASE)
-_JUDGED: Final = 64  # nearest pictures whose relevance is looked at, or four times as many as are wanted
+_JUDGED: Final = 256  # pictures whose relevance is looked at at once
+_ROUNDING: Final = 1e-3  # of log odds: cosines of float32 times a scale of at most 100
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,12 @@ class Found:
     Attributes:
         matches: nearest first.
         cutoff: what decided over them; ``None`` where nothing did, and they are merely the nearest.
+        more: whether further pictures are relevant; ``False`` without a cut-off.
     """
 
     matches: tuple[Match, ...]
     cutoff: Cutoff | None = None
+    more: bool = False
 
 
 def nearest(index: PictureIndex, query: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -125,7 +130,13 @@ def nearest(index: PictureIndex, query: NDArray[np.float32]) -> NDArray[np.float
 
 
 def _best(similarity: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """Return the rows of the ``count`` largest, largest first, equal ones in the order of rows."""
+    """Return the rows of the ``count`` largest, largest first, equal ones in the order of rows.
+
+    Raises:
+        InputError: ``count`` is below 1.
+    """
+    if count < 1:
+        raise InputError(f"top_k is {count}, expected at least 1.")
     if count < len(similarity):
         least = np.partition(similarity, len(similarity) - count)[len(similarity) - count]
         rows = np.flatnonzero(similarity >= least)
@@ -218,16 +229,21 @@ class Searcher:
             InputError: the index is damaged.
         """
         similarity = nearest(self.index, query.embeddings[0])
-        if not cut:
-            return Found(tuple(self._match(row, similarity) for row in _best(similarity, top_k).tolist()))
-        rows = _best(similarity, max(_JUDGED, 4 * top_k))
-        judged = self._relevance(query, similarity, rows)
-        if judged is None:
-            return Found(tuple(self._match(row, similarity) for row in rows[:top_k].tolist()))
-        relevance, cutoff = judged
-        good = np.flatnonzero(relevance >= cutoff.least)[:top_k]
-        pairs = zip(rows[good].tolist(), relevance[good].tolist(), strict=True)
-        return Found(tuple(self._match(row, similarity, said) for row, said in pairs), cutoff)
+        best = _best(similarity, top_k)
+        gate = self._gate(query) if cut else None
+        if gate is not None:
+            cutoff = Cutoff("background", LEAST_RELEVANCE)
+            good = list(islice(self._relevant(gate, similarity), top_k + 1))
+        elif cut and len(similarity) >= LEAST_PICTURES:
+            cutoff = Cutoff("deviations", COSINE_DEVIATIONS)
+            wide = similarity.astype(np.float64)
+            deviations = (wide - wide.mean()) / (wide.std() or 1.0)
+            rows = _best(similarity, top_k + 1)
+            good = [(row, float(deviations[row])) for row in rows[deviations[rows] >= cutoff.least].tolist()]
+        else:
+            return Found(tuple(self._match(row, similarity) for row in best.tolist()))
+        matches = tuple(self._match(row, similarity, said) for row, said in good[:top_k])
+        return Found(matches, cutoff, len(good) > top_k)
 
     def by_embedding(
         self, query: NDArray[np.float32], *, top_k: int = 20, leave_out: Path | None = None
@@ -269,24 +285,40 @@ class Searcher:
         except OSError:
             return False
 
-    def _relevance(
-        self, query: LabelBank, similarity: NDArray[np.float32], rows: NDArray[np.intp]
-    ) -> tuple[NDArray[np.float64], Cutoff] | None:
-        """Return the relevance of some pictures and the cut-off, or ``None`` where nothing can tell."""
+    def _gate(self, query: LabelBank) -> NegativesGate | None:
+        """Return the gate that holds words against the background, ``None`` where nothing can."""
         try:
             gate = open_gate(self.bundle, query, scale=self.bundle.manifest.model.scale)
-        except ConfigError:  # there is none, it is of another kind, or the query covers its background
-            gate = None
-        if isinstance(gate, NegativesGate):
-            others = cosines(np.ascontiguousarray(self.index.embeddings[rows]), gate.rows)
-            # A gate may trust the background less; what is asked here is a probability.
-            odds = replace(gate, weight=1.0).alone(similarity[rows][:, None], others)[:, 0]
-            return 1 / (1 + np.exp(-odds)), Cutoff("background", LEAST_RELEVANCE)
-        if len(similarity) < LEAST_PICTURES:
+        except ConfigError:  # there is none, or the query covers its background
             return None
-        wide = similarity.astype(np.float64)
-        deviations: NDArray[np.float64] = (wide[rows] - wide.mean()) / (wide.std() or 1.0)
-        return deviations, Cutoff("deviations", COSINE_DEVIATIONS)
+        # A gate may trust the background less; what is asked here is a probability.
+        return replace(gate, weight=1.0) if isinstance(gate, NegativesGate) else None
+
+    def _relevant(self, gate: NegativesGate, similarity: NDArray[np.float32]) -> Iterator[tuple[int, float]]:
+        """Yield the rows of all relevant pictures and their relevance, nearest first.
+
+        Few pictures are held against the whole background. ``Σ exp(s · d)`` of M rows is at least ``M · exp(s
+        · d̄)`` (Jensen), and ``d̄`` costs one product a picture: where that is too much already, the picture
+        cannot be relevant.
+        """
+        embeddings, least = self.index.embeddings, np.log(LEAST_RELEVANCE / (1 - LEAST_RELEVANCE))
+        kinds = sum(len(rows) for _, rows in gate.kinds)  # of one label: the first rows of the gate
+        others = gate.rows[kinds:]
+        floor = nearest(self.index, others.mean(axis=0)) * gate.scale + (
+            np.log(len(others)) + least - _ROUNDING
+        )
+        rows = np.arange(len(similarity)) if kinds else np.flatnonzero(similarity * gate.scale >= floor)
+        rows = rows[np.argsort(-similarity[rows], kind="stable")]
+        for start in range(0, len(rows), _JUDGED):
+            judged = rows[start : start + _JUDGED]
+            if kinds:  # a kind of the words stands for them
+                own = cosines(embeddings[judged], gate.rows[:kinds]).max(axis=1)
+                own = np.maximum(own, similarity[judged])
+                judged = judged[own * gate.scale >= floor[judged]]
+            odds = gate.alone(similarity[judged][:, None], cosines(embeddings[judged], gate.rows))[:, 0]
+            relevance = 1 / (1 + np.exp(-odds))
+            good = relevance >= LEAST_RELEVANCE
+            yield from zip(judged[good].tolist(), relevance[good].tolist(), strict=True)
 
 
 class _Knows:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from PIL import Image
 from tiny_bundle import COLOURS, EMBED_DIM, colour_picture, make_tiny_bundle
 
 from edgeclip import index_file
+from edgeclip.bundle import Bundle
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import ConfigError, InputError
 from edgeclip.index import IndexReport, index_folder, made_with, update_index
 from edgeclip.index_file import Entry, Journal, MadeWith, PictureIndex, Stat, write_index
-from edgeclip.search import LEAST_PICTURES, Searcher, nearest
+from edgeclip.reject import NegativesGate, open_gate, read_background
+from edgeclip.search import LEAST_PICTURES, LEAST_RELEVANCE, Searcher, nearest
 
 TOOL = Path(__file__).parent / "tools" / "kill_index.py"
 OLD_NS = 1_700_000_000_000_000_000
@@ -264,6 +267,56 @@ def test_an_index_elsewhere_knows_its_folder(update, photos: Path, tmp_path: Pat
     assert PictureIndex(path).root == moved
 
 
+def test_another_folder_with_the_same_names_is_refused(update, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    update(photos, path=path)
+    before = path.read_bytes()
+    for name in list(COLOURS):  # as the pictures of two cameras
+        put(tmp_path / "other", (photos / f"{name}.png").name, "red", seed=50 + len(name))
+        put(tmp_path / "other", f"inner/{name}.png", "red", seed=60 + len(name))
+    with pytest.raises(ConfigError, match="is of the folder"):
+        update(tmp_path / "other", path=path)
+    assert path.read_bytes() == before
+
+
+def test_pictures_of_the_future_do_not_write_the_index_each_time(update, classifier, photos: Path) -> None:
+    future_ns = 4_000_000_000_000_000_000  # a camera whose clock is wrong; such a time tells of no change
+    os.utime(photos / "red.png", ns=(future_ns, future_ns))
+    before = update(photos).path.stat().st_mtime_ns
+    counting = Counting(classifier)
+    assert counts(update(photos, counting)) == (8, 0, 0, 0, 8)
+    assert counting.names == []
+    assert (photos / ".edgeclip-index").stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of what is mapped")
+def test_no_map_of_the_old_index_is_left_where_that_keeps_it_from_being_replaced(
+    update, classifier, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[bool] = []
+
+    def write(path: Path, *rest: Any) -> None:
+        mapped.append(str(path) in Path("/proc/self/maps").read_text())
+        write_index(path, *rest)
+
+    monkeypatch.setattr("edgeclip.index.write_index", write)
+    update(photos)
+    for number, replaces in enumerate((True, False)):
+        monkeypatch.setattr("edgeclip.index._REPLACES_MAPPED", replaces)
+        put(photos, f"new-{number}.png", "red", seed=70 + number)
+        assert counts(update(photos))[:2] == (9 + number, 1)
+    assert mapped == [False, True, False]
+    index = PictureIndex(photos / ".edgeclip-index")
+    expected = np.stack([classifier.embed_images(photos / name) for name in index.paths])
+    np.testing.assert_array_equal(index.embeddings, expected)
+
+
+def test_another_name_of_the_same_model_is_no_other_model(update, classifier, photos: Path) -> None:
+    update(photos)
+    made = replace(made_with(classifier.bundle, classifier.choice.variant), model="renamed")
+    assert counts(update_index(photos, classifier, made)) == (8, 0, 0, 0, 8)
+
+
 def test_relative_to_the_index_where_the_folder_lies_with_it(tmp_path: Path) -> None:
     assert index_folder(tmp_path / "a" / ".edgeclip-index", tmp_path / "a") == "."
     assert index_folder(tmp_path / "index", tmp_path / "a" / "b") == "a/b"
@@ -410,11 +463,16 @@ def test_only_damaged_blocks_are_embedded_again(
     PictureIndex(path).check()
 
 
-def test_a_newer_schema_is_refused(update, photos: Path) -> None:
+def test_a_newer_schema_is_refused_and_kept(update, photos: Path) -> None:
     path = update(photos).path
-    path.write_bytes(path.read_bytes().replace(b'"schema":"1"', b'"schema":"9"'))
-    with pytest.raises(InputError, match="schema '9', expected '1'"):
+    newer = path.read_bytes().replace(b'"schema":"1"', b'"schema":"9"')
+    path.write_bytes(newer)
+    with pytest.raises(ConfigError, match="schema '9', expected '1'"):
         PictureIndex(path)
+    with pytest.raises(ConfigError, match="Install a newer edgeclip"):
+        update(photos)
+    assert path.read_bytes() == newer
+    assert update(photos, rebuild=True).embedded == 8
 
 
 def test_a_full_disk_is_one_sentence_and_the_old_index_stays(update, photos: Path) -> None:
@@ -540,7 +598,62 @@ def test_a_picture_does_not_find_itself(update, classifier, photos: Path) -> Non
     assert all(each.path != "red.png" for each in left)
 
 
-def test_words_find_their_colour_and_nothing_else(update, classifier, tmp_path: Path) -> None:
+def test_a_picture_of_the_index_has_its_embedding_there(update, classifier, photos: Path) -> None:
+    (photos / "aaa.png").write_bytes(b"no picture")
+    os.utime(photos / "aaa.png", ns=(OLD_NS, OLD_NS))
+    index = PictureIndex(update(photos).path)
+    for name in index.paths:
+        np.testing.assert_array_equal(
+            index.embedding_of(photos / name), classifier.embed_images(photos / name)
+        )
+    assert index.embedding_of(photos / "inner" / ".." / "red.png") is not None
+    for other in ("aaa.png", "none.png", "../elsewhere.png"):
+        assert index.embedding_of(photos / other) is None
+    put(photos, "red.png", "black", seed=3)
+    assert index.embedding_of(photos / "red.png") is None  # it is another one now
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_at_least_one_picture_is_asked_for(update, classifier, photos: Path, top_k: int) -> None:
+    index = PictureIndex(update(photos).path)
+    with Searcher(index, classifier.bundle) as searcher:
+        with pytest.raises(InputError, match=f"top_k is {top_k}, expected at least 1"):
+            searcher.by_embedding(index.embeddings[0], top_k=top_k)
+        with pytest.raises(InputError, match="expected at least 1"):
+            searcher.by_text(searcher.encode("red"), top_k=top_k)
+        assert len(searcher.by_embedding(index.embeddings[0], top_k=100).matches) == 8
+
+
+@pytest.mark.parametrize("words", ["animal", "vehicle", "cat", "a red car", "工具"])
+def test_all_that_is_relevant_is_found_whatever_top_k(tmp_path: Path, words: str) -> None:
+    bundle = Bundle.open("default")
+    rows = read_background(bundle).embeddings
+    draw = np.random.default_rng(0)
+    pictures = rows[draw.integers(0, len(rows), 1500)]
+    pictures = pictures + draw.normal(0, 0.8 / rows.shape[1] ** 0.5, pictures.shape)
+    pictures = (pictures / np.linalg.norm(pictures, axis=1, keepdims=True)).astype(np.float32)
+    model = bundle.manifest.model
+    entries = {f"{row:04}": Entry(Stat(row, 0, 0), b"", each) for row, each in enumerate(pictures)}
+    made = MadeWith(model.embedding_space, "onnx-int8", "", model.name, model.embed_dim)
+    write_index(tmp_path / "index", ".", made, entries)
+    with Searcher(PictureIndex(tmp_path / "index"), bundle) as searcher:
+        query = searcher.encode(words)
+        found = {top_k: searcher.by_text(query, top_k=top_k) for top_k in (1, 20, 1500)}
+    gate = open_gate(bundle, query, scale=model.scale)
+    assert isinstance(gate, NegativesGate)
+    cosine = pictures @ query.embeddings.T
+    odds = replace(gate, weight=1.0).alone(cosine, pictures @ gate.rows.T)[:, 0]
+    order = np.argsort(-cosine[:, 0], kind="stable")
+    expected = [f"{row:04}" for row in order[1 / (1 + np.exp(-odds[order])) >= LEAST_RELEVANCE].tolist()]
+    for top_k, each in found.items():
+        assert [match.path for match in each.matches] == expected[:top_k]
+        assert each.more == (len(expected) > top_k)
+
+
+def test_words_find_their_colour_and_nothing_else(
+    update, classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeclip.search.COSINE_DEVIATIONS", 3.0)  # of seven other colours none can reach 4.6
     folder = tmp_path / "photos"
     many(folder, 8 * 20)
     for path in sorted(folder.iterdir())[2::8][3:]:  # three blue ones are left: they stand out
@@ -550,16 +663,17 @@ def test_words_find_their_colour_and_nothing_else(update, classifier, tmp_path: 
         words = searcher.encode("a blue")
         assert words.names == ("blue",)  # templates have articles of their own
         nearest_ones = searcher.by_text(words, top_k=6, cut=False)
-        found = searcher.by_text(words, top_k=6)
+        found, two = (searcher.by_text(words, top_k=top_k) for top_k in (6, 2))
     assert nearest_ones.cutoff is None
     assert len(nearest_ones.matches) == 6
     assert found.cutoff is not None
     assert found.cutoff.method == "deviations"
+    assert sorted(each.path for each in found.matches) == ["002.png", "010.png", "018.png"]
+    assert [each.path for each in nearest_ones.matches[:3]] == [each.path for each in found.matches]
+    assert (two.matches, two.more, found.more) == (found.matches[:2], True, False)
     similarity = nearest(index, words.embeddings[0]).astype(np.float64)
     deviations = np.sort((similarity - similarity.mean()) / similarity.std())[::-1]
-    expected = deviations[deviations >= found.cutoff.least][:6]
-    np.testing.assert_allclose([each.relevance for each in found.matches], expected, rtol=1e-6)
-    assert len(found.matches) < 6
+    np.testing.assert_allclose([each.relevance for each in found.matches], deviations[:3], rtol=1e-6)
 
 
 def test_few_pictures_have_no_cutoff(update, classifier, photos: Path) -> None:

@@ -100,9 +100,9 @@ def index(
                 rebuild=rebuild,
                 batch_size=batch_size,
                 on_progress=on_progress,
-                on_failure=lambda name, reason: notes.say(f"error: {shown(folder / name)!r}: {reason}"),
+                on_failure=lambda name, reason: notes.say(f"error: '{shown(folder / name)}': {reason}"),
                 on_skipped=lambda path, reason: notes.say(
-                    f"warning: folder {shown(path)!r} cannot be listed ({reason}); its index stays"
+                    f"warning: folder '{shown(path)}' cannot be listed ({reason}); its index stays"
                 ),
             )
         except KeyboardInterrupt:

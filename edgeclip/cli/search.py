@@ -46,7 +46,9 @@ __all__ = ["search"]
 @click.option(
     "--language", metavar="CODE", help="Take the templates of this language.  [default: that of the words]"
 )
-@click.option("--top-k", type=click.IntRange(min=1), default=20, show_default=True, help="Pictures at most.")
+@click.option(
+    "-k", "--top-k", type=click.IntRange(min=1), default=20, show_default=True, help="Pictures at most."
+)
 @click.option("--all", "everything", is_flag=True, help="Give the nearest, relevant or not.")
 @click.option(
     "--min-score",
@@ -89,9 +91,8 @@ def search(
         raise click.UsageError("--all and --min-score cannot be given together.")
     if templates is not None and language is not None:
         raise click.UsageError("--templates and --language cannot be given together.")
-    picture = _picture(query)
-    if picture is not None and (templates or language):
-        raise click.UsageError("--templates and --language are for words; the query is a picture.")
+    if os.path.isdir(query) and not where.exists():  # noqa: PTH112  # Path.is_dir raises for long names
+        raise click.UsageError(f"the query comes first: edgeclip search {str(where)!r} {query!r}")
     model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.bundle import Bundle
     from edgeclip.index_file import PictureIndex, index_path
@@ -99,10 +100,13 @@ def search(
     prepare_stdout()
     notes = Notes()
     opened_index = PictureIndex(index_path(where))
+    base = where if where.is_dir() else _near(opened_index.root)
+    picture = _picture(query, base)
+    if picture is not None and (templates or language):
+        raise click.UsageError("--templates and --language are for words; the query is a picture.")
     opened = Bundle.open(bundle_directory(model.bundle, notes))
     asked = _Asked(query, picture, top_k, everything, min_score)
     found = _find(asked, opened_index, opened, model, notes, templates, language)
-    base = where if where.is_dir() else _near(opened_index.root)
     result = _Result(asked, opened_index, found, [base / each.path for each in found.matches])
     try:
         result.write(form or ("table" if sys.stdout.isatty() else "paths"))
@@ -127,11 +131,11 @@ class _Asked:
         return self.picture is None and not self.everything and self.min_score is None
 
 
-def _picture(query: str) -> Path | None:
-    """Return the picture that a query is the path of, or ``None`` for words.
+def _picture(query: str, base: Path) -> Path | None:
+    """Return the picture that a query is the path of, from here or in the indexed folder; ``None`` for words.
 
     Raises:
-        InputError: it can only be a path, and there is no such file.
+        InputError: it can only be the path of a picture, and there is none.
     """
     from edgeclip.data import PICTURE_SUFFIXES
     from edgeclip.errors import InputError
@@ -139,10 +143,15 @@ def _picture(query: str) -> Path | None:
     from ._options import is_there
 
     path = Path(query)
-    is_path = path.suffix.lower() in PICTURE_SUFFIXES or os.sep in query
-    if is_path and is_there(query):
-        return path
-    if path.suffix.lower() in PICTURE_SUFFIXES:
+    is_picture = path.suffix.lower() in PICTURE_SUFFIXES
+    if is_picture or os.sep in query or (os.altsep or os.sep) in query:
+        for found in (path, base / path):
+            if not is_there(str(found)):
+                continue
+            if found.is_dir():
+                raise InputError(f"{query!r} is a folder, expected words or the path of a picture.")
+            return found
+    if is_picture:
         raise InputError(f"{query!r}: no such picture. Check the path, or leave out the ending for words.")
     return None
 
@@ -162,10 +171,12 @@ def _find(
     options = model.options()
     with Searcher(index, bundle, variant=variant, options=options) as searcher:
         if asked.picture is not None:
-            from edgeclip.classify import ZeroShotClassifier
+            embedding = index.embedding_of(asked.picture)
+            if embedding is None:
+                from edgeclip.classify import ZeroShotClassifier
 
-            with ZeroShotClassifier.open(bundle, variant=variant, options=options) as classifier:
-                embedding = classifier.embed_images(asked.picture)
+                with ZeroShotClassifier.open(bundle, variant=variant, options=options) as classifier:
+                    embedding = classifier.embed_images(asked.picture)
             found = searcher.by_embedding(embedding, top_k=asked.top_k, leave_out=asked.picture)
         else:
             chosen = None if templates is None else templates_of(templates)
@@ -241,8 +252,8 @@ class _Result:
                 f"{len(self.index):,} pictures are too few to tell what stands out, and the bundle has no "
                 "gate: these are the nearest"
             )
-        elif asked.cut and count == asked.top_k:
-            notes.say(f"more than these {count} may be relevant: --top-k gives more")
+        elif self.found.more:
+            notes.say("more pictures are relevant than these: --top-k gives them")
 
     def _rows(self) -> list[dict[str, Any]]:
         return [

@@ -62,12 +62,14 @@ def test_index_says_what_it_did(run, photos: Path) -> None:
 
 def test_index_as_json(run, photos: Path) -> None:
     (photos / "bad.png").write_bytes(b"x")
+    (photos / os.fsdecode(b"bad-\xe9.png")).write_bytes(b"x")
     result = run("index", photos, "--json")
     assert result.code == 1
     document = json.loads(result.out)
     assert document["schema"] == 1
     assert (document["pictures"], document["embedded"], document["variant"]) == (8, 8, "onnx-int8")
-    assert list(document["unreadable"]) == document["failed_now"] == ["bad.png"]
+    assert list(document["unreadable"]) == document["failed_now"] == [r"bad-\xe9.png", "bad.png"]
+    assert rf"error: '{photos}/bad-\xe9.png': begins with b'x'" in result.err
     assert f"error: '{photos}/bad.png': begins with b'x'" in result.err
 
 
@@ -211,6 +213,28 @@ def test_a_picture_as_query(run, photos: Path, tmp_path: Path, monkeypatch: pyte
     assert "photos/blue.png" in itself
 
 
+def test_a_picture_of_the_index_is_found_by_its_path_there_without_the_image_tower(
+    run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("index", photos)
+    here = run("search", photos / "red.png", photos, "-k", 3)
+
+    def refuse(*rest: Any, **more: Any) -> None:
+        raise AssertionError("its embedding is in the index")
+
+    monkeypatch.setattr("edgeclip.classify.ZeroShotClassifier.open", refuse)
+    monkeypatch.chdir(photos.parent.parent)
+    assert run("search", "red.png", photos, "-k", 3).out == here.out != ""
+
+
+def test_more_is_said_only_where_more_is_relevant(run, repo: Path, tmp_path: Path, capsys) -> None:
+    command, index = Command(capsys), tmp_path / "index"
+    assert command("index", repo / "edgeclip" / "assets" / "photos", "-o", index).code == 0
+    assert command("search", "cat", index, "-k", 1).err == ""
+    said = command("search", "animal", index, "-k", 1)
+    assert said.err == "edgeclip: more pictures are relevant than these: --top-k gives them\n"
+
+
 def test_least_cosine_and_everything(run, photos: Path) -> None:
     run("index", photos)
     rows = json.loads(run("search", "red", photos, "--json", "--all").out)["results"]
@@ -248,6 +272,8 @@ def test_odd_names_come_out_as_they_are(run, photos: Path, tiny_bundle_session: 
         (["none.png", "photos"], 1, "'none.png': no such picture"),
         (["", "photos"], 1, "says nothing, expected words"),
         (["red", "photos", "--all", "--min-score", "0.3"], 2, "--all and --min-score"),
+        (["photos", "red"], 2, "the query comes first: edgeclip search 'red' 'photos'"),
+        (["./photos", "photos"], 1, "'./photos' is a folder, expected words or the path of a picture"),
         (["photos/red.png", "photos", "--language", "en"], 2, "are for words; the query is a picture"),
         (["red", "photos", "--language", "fr"], 1, "brings no labels in language 'fr'"),
     ],
