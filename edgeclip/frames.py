@@ -35,6 +35,11 @@ _BUFFER_BYTES: Final = 4 * _READ_BYTES  # of pictures; grows for larger ones
 
 _SOI, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _BEGINNING: Final = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n")
+# How files begin, in more bytes than chance writes into compressed pixels.
+_PNG_HEADER: Final = _PNG + b"\0\0\0\rIHDR"
+_JPEG_HEADER: Final = re.compile(
+    rb"\xff\xd8\xff(?:\xdb\0[\x43\x84]\0|\xe0..(?:JFIF|AVI1)|\xe1..Exif)", re.DOTALL
+)
 # In coded data 0xFF is followed by 0x00, by another 0xFF, or is a restart marker.
 _MARKER: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
@@ -258,9 +263,10 @@ class _JpegWalk:
         A segment that breaks off takes what follows for its own. Tables hold no pictures; other segments may,
         but do not end with the beginning of one.
         """
-        code, end = buffer[start + self._segment + 1], start + self._next
-        is_free = 0xE0 <= code <= 0xEF or code == self._COM
-        return buffer.find(_SOI, end - 2 if is_free else start + self._segment + 4, end + 1) >= 0
+        code, begin, end = buffer[start + self._segment + 1], start + self._segment + 4, start + self._next
+        if 0xE0 <= code <= 0xEF or code == self._COM:
+            return buffer.find(_SOI, end - 2, end + 1) >= 0
+        return _BEGINNING.search(buffer, begin, end + len(_SOI) - 2) is not None
 
 
 def _is_scan(header: bytearray) -> bool:
@@ -281,12 +287,15 @@ class _PngWalk:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._next = self.again = len(_PNG)
+        self._pixels = 0  # up to where the pixels in the chunk that ends at _next were looked at; 0 elsewhere
         self.proved = False
 
     def advance(self, buffer: bytearray, start: int, end: int) -> _Step | None:
         """Return how the picture ends, or ``None`` while that needs more bytes."""
         while True:
             at = start + self._next
+            if self._pixels and self._swallows(buffer, start, min(at, end)):
+                return _Step(self.again, whole=False)
             if at + 12 > end:
                 return None
             size, kind = int.from_bytes(buffer[at : at + 4], "big"), bytes(buffer[at + 4 : at + 8])
@@ -302,7 +311,18 @@ class _PngWalk:
                 return _Step(self.again, whole=False)
             self.proved = not is_first
             self.again = self._next + 8
+            self._pixels = self.again if kind == b"IDAT" else 0
             self._next += 12 + size
+
+    def _swallows(self, buffer: bytearray, start: int, end: int) -> bool:
+        """Return whether another picture begins in the pixels up to ``end``: their chunk breaks off.
+
+        It is not waited for: a chunk may claim what a camera takes minutes to send.
+        """
+        looked = start + self._pixels
+        self._pixels = max(self._pixels, end - start - len(_PNG_HEADER) + 1)
+        is_png = buffer.find(_PNG_HEADER, looked, end) >= 0
+        return is_png or _JPEG_HEADER.search(buffer, looked, end) is not None
 
     def overlooked(self, buffer: bytearray, start: int, position: int) -> int:
         """Return ``position``: nothing was passed over unseen."""

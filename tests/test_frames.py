@@ -15,6 +15,7 @@ from PIL import Image
 
 from edgeclip.errors import ConfigError
 from edgeclip.frames import RAW_PIXELS, PictureSplitter, RawFormat, RawSplitter, Splitter
+from edgeclip.pictures import decode_image
 
 PHOTOS = sorted((Path(__file__).parents[1] / "edgeclip" / "assets" / "photos").glob("*.jpg"))
 BOUNDARY = b"\r\n--frame\r\nContent-Type: image/jpeg\r\n\r\n"
@@ -157,6 +158,35 @@ def test_a_frame_above_the_limit_is_garbage(plain: list[bytes]) -> None:
     splitter = PictureSplitter(limit_bytes=400_000)
     assert _split(splitter, header + b"a" * 3_000_000 + small, lambda: 65536) == [small]
     assert len(splitter._buffer) < 2_000_000
+
+
+@pytest.mark.parametrize("number", [1, 3], ids=["JPEG", "PNG"])
+def test_pixels_that_break_off_are_not_waited_for(plain: list[bytes], number: int) -> None:
+    whole = plain[3]
+    at = whole.index(b"IDAT")
+    claims = whole[: at - 4] + (60_000_000).to_bytes(4, "big") + whole[at : at + 300]
+    for piece in (7, 1 << 16):
+        splitter = PictureSplitter()
+        stream, found = claims + plain[number], []
+        while stream:
+            part, stream = stream[:piece], stream[piece:]
+            splitter.space()[: len(part)] = part
+            found += splitter.take(len(part))
+        assert found == [plain[number]]
+        assert (splitter.cut_frames, splitter.skipped_bytes) == (1, len(claims))
+
+
+def test_motion_jpeg_without_its_tables(plain: list[bytes]) -> None:
+    whole, bare, position = plain[0], bytearray(b"\xff\xd8"), 2
+    while whole[position + 1] != 0xDA:
+        size = 2 + int.from_bytes(whole[position + 2 : position + 4], "big")
+        if whole[position + 1] != 0xC4:  # as webcams leave Huffman tables out
+            bare += whole[position : position + size]
+        position += size
+    bare += whole[position:]
+    assert len(bare) < len(whole) - 400
+    assert _pictures(BOUNDARY.join([bytes(bare)] * 3)) == [bare] * 3
+    assert np.array_equal(np.asarray(decode_image(bytes(bare))), np.asarray(decode_image(whole)))
 
 
 def test_large_frames_come_whole_and_memory_goes_back(plain: list[bytes]) -> None:
