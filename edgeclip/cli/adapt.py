@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._labelled import labelled_options
 from ._options import (
     SCHEMA,
     LabelChoice,
     ModelChoice,
     Notes,
     bundle_directory,
-    cache_dir_option,
     label_options,
     prepare_stdout,
     shown,
@@ -28,9 +27,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgeclip.classify import ZeroShotClassifier
     from edgeclip.distill.adapt import Adapted, Fit, Self, Side, Taught
-    from edgeclip.evaluate.passes import Chosen
-    from edgeclip.evaluate.picture_sets import Picture, PictureSet
+    from edgeclip.distill.adapt_pictures import Checked, Seen
+    from edgeclip.evaluate.metrics import Share
     from edgeclip.evaluate.subjects import BundleSubject
     from edgeclip.labels import LabelBank
 
@@ -38,7 +38,8 @@ __all__ = ["adapt"]
 
 EXIT_INCONCLUSIVE = 3
 _FOREIGN_SCALE = 100.0
-_SURE = 0.05
+_WITNESSES = {"nano": "default"}
+_NOBODY = "none"
 
 
 @click.command(
@@ -77,6 +78,13 @@ _SURE = 0.05
     help="Multiplier of the teacher's cosines.  [default: the bundle's; 100 for .npy]",
 )
 @click.option(
+    "--witness",
+    metavar="BUNDLE|none",
+    help="Another bundle, at least as good, that looks at the pictures too: where it finds the new answers "
+    "less likely than the old ones, the bank cannot be relied on. It teaches nothing.  [default: 'default' "
+    "for 'nano' without a teacher, else none]",
+)
+@click.option(
     "--checkpoint",
     metavar="DIR|FILE",
     help="What BUNDLE was exported from, whose text tower prompts are learned through.",
@@ -87,26 +95,22 @@ _SURE = 0.05
     type=click.FloatRange(min=0, max=1),
     help="Share of the pictures in a label.  [default: 0.3; 0.7 with a teacher]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the halves.")
-@click.option("--limit", type=click.IntRange(min=1), help="Pictures at most, spread over the data.")
 @click.option(
-    "--max-left-out",
-    default="1%",
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
     show_default=True,
-    metavar="N|N%",
-    help="Pictures that may be broken.",
+    help="Of the halves, and of the pictures that say when prompts are learnt.",
 )
+@click.option("--limit", type=click.IntRange(min=1), help="Pictures at most, spread over the data.")
 @click.option(
     "--check",
     "labelled",
     metavar="DATA",
-    help="Pictures labelled with the names offered: accuracy before and after.",
+    help="Pictures labelled with the names offered, such as a folder each: accuracy before and after.",
 )
 @click.option("--force", is_flag=True, help="Write the bank even where it cannot be relied on.")
-@click.option("--variant", default="auto", show_default=True, help="Variant of the bundle.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
-@cache_dir_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@labelled_options
 @click.option(
     "-o",
     "--output",
@@ -123,23 +127,16 @@ def adapt(
     label_file: Path | None,
     templates: str | None,
     language: str | None,
-    method: str,
-    teacher: str | None,
-    teacher_bank: Path | None,
-    teacher_scale: float | None,
-    checkpoint: str | None,
-    model: str | None,
-    strength: float | None,
-    seed: int,
+    labelled: str | None,
     limit: int | None,
     max_left_out: str,
-    labelled: str | None,
     force: bool,
     variant: str,
     threads: int | None,
     cache_dir: Path | None,
     as_json: bool,
     output: Path,
+    **options: Any,
 ) -> int:
     """Make a label bank that fits pictures of your own, without a label on them.
 
@@ -148,10 +145,14 @@ def adapt(
     whether halves of the pictures lead to the same, is said. Exit code 3 where the result cannot be relied
     on; nothing is written then without --force.
     """
-    _check_options(method, checkpoint, model, teacher, teacher_bank, teacher_scale, output)
+    asked = _Asked(**options)
+    asked.check()
+    _check_output(output)
     offered = LabelChoice(labels, label_file, templates, language)
     offered.check(required=True)
     from edgeclip.distill import adapt as adaptation
+    from edgeclip.distill import adapt_pictures
+    from edgeclip.distill.samples import BrokenLimit
     from edgeclip.evaluate.picture_sets import open_set
     from edgeclip.labels import write_atomic
 
@@ -159,47 +160,38 @@ def adapt(
     notes = Notes()
     pictures = open_set(images)
     checked = None if labelled is None else open_set(labelled)
+    allowed = BrokenLimit.parse(max_left_out).allowed
     choice = ModelChoice(bundle_path, variant, "auto", "cpu", threads, cache_dir)
-    with _subject(choice, notes) as subject:
-        bank = _bank(subject, offered, notes)
-        asked = _Teacher(teacher, teacher_bank, teacher_scale)
-        with asked.opened(subject, bank, choice, notes) as taught_by:
-            seen = _embed(
-                pictures, [subject, *taught_by.subjects], taught_by.rows, limit, max_left_out, notes
-            )
-            targets, about_teacher = _targets(seen, taught_by, subject.scale, strength, seed)
-            fit: Fit = targets
-            if method == "prompts":
-                fit = _prompts(checkpoint or "", model, bank, targets, subject.scale, seed, threads)
-            found = adaptation.adapt(
-                seen.rows,
-                bank.embeddings,
-                fit,
-                scale=subject.scale,
-                taught=targets if isinstance(targets, adaptation.Taught) else None,
-                seed=seed,
-                on_progress=notes.progress,
-            )
-            notes.done()
-        on_labelled = None
-        if checked is not None:
-            on_labelled = _check(checked, subject, bank, found, max_left_out, notes)
+    on_labelled = None
+    try:
+        with _subject(choice, notes) as (subject, classifier):
+            offered.apply(classifier, notes)
+            bank, space = classifier.bank, str(subject.about["embedding_space"])
+            with _other(asked, bank, choice, notes) as other:
+                subjects = [subject] if other is None or other.subject is None else [subject, other.subject]
+                seen = adapt_pictures.look_at(
+                    pictures,
+                    subjects,
+                    allowed=allowed,
+                    stored=None if other is None else other.rows,
+                    limit=limit,
+                    on_progress=notes.progress,
+                )
+            found, about = _adapted(asked, subject, bank, other, seen, threads, notes)
+            if checked is not None:
+                on_labelled = adapt_pictures.check(
+                    checked, subject, bank, found.rows, seen, allowed=allowed, on_progress=notes.progress
+                )
+    finally:
+        notes.done()
     reasons = list(found.judgement.reasons)
-    if on_labelled is not None and on_labelled["is_worse"]:
+    if on_labelled is not None and on_labelled.is_worse:
         reasons.append("labelled pictures are right less often than before")
-    about = {
-        "method": method,
-        "strength": targets.strength,
-        "seed": seed,
-        "pictures": found.judgement.pictures,
-        "pictures_sha256": seen.digest,
-        "teacher": about_teacher,
-        "reasons": reasons,
-    }
-    if not reasons or force:
-        content = adaptation.bank_file(adaptation.adapted_bank(bank, found.rows), about)
-        write_atomic(output, content)
+    about["reasons"] = reasons
     written = not reasons or force
+    if written:
+        made = adaptation.adapted_bank(bank, found.rows, space)
+        write_atomic(output, adaptation.bank_file(made, about))
     if as_json:
         document = {
             "schema": SCHEMA,
@@ -207,16 +199,16 @@ def adapt(
             **about,
             "reliable": not reasons,
             "labels": len(bank),
-            "embedding_space": bank.space,
+            "embedding_space": space,
             "left_out": seen.left_out,
             "duplicates": seen.duplicates,
             "judgement": found.judgement.to_dict(),
-            "check": on_labelled,
+            "check": None if on_labelled is None else on_labelled.to_dict(),
             "written": written,
         }
         click.echo(json.dumps(document, ensure_ascii=False, indent=2))
     else:
-        click.echo(_summary(found, seen, on_labelled, reasons, about_teacher))
+        click.echo(_summary(found, seen, on_labelled, about))
         if written:
             click.echo(f"written to {shown(output)}{', by force' if reasons else ''}")
         else:
@@ -224,38 +216,57 @@ def adapt(
     return 0 if written else EXIT_INCONCLUSIVE
 
 
-def _check_options(
-    method: str,
-    checkpoint: str | None,
-    model: str | None,
-    teacher: str | None,
-    teacher_bank: Path | None,
-    teacher_scale: float | None,
-    output: Path,
-) -> None:
-    """Refuse combinations that mean nothing, before anything heavy is loaded."""
+def _check_output(output: Path) -> None:
+    """Refuse what cannot be written, before anything is done."""
     from edgeclip.errors import InputError
 
     if output.suffix.lower() != ".safetensors":
         raise click.BadParameter(f"{str(output)!r} does not end in .safetensors.", param_hint="--output")
     if not output.absolute().parent.is_dir():
         raise InputError(f"{str(output)!r} cannot be written: there is no folder {str(output.parent)!r}.")
-    if method == "prompts" and checkpoint is None:
-        raise click.UsageError("--method prompts needs --checkpoint, what the bundle was exported from.")
-    if method != "prompts" and (checkpoint is not None or model is not None):
-        raise click.UsageError("--checkpoint and --model belong to --method prompts.")
-    if teacher is None and (teacher_bank is not None or teacher_scale is not None):
-        raise click.UsageError("--teacher-bank and --teacher-scale need --teacher.")
-    if _is_rows(teacher) and teacher_bank is None:
-        raise click.UsageError("--teacher FILE.npy needs --teacher-bank, the labels in its space.")
+    if output.is_dir():
+        raise InputError(f"{str(output)!r} is a folder, expected the name of a file for the bank.")
 
 
-def _is_rows(teacher: str | None) -> bool:
-    return teacher is not None and teacher.lower().endswith(".npy")
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for, of how rows are made and judged."""
+
+    method: str
+    teacher: str | None
+    teacher_bank: Path | None
+    teacher_scale: float | None
+    witness: str | None
+    checkpoint: str | None
+    model: str | None
+    strength: float | None
+    seed: int
+
+    def check(self) -> None:
+        """Refuse combinations that mean nothing, before anything heavy is loaded."""
+        if self.method == "prompts" and self.checkpoint is None:
+            raise click.UsageError("--method prompts needs --checkpoint, what the bundle was exported from.")
+        if self.method != "prompts" and (self.checkpoint is not None or self.model is not None):
+            raise click.UsageError("--checkpoint and --model belong to --method prompts.")
+        if self.teacher is None and (self.teacher_bank is not None or self.teacher_scale is not None):
+            raise click.UsageError("--teacher-bank and --teacher-scale need --teacher.")
+        if self.is_stored and self.teacher_bank is None:
+            raise click.UsageError("--teacher FILE.npy needs --teacher-bank, the labels in its space.")
+        if self.teacher is not None and self.witness not in (None, _NOBODY):
+            raise click.UsageError(
+                "--witness and --teacher cannot be given together: a teacher is asked, too."
+            )
+        if self.teacher is not None and self.method == "prompts" and self.strength is not None:
+            raise click.UsageError("--strength means nothing to prompts that learn from a teacher.")
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the teacher is a file of embeddings."""
+        return self.teacher is not None and self.teacher.lower().endswith(".npy")
 
 
 @contextmanager
-def _subject(choice: ModelChoice, notes: Notes) -> Iterator[BundleSubject]:
+def _subject(choice: ModelChoice, notes: Notes) -> Iterator[tuple[BundleSubject, ZeroShotClassifier]]:
     """Open a bundle as it runs on the device."""
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.evaluate.subjects import BundleSubject
@@ -264,125 +275,74 @@ def _subject(choice: ModelChoice, notes: Notes) -> Iterator[BundleSubject]:
         bundle_directory(choice.bundle, notes), variant=choice.variant, options=choice.options()
     )
     with closing(BundleSubject(choice.bundle, opened)) as subject:
-        yield subject
+        yield subject, opened
 
 
-def _bank(subject: BundleSubject, offered: LabelChoice, notes: Notes) -> LabelBank:
-    from edgeclip.errors import InputError
-    from edgeclip.labels import LabelBank
-
-    read = offered.read()
-    if read is None:
-        raise click.UsageError("give --labels or --label-file.")
-    if not isinstance(read, LabelBank):
-        found = subject.bank(read, offered.read_templates(), notes.on_encoding)
-        notes.done()
-        return found
-    space = subject.about["embedding_space"]
-    if read.space != space:
-        raise InputError(
-            f"label bank {shown(offered.label_file)!r} is of the embedding space "
-            f"{read.space[:16] or 'not stated'!r}, the bundle's is {space[:16]!r}; build it again with this "
-            "bundle."
-        )
-    return read
-
-
-# --- the teacher -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Teacher:
-    """What was asked for as a teacher."""
-
-    said: str | None
-    bank: Path | None
-    scale: float | None
-
-    @contextmanager
-    def opened(
-        self, student: BundleSubject, bank: LabelBank, choice: ModelChoice, notes: Notes
-    ) -> Iterator[_TaughtBy]:
-        """Open it, and bring its labels into the order of the student's.
-
-        Raises:
-            InputError: its bank holds other labels, is of another space, or as wide as its rows are not.
-        """
-        from dataclasses import replace
-
-        from edgeclip.errors import InputError
-        from edgeclip.labels import LabelBank
-
-        own = None if self.bank is None else LabelBank.open(self.bank)
-        if own is not None and set(own.names) != set(bank.names):
-            missing = sorted(set(bank.names) ^ set(own.names))
-            raise InputError(
-                f"teacher bank {shown(self.bank)!r}: holds other labels than are offered, first "
-                f"{missing[0]!r}; build it with the same labels."
-            )
-        if self.said is None:
-            yield _TaughtBy([], None, None, 0.0, None)
-        elif own is not None and _is_rows(self.said):
-            rows = _read_rows(Path(self.said))
-            if rows.shape[1] != own.embeddings.shape[1]:
-                raise InputError(
-                    f"teacher {shown(self.said)!r} has rows of {rows.shape[1]}, its bank of "
-                    f"{own.embeddings.shape[1]} dimensions; they must be of one model."
-                )
-            about = {"name": Path(self.said).name, "rows": len(rows)}
-            yield _TaughtBy([], rows, _ordered(own, bank), self.scale or _FOREIGN_SCALE, about)
-        else:
-            asked = replace(choice, bundle=self.said, variant="auto", cache_dir=None)
-            with _subject(asked, notes) as subject:
-                if own is None:
-                    own = subject.bank(bank.labels, bank.templates, notes.on_encoding)
-                    notes.done()
-                elif own.space and own.space != subject.about["embedding_space"]:
-                    raise InputError(
-                        f"teacher bank {shown(self.bank)!r} is of another embedding space than the teacher "
-                        f"{shown(self.said)!r}; build it with this bundle."
-                    )
-                about = {
-                    "name": subject.about["model"],
-                    "embedding_space": subject.about["embedding_space"],
-                    "variant": subject.about["variant"],
-                }
-                yield _TaughtBy([subject], None, _ordered(own, bank), self.scale or subject.scale, about)
+# --- a teacher, or a witness -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _TaughtBy:
-    """A teacher, open.
+class _Other:
+    """Another model that says what the pictures show.
 
     Attributes:
-        subjects: it, if it looks at the pictures itself.
+        subject: it, if it looks at the pictures itself.
         rows: its embeddings of all pictures of the set, if it did before.
         labels: ``(N, T)`` its rows of the labels.
         scale: multiplier of its cosines.
         about: what the bank will say of it.
     """
 
-    subjects: list[BundleSubject]
+    subject: BundleSubject | None
     rows: NDArray[np.float32] | None
-    labels: NDArray[np.float32] | None
+    labels: NDArray[np.float32]
     scale: float
-    about: dict[str, Any] | None
+    about: dict[str, Any]
 
 
-def _targets(
-    seen: _Seen, teacher: _TaughtBy, scale: float, strength: float | None, seed: int
-) -> tuple[Self | Taught, dict[str, Any] | None]:
-    """Return who says what the pictures show, and what the bank will say of a teacher.
+@contextmanager
+def _other(asked: _Asked, bank: LabelBank, choice: ModelChoice, notes: Notes) -> Iterator[_Other | None]:
+    """Open the teacher or the witness, and bring its labels into the order of the bank's.
 
-    A teacher adapts itself to the pictures first, where that can be relied on.
+    Raises:
+        InputError: its bank holds other labels, is of another space, or as wide as its rows are not.
     """
-    from edgeclip.distill.adapt import STRENGTH, TAUGHT_STRENGTH, Self, ask_teacher
+    from edgeclip.errors import InputError
+    from edgeclip.labels import LabelBank
 
-    if seen.teacher is None or teacher.labels is None or teacher.about is None:
-        return Self(scale, strength=STRENGTH if strength is None else strength), None
-    wanted = TAUGHT_STRENGTH if strength is None else strength
-    taught, judged = ask_teacher(seen.teacher, teacher.labels, teacher.scale, strength=wanted, seed=seed)
-    return taught, {**teacher.about, "adapted_itself": judged.reliable}
+    own = None if asked.teacher_bank is None else LabelBank.open(asked.teacher_bank)
+    if own is not None and set(own.names) != set(bank.names):
+        missing = sorted(set(bank.names) ^ set(own.names))
+        raise InputError(
+            f"teacher bank {shown(asked.teacher_bank)!r}: holds other labels than are offered, first "
+            f"{missing[0]!r}; build it with the same labels."
+        )
+    said = asked.teacher or asked.witness or _WITNESSES.get(choice.bundle, _NOBODY)
+    if said == _NOBODY:
+        yield None
+    elif own is not None and asked.is_stored:
+        rows = _read_rows(Path(said))
+        if rows.shape[1] != own.embeddings.shape[1]:
+            raise InputError(
+                f"teacher {shown(said)!r} has rows of {rows.shape[1]}, its bank of "
+                f"{own.embeddings.shape[1]} dimensions; they must be of one model."
+            )
+        about = {"name": Path(said).name, "rows": len(rows)}
+        yield _Other(None, rows, _ordered(own, bank), asked.teacher_scale or _FOREIGN_SCALE, about)
+    else:
+        with _subject(replace(choice, bundle=said, variant="auto", cache_dir=None), notes) as (subject, _):
+            space = subject.about["embedding_space"]
+            if own is None:
+                own = subject.bank(bank.labels, bank.templates, notes.on_encoding)
+                notes.done()
+            elif own.space and own.space != space:
+                raise InputError(
+                    f"teacher bank {shown(asked.teacher_bank)!r} is of another embedding space than the "
+                    f"teacher {shown(said)!r}; build it with this bundle."
+                )
+            about = {name: subject.about[name] for name in ("embedding_space", "variant")}
+            about = {"name": subject.about["model"], **about}
+            yield _Other(subject, None, _ordered(own, bank), asked.teacher_scale or subject.scale, about)
 
 
 def _ordered(own: LabelBank, like: LabelBank) -> NDArray[np.float32]:
@@ -407,157 +367,61 @@ def _read_rows(path: Path) -> NDArray[np.float32]:
     return np.asarray(unit_rows(f"teacher {shown(path)!r}", rows), np.float32)
 
 
-# --- pictures ----------------------------------------------------------------------------------------------
+# --- rows --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """Pictures as towers see them.
-
-    Attributes:
-        rows: ``(n, E)`` unit embeddings, each picture once.
-        teacher: ``(n, T)`` the teacher's.
-        digest: of the prepared pictures, whatever their order.
-        left_out: pictures that could not be read.
-        duplicates: pictures that were there before.
-    """
-
-    rows: NDArray[np.float32]
-    teacher: NDArray[np.float32] | None
-    digest: str
-    left_out: int
-    duplicates: int
-
-
-def _embed(
-    pictures: PictureSet,
-    subjects: list[BundleSubject],
-    stored: NDArray[np.float32] | None,
-    limit: int | None,
-    max_left_out: str,
-    notes: Notes,
-) -> _Seen:
-    """Embed every picture once with every subject; rows of a teacher that are stored are looked up.
-
-    Raises:
-        InputError: too many cannot be read, or stored rows are of another number of pictures.
-    """
-    import numpy as np
-
-    from edgeclip.distill.samples import BrokenLimit
-    from edgeclip.errors import InputError
-    from edgeclip.evaluate.passes import choose
-
-    places = {picture.key: place for place, picture in enumerate(pictures)} if stored is not None else {}
-    if stored is not None and len(stored) != len(places):
-        raise InputError(
-            f"teacher: has {len(stored):,} rows, {pictures.path!r} holds {len(places):,} pictures; expected "
-            "a row for each, in their order."
-        )
-    allowed = BrokenLimit.parse(max_left_out).allowed
-    chosen = choose(pictures, lambda picture: places.get(picture.key, 0), limit=limit, allowed=allowed)
-    found: list[list[NDArray[np.float32]]] = [
-        [] for _ in range(1 + (len(subjects) > 1 or stored is not None))
-    ]
-    digests: set[bytes] = set()
-    done = 0
-    for forms, uses, embedded in _passes(subjects, chosen, allowed, notes, "pictures"):
-        fresh = []
-        for row, pixels in enumerate(forms):
-            digest = hashlib.sha256(pixels.tobytes()).digest()
-            if digest not in digests:
-                digests.add(digest)
-                fresh.append(row)
-        done += len(uses)
-        if stored is not None:
-            embedded = [*embedded, stored[list(uses)]]
-        for rows, part in zip(found, embedded, strict=True):
-            rows.append(part[fresh])
-    return _Seen(
-        np.concatenate(found[0]),
-        np.concatenate(found[1]) if len(found) > 1 else None,
-        hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
-        chosen.count - done,
-        done - len(digests),
-    )
-
-
-def _passes(
-    subjects: list[BundleSubject], chosen: Chosen[int], allowed: Any, notes: Notes, what: str
-) -> Iterator[tuple[NDArray[np.uint8], tuple[int, ...], list[NDArray[np.float32]]]]:
-    """Yield pixels, uses and embeddings of each subject."""
-    from edgeclip.evaluate.passes import Passes, check_left_out
-    from edgeclip.runtime.host import usable_cores
-
-    done = 0
-    try:
-        with Passes(subjects, workers=usable_cores()) as passes:
-            for batch in passes.batches(chosen):
-                embedded = [rows for _, rows in passes.embedded(batch)]
-                done += len(batch.uses)
-                notes.progress(f"{what}: {done:,} of {chosen.count:,}")
-                yield batch.forms[0], batch.uses, embedded
-            check_left_out(chosen.pictures, passes.left_out, chosen.count, allowed)
-    finally:
-        notes.done()
-
-
-def _check(
-    pictures: PictureSet,
+def _adapted(
+    asked: _Asked,
     subject: BundleSubject,
     bank: LabelBank,
-    found: Adapted,
-    max_left_out: str,
+    other: _Other | None,
+    seen: Seen,
+    threads: int | None,
     notes: Notes,
-) -> dict[str, Any]:
-    """Return how often labelled pictures are right before and after."""
-    import numpy as np
+) -> tuple[Adapted, dict[str, Any]]:
+    """Return the adapted rows, and what the bank will say of how they were made.
 
-    from edgeclip.distill.adapt import first_labels
-    from edgeclip.distill.samples import BrokenLimit
-    from edgeclip.evaluate.metrics import share
-    from edgeclip.evaluate.paired import paired
-    from edgeclip.evaluate.passes import choose
+    A teacher adapts itself to the pictures first, where that can be relied on.
+    """
+    from edgeclip.distill import adapt as adaptation
 
-    columns = {name: row for row, name in enumerate(bank.names)}
-
-    def usable(picture: Picture) -> int | str:
-        if picture.label not in columns:
-            return f"has the label {str(picture.label)[:80]!r}, which is not offered."
-        return columns[picture.label]
-
-    allowed = BrokenLimit.parse(max_left_out).allowed
-    chosen = choose(pictures, usable, allowed=allowed)
-    rows: list[NDArray[np.float32]] = []
-    targets: list[int] = []
-    for _, uses, (embedded,) in _passes([subject], chosen, allowed, notes, "labelled pictures"):
-        rows.append(embedded)
-        targets += uses
-    embeddings, own = np.concatenate(rows), np.array(targets, np.intp)
-    before, after = (first_labels(embeddings, each) == own for each in (bank.embeddings, found.rows))
-    changes = paired(before, after)
-    accuracy = {}
-    for name, hits in (("before", before), ("after", after)):
-        counted = share(hits)
-        accuracy[name] = {"value": counted.value, "low": counted.low, "high": counted.high}
-    return {
-        **accuracy,
-        **changes.to_dict(),
-        "is_worse": changes.net_loss > 0 and changes.p_value < _SURE,
+    targets: Self | Taught
+    teacher = witness = said = taught = None
+    if other is not None and asked.teacher is not None:
+        strength = adaptation.TAUGHT_STRENGTH if asked.strength is None else asked.strength
+        taught, judged = adaptation.ask_teacher(
+            seen.rows[1], other.labels, other.scale, strength=strength, seed=asked.seed
+        )
+        targets, teacher = taught, {**other.about, "adapted_itself": judged.reliable}
+    else:
+        strength = adaptation.STRENGTH if asked.strength is None else asked.strength
+        targets = adaptation.Self(subject.scale, strength=strength)
+        if other is not None:
+            said, witness = adaptation.posterior(seen.rows[1], other.labels, other.scale), other.about
+    fit = targets if asked.method == "vectors" else _prompts(asked, bank, targets, subject.scale, threads)
+    found = adaptation.adapt(
+        seen.rows[0],
+        bank.embeddings,
+        fit,
+        scale=subject.scale,
+        taught=taught,
+        witness=said,
+        seed=asked.seed,
+        on_progress=notes.progress,
+    )
+    return found, {
+        "method": asked.method,
+        "strength": strength,
+        "seed": asked.seed,
+        "pictures": found.judgement.pictures,
+        "pictures_sha256": seen.digest,
+        "teacher": teacher,
+        "witness": witness,
     }
 
 
-# --- prompts -----------------------------------------------------------------------------------------------
-
-
 def _prompts(
-    checkpoint: str,
-    model: str | None,
-    bank: LabelBank,
-    targets: Self | Taught,
-    scale: float,
-    seed: int,
-    threads: int | None,
+    asked: _Asked, bank: LabelBank, targets: Self | Taught, scale: float, threads: int | None
 ) -> Fit:
     """Return learned prompts through the text tower of a checkpoint.
 
@@ -574,32 +438,24 @@ def _prompts(
         raise MissingExtraError(
             "--method prompts", extra="train", module=(error.name or "torch").partition(".")[0]
         ) from error
+    checkpoint = asked.checkpoint or ""
     tower = open_prompt_tower(
-        checkpoint, bank.labels, bank.templates, model=model, threads=threads or usable_cores()
+        checkpoint, bank.labels, bank.templates, model=asked.model, threads=threads or usable_cores()
     )
     tower.check(bank.embeddings, where=f"checkpoint {shown(checkpoint)!r}")
-    return LearnedPrompts(tower, targets, scale, seed=seed)
+    return LearnedPrompts(tower, targets, scale, seed=asked.seed)
 
 
 # --- what is said ------------------------------------------------------------------------------------------
 
 
-def _summary(
-    found: Adapted,
-    seen: _Seen,
-    checked: dict[str, Any] | None,
-    reasons: list[str],
-    teacher: dict[str, Any] | None,
-) -> str:
+def _summary(found: Adapted, seen: Seen, checked: Checked | None, about: dict[str, Any]) -> str:
     judged = found.judgement
-    extra = [
-        f"{count:,} {what}"
-        for count, what in ((seen.duplicates, "seen twice"), (seen.left_out, "not readable"))
-        if count
-    ]
-    lines = [
-        f"{judged.pictures:,} pictures, {judged.labels:,} labels{'; ' if extra else ''}{', '.join(extra)}",
-    ]
+    counts = [f"{judged.pictures:,} pictures, {judged.labels:,} labels"]
+    counts += [f"{seen.duplicates:,} seen twice"] if seen.duplicates else []
+    counts += [f"{seen.left_out:,} not readable"] if seen.left_out else []
+    lines = ["; ".join(counts)]
+    teacher, witness = about["teacher"], about["witness"]
     if teacher is not None:
         itself = "adapted to the pictures first" if teacher["adapted_itself"] else "as it is"
         lines.append(f"teacher {teacher['name']}, {itself}")
@@ -608,6 +464,8 @@ def _summary(
             f"teacher's first label: {judged.follows_before:.1%} of the pictures before, "
             f"{judged.follows:.1%} of those not taught on"
         )
+    if judged.witness is not None:
+        lines.append(f"witness expects:      {judged.witness:+.1%} of the pictures right ({witness['name']})")
     lines += [
         f"first label changed:  {judged.changed:.1%} of the pictures",
         f"halves agree on:      {judged.agreement:.1%} of the first labels",
@@ -616,12 +474,14 @@ def _summary(
         _side("after", judged.after),
     ]
     if checked is not None:
+        changes = checked.changes
+        again = f"; {checked.adapted_on:,} of them were adapted on" if checked.adapted_on else ""
         lines.append(
-            f"labelled pictures:    {_accuracy(checked['before'])} -> {_accuracy(checked['after'])} of "
-            f"{checked['n']:,}; {checked['wrong_to_right']} gained, {checked['right_to_wrong']} lost, "
-            f"p {checked['mcnemar_p']:.2g} (McNemar)"
+            f"labelled pictures:    {_accuracy(checked.before)} -> {_accuracy(checked.after)} of "
+            f"{changes.n:,}; {changes.wrong_to_right} gained, {changes.right_to_wrong} lost, "
+            f"p {changes.p_value:.2g} (McNemar){again}"
         )
-    return "\n".join([*lines, *(f"reason: {each}" for each in reasons)])
+    return "\n".join([*lines, *(f"reason: {each}" for each in about["reasons"])])
 
 
 def _side(what: str, side: Side) -> str:
@@ -631,5 +491,5 @@ def _side(what: str, side: Side) -> str:
     )
 
 
-def _accuracy(figure: dict[str, float]) -> str:
-    return f"{figure['value']:.1%} [{figure['low']:.1%}, {figure['high']:.1%}]"
+def _accuracy(figure: Share) -> str:
+    return f"{figure.value:.1%} [{figure.low:.1%}, {figure.high:.1%}]"

@@ -14,7 +14,6 @@ from command import Command, Result
 from PIL import Image
 from tiny_bundle import COLOURS, colour_picture, make_tiny_bundle
 
-from edgeclip import cli
 from edgeclip.bundle import Bundle
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.distill import adapt as adaptation
@@ -23,11 +22,6 @@ from edgeclip.labels import LabelBank
 
 NAMES = ",".join(COLOURS)
 EACH = 6
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli._COMMANDS, "adapt", ("edgeclip.cli.adapt:adapt", "Fit a label bank."))
 
 
 @pytest.fixture
@@ -300,7 +294,7 @@ def test_a_bank_of_another_space_and_a_bundle_without_a_text_tower_are_refused(
     assert run("labels", "build", "--bundle", other_bundle, "--labels", NAMES, "-o", bank).code == 0
     result = run("adapt", tiny_bundle, "--images", pictures, "--label-file", bank, "-o", out)
     assert result.code == 1
-    assert "is of the embedding space" in result.err
+    assert "label bank of embedding space" in result.err
     make_tiny_bundle(tmp_path / "slim", text_tower=False)
     result = run("adapt", tmp_path / "slim", "--images", pictures, "--labels", "one,two", "-o", out)
     assert result.code == 1

@@ -307,7 +307,7 @@ def test_the_file_is_an_ordinary_bank_that_says_how_it_was_made() -> None:
     names = [f"label {number}" for number in range(LABELS)]
     bank = LabelBank(LabelSet.of(names), drawn.texts, Templates.of("one"), space="s" * 64, tower="t" * 64)
     rows = Self(SCALE)(drawn.pictures, drawn.texts, np.arange(len(drawn.own)))
-    content = bank_file(adapted_bank(bank, rows), {"method": "vectors", "seed": 0})
+    content = bank_file(adapted_bank(bank, rows, bank.space), {"method": "vectors", "seed": 0})
     read = LabelBank.from_bytes(content)
     assert read.names == bank.names
     assert read.space == bank.space
