@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Answers", "InForce", "Prediction", "Rejection", "crossed", "in_context"]
 
+Ranked: TypeAlias = "tuple[float, int, float]"
+"""Of a label: similarity, its number among those offered, score."""
 MAX_CONTEXTS = 100
 """Most contexts of one set of labels: each costs as many texts and rows as there are labels."""
 
@@ -147,6 +149,7 @@ class InForce:
         gate: judges whether labels fit, with the last M products; ``None`` where nobody asked.
         multi: whether it judges each label by itself.
         bank: the labels; ``None`` for a head fitted on pictures.
+        fitted: that head; ``None`` for labels.
     """
 
     names: tuple[str, ...]
@@ -155,6 +158,7 @@ class InForce:
     gate: Gate | None = None
     multi: bool = False
     bank: LabelBank | None = None
+    fitted: FewShotHead | None = None
 
     @property
     def score_kind(self) -> str:
@@ -166,36 +170,51 @@ class InForce:
 
         A similarity that is not a number stays one; whoever has the embeddings knows what that means.
         """
+        return [
+            Answer(self._named(best if asked is None else self.fitting(best, asked)), asked)
+            for best, asked in self.ranked(embeddings, top_k)
+        ]
+
+    def ranked(
+        self, embeddings: NDArray[np.float32], top_k: int
+    ) -> list[tuple[list[Ranked], Rejection | None]]:
+        """Return the ``top_k`` labels of each of ``(B, E)``, whether they fit or not, and what the gate says.
+
+        They are ordered by similarity; where each label is judged by itself, by that score.
+        """
         products = cosines(embeddings, self.rows)
         gate = self.gate
         if gate is None:
-            ranking = best_of(self.head.similarity(products), self.head, top_k=top_k)
-            return [Answer(self._named(best)) for best in ranking]
+            return [(best, None) for best in best_of(self.head.similarity(products), self.head, top_k=top_k)]
         own = products.shape[1] - len(gate.rows)
         similarity, others = self.head.similarity(products[:, :own]), products[:, own:]
         if self.multi:
-            return self._each_alone(similarity, gate.alone(similarity, others), gate.threshold_alone, top_k)
+            return _each_alone(similarity, gate.alone(similarity, others), gate.threshold_alone, top_k)
         ranking = best_of(similarity, self.head, top_k=top_k)
-        answers = []
-        for best, score in zip(ranking, gate.scores(similarity, others).tolist(), strict=True):
-            rejection = Rejection(score, gate.threshold)
-            answers.append(Answer(() if rejection.rejected else self._named(best), rejection))
-        return answers
+        scores = gate.scores(similarity, others).tolist()
+        return [(best, Rejection(score, gate.threshold)) for best, score in zip(ranking, scores, strict=True)]
 
-    def _each_alone(
-        self, similarity: NDArray[np.float32], alone: NDArray[np.float64], threshold: float, top_k: int
-    ) -> list[Answer]:
-        """Return the labels whose own score ``(B, N)`` reaches the threshold, best first."""
-        answers = []
-        for row, scores in zip(similarity, alone, strict=True):
-            order = (-scores).argsort(kind="stable")[:top_k].tolist()
-            kept = [(row.item(each), each, scores.item(each)) for each in order if scores[each] >= threshold]
-            answers.append(Answer(self._named(kept), Rejection(scores.item(order[0]), threshold)))
-        return answers
+    def fitting(self, best: list[Ranked], asked: Rejection) -> list[Ranked]:
+        """Return those of the best labels that are given."""
+        if self.multi:
+            return [each for each in best if each[2] >= asked.threshold]
+        return [] if asked.rejected else best
 
-    def _named(self, best: list[tuple[float, int, float]]) -> tuple[Prediction, ...]:
+    def _named(self, best: list[Ranked]) -> tuple[Prediction, ...]:
         names = self.names
         return tuple([Prediction(names[row], score, similarity) for similarity, row, score in best])
+
+
+def _each_alone(
+    similarity: NDArray[np.float32], alone: NDArray[np.float64], threshold: float, top_k: int
+) -> list[tuple[list[Ranked], Rejection | None]]:
+    """Return the labels with the greatest scores of their own ``(B, N)``."""
+    found: list[tuple[list[Ranked], Rejection | None]] = []
+    for row, scores in zip(similarity, alone, strict=True):
+        order = (-scores).argsort(kind="stable")[:top_k].tolist()
+        best = [(row.item(each), each, scores.item(each)) for each in order]
+        found.append((best, Rejection(best[0][2], threshold)))
+    return found
 
 
 def crossed(groups: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -254,9 +273,8 @@ def of_bank(
 
 def of_few_shot(fitted: FewShotHead, answers: Answers, gate: Gate | None) -> InForce:
     """Return what is in force when a head fitted on pictures is offered."""
-    return InForce(
-        fitted.names, _with_gate(fitted.weights, gate), LinearHead(fitted.bias), gate, answers.multi
-    )
+    rows, head = _with_gate(fitted.weights, gate), LinearHead(fitted.bias)
+    return InForce(fitted.names, rows, head, gate, answers.multi, fitted=fitted)
 
 
 def _with_gate(rows: NDArray[np.float32], gate: Gate | None) -> NDArray[np.float32]:

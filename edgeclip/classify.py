@@ -304,6 +304,11 @@ class ZeroShotClassifier:
         return self._labels_in_force().names
 
     @property
+    def in_force(self) -> InForce:
+        """What answers are made of now; a change of labels puts another one in its place."""
+        return self._labels_in_force()
+
+    @property
     def score_kind(self) -> str:
         """What ``Prediction.score`` is: ``"softmax"`` for the temperature head."""
         return self._labels_in_force().score_kind

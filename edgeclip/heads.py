@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle
 
 __all__ = [
+    "SHARES",
     "ContextHead",
     "Head",
     "LinearHead",
@@ -39,7 +40,8 @@ __all__ = [
 
 MAX_SCALE = 100.0
 """Largest multiplier of cosines, as CLIP clips it (Radford et al. 2021, §2.5)."""
-
+SHARES = ("softmax", "linear")
+"""Kinds of scores that sum to 1 over labels."""
 
 # exp() of more is no double.
 _LARGEST_EXPONENT = 700.0

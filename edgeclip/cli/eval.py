@@ -14,7 +14,10 @@ import click
 
 from ._options import (
     SCHEMA,
+    AnswerChoice,
+    LabelChoice,
     Notes,
+    answer_options,
     bundle_directory,
     cache_dir_option,
     is_there,
@@ -24,6 +27,7 @@ from ._options import (
 )
 
 if TYPE_CHECKING:
+    from edgeclip.answers import Answers
     from edgeclip.evaluate.comparison import Settings
     from edgeclip.evaluate.offered import Offered
     from edgeclip.evaluate.picture_sets import PictureSet
@@ -64,6 +68,7 @@ class _Recorded(click.Command):
     metavar="[LANG=]NAME|FILE",
     help="Prompts around labels.  [default: those of the data, else of the first model]",
 )
+@answer_options
 @click.option(
     "--task",
     type=click.Choice(["zero-shot", "retrieval"]),
@@ -106,6 +111,11 @@ def eval_(
     labels: tuple[str, ...],
     languages: tuple[str, ...],
     templates: tuple[str, ...],
+    head: str | None,
+    reject: bool,
+    multi: bool,
+    threshold: float | None,
+    context: tuple[str, ...],
     task: str | None,
     captions: tuple[str, ...],
     corruptions: str | None,
@@ -132,6 +142,10 @@ def eval_(
     zero-shot  top-1 and top-5, mean recall of the classes, calibration error (ECE)
     retrieval  recall at 1, 5 and 10, of texts by pictures and of pictures by texts
 
+    With --head, --context, --reject and --multi the answers are those of 'classify'. --reject also asks for
+    every picture without its own label among those offered. With --multi a picture may have several labels,
+    separated by '|'.
+
     Example: edgeclip eval default --data shapes/held_out.jsonl --labels shapes/labels.json --limit 200
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
     began = time.perf_counter()
@@ -145,6 +159,11 @@ def eval_(
         "--labels": labels,
         "--language": languages,
         "--templates": templates,
+        "--head": head,
+        "--reject": reject,
+        "--multi": multi,
+        "--threshold": threshold is not None,
+        "--context": context,
         "--corruptions": corruptions,
         "--ood": ood,
         "--per-class": per_class,
@@ -154,17 +173,28 @@ def eval_(
         raise click.UsageError(f"{misplaced} means nothing for retrieval.")
     if captions and task != "retrieval":
         raise click.UsageError("--captions means nothing for zero-shot.")
+    asked = AnswerChoice(head, reject, multi, threshold, context)
+    asked.check(
+        LabelChoice(next(iter(labels), None), None, next(iter(templates), None), next(iter(languages), None))
+    )
+    answers = asked.answers()
     chosen, levels = _corruptions(corruptions), _severities(severities)
     settings = _settings(limit, batch_size, max_left_out, notes)
     # What is cheap to find wrong is looked at before a model is opened.
-    offered = None if task == "retrieval" else _offered(pictures, labels, languages, templates, notes)
+    offered = None
+    if task != "retrieval" and head is None:
+        offered = _offered(pictures, labels, languages, templates, multi, notes)
     others = None if ood is None else open_set(ood)
-    opened = _Models(notes, variants, device, threads, cache_dir)
+    opened = _Models(notes, variants, device, threads, cache_dir, answers)
     try:
         for said in models:
             opened.add(said)
         from edgeclip.evaluate.comparison import compare_retrieval, compare_zero_shot
+        from edgeclip.evaluate.offered import offer_head
 
+        if head is not None:
+            classes = opened.subjects[0].in_force(head, None).names
+            offered = offer_head(classes, head, numbered=pictures.labels if pictures.numbered else None)
         if offered is None:
             comparison = compare_retrieval(opened.subjects, pictures, kinds=captions, settings=settings)
         else:
@@ -251,6 +281,7 @@ def _offered(
     labels: Sequence[str],
     languages: Sequence[str],
     templates: Sequence[str],
+    several: bool,
     notes: Notes,
 ) -> Offered:
     from edgeclip.errors import InputError
@@ -264,7 +295,7 @@ def _offered(
         raise click.UsageError("--language takes aliases of one file; leave it out or give one --labels.")
     brought = pictures.labels
     if not given:
-        given = [(None, brought or LabelSet.of(_labels_found(pictures)))]
+        given = [(None, brought or LabelSet.of(_labels_found(pictures, several)))]
     elif pictures.numbered and brought is not None and len(given[0][1]) != len(brought):
         raise InputError(
             f"--labels: got {len(given[0][1]):,}, expected {len(brought):,} in the order of "
@@ -288,10 +319,11 @@ def _labels(said: str) -> LabelSet:
     return parse_labels(said) if "," in said and not is_there(said) else read_labels(said)
 
 
-def _labels_found(pictures: PictureSet) -> list[str]:
+def _labels_found(pictures: PictureSet, several: bool) -> list[str]:
     from edgeclip.errors import InputError
 
-    found = {picture.label for picture in pictures if picture.label is not None}
+    said = [picture.label for picture in pictures if picture.label is not None]
+    found = {name.strip() for label in said for name in (label.split("|") if several else [label])}
     if not found:
         raise InputError(
             f"{pictures.path!r}: no picture has a label; expected a folder a class, a column 'label' or .cls "
@@ -318,6 +350,7 @@ class _Models:
         device: where everything runs.
         threads: of towers.
         cache_dir: where compiled towers are, in place of the host cache.
+        answers: what is asked of each picture.
         subjects: what was opened.
         skipped: variants that cannot run here, and why.
     """
@@ -327,6 +360,7 @@ class _Models:
     device: str
     threads: int | None
     cache_dir: Path | None
+    answers: Answers
     subjects: list[Subject] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -363,6 +397,7 @@ class _Models:
             bundle_directory(said, self.notes),
             variants=[] if "all" in self.variants else self.variants,
             options=RuntimeOptions(device=self.device, threads=self.threads, cache_dir=self.cache_dir),
+            answers=self.answers,
         )
         self.subjects += opened
         self.skipped += skipped
@@ -380,7 +415,9 @@ class _Models:
         from edgeclip.runtime.host import usable_cores
 
         threads = self.threads or usable_cores()
-        self.subjects.append(open_eager(path, model=model, device=self.device, threads=threads))
+        self.subjects.append(
+            open_eager(path, model=model, device=self.device, threads=threads, answers=self.answers)
+        )
 
     def close(self) -> None:
         """Close them."""

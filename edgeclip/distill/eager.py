@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from edgeclip.answers import Answers, InForce
 from edgeclip.bundle import PreprocessSpec
 from edgeclip.distill.batches import to_float
 from edgeclip.distill.inputs import check_tokenizer
 from edgeclip.errors import ConfigError
+from edgeclip.evaluate.subjects import force_of_labels
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import LabelBank, build_bank
 from edgeclip.models.checkpoints import LoadedModel, load_model
@@ -28,9 +30,11 @@ from edgeclip.words import scripts_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from edgeclip.evaluate.subjects import OnProgress
+    from edgeclip.evaluate.subjects import Asked, OnProgress
 
 __all__ = ["EagerSubject", "open_eager", "preprocess_of", "tokenizer_of"]
+
+_PLAIN = Answers()
 
 
 class EagerSubject:
@@ -43,6 +47,7 @@ class EagerSubject:
         tokenizer: its own.
         device: where it lies.
         about: what it is, as JSON values.
+        answers: what is asked of each picture; of what needs a bundle nothing.
     """
 
     digest, space = "", ""  # its label vectors are kept nowhere
@@ -56,8 +61,10 @@ class EagerSubject:
         *,
         device: torch.device | None = None,
         about: Mapping[str, Any] | None = None,
+        answers: Answers = _PLAIN,
     ) -> None:
         self.name = name
+        self.answers = answers
         self.preprocess = preprocess_of(config)
         self.scale = min(model.logit_scale.exp().item(), MAX_SCALE)
         self.about = dict(about or {})
@@ -94,6 +101,12 @@ class EagerSubject:
             is_chinese = all("han" in scripts_of(name) for name in labels.names)
             templates = Templates.of("zh" if is_chinese else "one")
         return build_bank(labels, templates, self, on_progress=on_progress)
+
+    def in_force(
+        self, asked: Asked, templates: Templates | None, on_progress: OnProgress | None = None
+    ) -> InForce:
+        """Return what makes answers of embeddings; :func:`edgeclip.evaluate.subjects.force_of_labels`."""
+        return force_of_labels(self, asked, templates, on_progress)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -137,7 +150,12 @@ def tokenizer_of(path: str, loaded: LoadedModel) -> Tokenizer:
 
 
 def open_eager(
-    path: str, *, model: str | None = None, device: str = "cpu", threads: int | None = None
+    path: str,
+    *,
+    model: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    answers: Answers = _PLAIN,
 ) -> EagerSubject:
     """Return a checkpoint of ours, or a published file of a model of the zoo.
 
@@ -146,6 +164,7 @@ def open_eager(
         model: name of the model, where it is a file.
         device: where it runs.
         threads: of torch, for the whole process; as they are if missing.
+        answers: what is asked of each picture.
 
     Raises:
         InputError: the checkpoint cannot be read.
@@ -179,4 +198,4 @@ def open_eager(
         "licence": loaded.licence,
     }
     name = path if model is None else f"{model}:{path}"
-    return EagerSubject(name, towers, config, tokenizer, device=place, about=about)
+    return EagerSubject(name, towers, config, tokenizer, device=place, about=about, answers=answers)

@@ -9,21 +9,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from edgeclip.answers import InForce
 from edgeclip.errors import ConfigError, InputError
 from edgeclip.evaluate.corruptions import CORRUPTIONS, SEVERITIES
-from edgeclip.evaluate.metrics import Share, share, unit_rows
+from edgeclip.evaluate.metrics import Share, share
 from edgeclip.evaluate.offered import Offered
 from edgeclip.evaluate.passes import Chosen, LeftOut, Passes, check_left_out, choose
 from edgeclip.evaluate.picture_sets import Picture, PictureSet
-from edgeclip.evaluate.results import Comparison, Counts, OutOfDistribution, Robustness, Row
+from edgeclip.evaluate.results import (
+    Comparison,
+    Counts,
+    OutOfDistribution,
+    Rejections,
+    Robustness,
+    Row,
+    SeveralLabels,
+)
 from edgeclip.evaluate.retrieval import Texts, evaluate_retrieval
 from edgeclip.evaluate.subjects import OnProgress, Subject
-from edgeclip.evaluate.zero_shot import Ranking, rank_pictures, report_of
+from edgeclip.evaluate.zero_shot import Ranking, ranking_of, report_of
+from edgeclip.few_shot import FewShotHead
+from edgeclip.few_shot_fit import without_class
+from edgeclip.label_sets import LabelSet, Templates
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,7 +89,10 @@ def compare_zero_shot(
 ) -> Comparison:
     """Return how well models name pictures, all on the same ones.
 
-    Where templates are left to the models, those of the first model are used for all.
+    Where templates are left to the models, those of the first model are used for all. What is asked of each
+    picture beside that (contexts, rejection, several labels) is what the models were opened with, and is
+    answered as the classifier answers it. Where several labels are asked for, pictures may have several,
+    separated by ``|``; in top-1 and recall a picture then counts for that of them which came first.
 
     Args:
         subjects: models; the first is the reference.
@@ -96,122 +111,212 @@ def compare_zero_shot(
         EdgeClipError: a model cannot embed what it is given.
     """
     _check(subjects, corruptions, severities)
+    answers = subjects[0].answers
     chosen = choose(
-        pictures, lambda picture: _target(picture, offered), limit=settings.limit, allowed=settings.allowed
+        pictures,
+        lambda picture: _right(picture, offered, answers.multi),
+        limit=settings.limit,
+        allowed=settings.allowed,
     )
     outside = (
-        None
-        if ood is None
-        else choose(ood, lambda picture: True, limit=settings.limit, allowed=settings.allowed)
+        None if ood is None else choose(ood, _nothing_right, limit=settings.limit, allowed=settings.allowed)
     )
-    banks, templates = _banks(subjects, offered, settings)
+    forces, templates = _forces(subjects, offered, settings)
     conditions = [(name, severity) for name in corruptions for severity in severities]
     with Passes(subjects, settings.batch_size, settings.workers) as passes:
-        rankings, targets, hits = _rank(passes, chosen, banks, conditions, seed, settings, "pictures")
+        found = _rank(passes, chosen, forces, conditions, seed, settings, "pictures", keep=answers.gated)
         unread = tuple(passes.left_out)
-        far: dict[tuple[str, str], Ranking] = {}
+        far = None
         if outside is not None:
-            far, _, _ = _rank(passes, outside, banks, [], seed, settings, "ood pictures")
+            far = _rank(passes, outside, forces, [], seed, settings, "ood pictures")
         unread_far = tuple(passes.left_out[len(unread) :])
     rows = []
     for subject in subjects:
-        reports, agreement, robustness, apart = {}, {}, {}, {}
+        row = Row(subject.name, subject.about)
         for language in offered.languages:
-            ranking = rankings[subject.name, language]
-            reports[language] = report_of(ranking, targets, offered.names, per_class=per_class)
+            key = subject.name, language
+            ranking, force = found.rankings[key], forces[key]
+            targets = _counted(ranking, found.right)
+            report = report_of(ranking, targets, offered.names, per_class=per_class)
+            row.reports[language] = report
             if subject is not subjects[0]:
-                reference = rankings[subjects[0].name, language]
-                agreement[language] = share(ranking.first == reference.first)
+                reference = found.rankings[subjects[0].name, language]
+                row.agreement[language] = share(ranking.first == reference.first)
             if conditions:
-                found: dict[str, dict[int, Share]] = {}
+                corrupted: dict[str, dict[int, Share]] = {}
                 for name, severity in conditions:
-                    found.setdefault(name, {})[severity] = share(
-                        np.concatenate(hits[subject.name, language, name, severity])
-                    )
-                robustness[language] = Robustness(reports[language].top1, found)
-            if far:
-                apart[language] = OutOfDistribution.of(ranking, far[subject.name, language])
-        rows.append(
-            Row(
-                subject.name,
-                subject.about,
-                reports=reports,
-                agreement=agreement,
-                robustness=robustness,
-                ood=apart,
-            )
-        )
+                    hits = found.hits[(*key, name, severity)]
+                    corrupted.setdefault(name, {})[severity] = share(np.concatenate(hits))
+                row.robustness[language] = Robustness(report.top1, corrupted)
+            if far is not None:
+                row.ood[language] = OutOfDistribution.of(ranking, far.rankings[key])
+            if force.gate is not None:
+                held_out = _held_out(subject, force, templates[language], found, settings)
+                threshold = force.gate.threshold_alone if force.multi else force.gate.threshold
+                row.rejections[language] = Rejections.of(ranking, targets, threshold, held_out)
+            if force.multi:
+                row.several[language] = SeveralLabels.of(np.concatenate(found.counts[key]))
+        rows.append(row)
     return Comparison(
         "zero-shot",
         tuple(rows),
         _counts(chosen, unread, settings),
         tuple(offered.languages),
         labels=len(offered.names),
-        templates=templates,
+        templates={language: () if each is None else each.texts for language, each in templates.items()},
         ood=None if outside is None else _counts(outside, unread_far, settings),
         seed=seed if conditions else None,
+        answers=answers,
+        head=offered.head,
     )
 
 
-def _target(picture: Picture, offered: Offered) -> int | str:
+_Key = tuple[str, str]  # name of a model, language
+_Right = tuple[int, ...]  # numbers of the labels that are right for a picture
+
+
+def _right(picture: Picture, offered: Offered, several: bool) -> _Right | str:
     if picture.label is None:
         return "has no label; expected a column 'label', a .cls or a folder per label."
-    number = offered.number(picture.label)
-    if number is None:
-        return f"has the label {picture.label[:80]!r}, which is not among the {len(offered.names):,} offered."
-    return number
+    found = offered.right(picture.label, several=several)
+    if isinstance(found, str):
+        return f"has the label {found[:80]!r}, which is not among the {len(offered.names):,} offered."
+    return found
 
 
-def _banks(
+def _nothing_right(_: Picture) -> _Right | str:
+    return ()
+
+
+def _counted(ranking: Ranking, right: Sequence[_Right]) -> NDArray[np.intp]:
+    """Return the right label of each picture that came first; where none did, the first it has."""
+    return np.array(
+        [
+            numbers[0] if len(numbers) == 1 else next((each for each in best if each in numbers), numbers[0])
+            for best, numbers in zip(ranking.best.tolist(), right, strict=True)
+        ],
+        np.intp,
+    )
+
+
+def _forces(
     subjects: Sequence[Subject], offered: Offered, settings: Settings
-) -> tuple[dict[tuple[str, str], NDArray[Any]], dict[str, tuple[str, ...]]]:
-    banks, used = {}, {}
+) -> tuple[dict[_Key, InForce], dict[str, Templates | None]]:
+    """Return what makes answers, by model and language, and the templates that all used."""
+    forces, used = {}, {}
     for language, labels in offered.languages.items():
         templates = offered.templates[language]
         for subject in subjects:
-            bank = subject.bank(labels, templates, settings.on_encoding)
-            templates = bank.templates
-            banks[subject.name, language] = unit_rows("label embeddings", bank.embeddings)
-        used[language] = () if templates is None else templates.texts
-    return banks, used
+            force = subject.in_force(offered.head or labels, templates, settings.on_encoding)
+            if len(force.names) != len(offered.names) or (offered.head and force.names != offered.names):
+                raise InputError(
+                    f"{subject.name}: offers {len(force.names):,} labels, first {force.names[0]!r}; expected "
+                    f"the {len(offered.names):,} of the first model, first {offered.names[0]!r}."
+                )
+            templates = templates if force.bank is None else force.bank.templates
+            forces[subject.name, language] = force
+        used[language] = templates
+    return forces, used
 
 
-_Hits = dict[tuple[str, str, str, int], list[Any]]
+def _held_out(
+    subject: Subject, force: InForce, templates: Templates | None, found: _Found, settings: Settings
+) -> Ranking | None:
+    """Return what is said of pictures without their own labels among those offered, in no certain order."""
+    of_label: dict[_Right, list[int]] = {}
+    for row, numbers in enumerate(found.right):
+        of_label.setdefault(tuple(sorted(numbers)), []).append(row)
+    images, parts = np.concatenate(found.images[subject.name]), []
+    for done, (numbers, members) in enumerate(of_label.items(), start=1):
+        others = _without(force, numbers)
+        if others is not None:
+            left = subject.in_force(others, templates, settings.on_encoding)
+            parts.append(ranking_of(left, images[members]).cut())
+        settings.said(f"{subject.name}: labels held out", done, len(of_label))
+    return Ranking.joined(parts) if parts else None
+
+
+def _without(force: InForce, numbers: _Right) -> LabelSet | FewShotHead | None:
+    """Return what is offered less some labels; ``None`` where nothing could be offered."""
+    head = force.fitted
+    if head is not None:
+        if len(head) - len(numbers) < 2:
+            return None
+        for number in numbers:
+            head = without_class(head, force.names[number], choose=False)
+        return head
+    labels = () if force.bank is None else force.bank.labels.labels
+    kept = tuple(label for number, label in enumerate(labels) if number not in numbers)
+    return LabelSet(kept) if kept else None
+
+
+@dataclass
+class _Found:
+    """What a pass over pictures found.
+
+    Attributes:
+        right: of each picture its right labels.
+        rankings: by model and language.
+        hits: whether the first label is right, batch by batch, under each corruption.
+        counts: of each picture (given and right, given, right, first is right), where labels are judged one
+            by one.
+        images: embeddings by model, batch by batch, where they are needed again.
+    """
+
+    right: list[_Right] = field(default_factory=list)
+    rankings: dict[_Key, Ranking] = field(default_factory=dict)
+    hits: dict[tuple[str, str, str, int], list[NDArray[np.bool_]]] = field(default_factory=dict)
+    counts: dict[_Key, list[NDArray[np.intp]]] = field(default_factory=dict)
+    images: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
 
 
 def _rank(
     passes: Passes,
-    chosen: Chosen[Any],
-    banks: Mapping[tuple[str, str], NDArray[Any]],
+    chosen: Chosen[_Right],
+    forces: Mapping[_Key, InForce],
     conditions: Sequence[tuple[str, int]],
     seed: int,
     settings: Settings,
     what: str,
-) -> tuple[dict[tuple[str, str], Ranking], NDArray[np.intp], _Hits]:
-    """Return rankings by model and language, targets, and hits under each condition."""
-    parts: dict[tuple[str, str], list[Ranking]] = {key: [] for key in banks}
-    languages = list(dict.fromkeys(language for _, language in banks))
-    targets: list[int] = []
-    hits: _Hits = {}
+    *,
+    keep: bool = False,
+) -> _Found:
+    """Return what models say of the pictures chosen, and under each condition; ``keep`` embeddings, too."""
+    found = _Found()
+    parts: dict[_Key, list[Ranking]] = {key: [] for key in forces}
+    languages = list(dict.fromkeys(language for _, language in forces))
     before = len(passes.left_out)
     for batch in passes.batches(chosen):
         for subject, rows in passes.embedded(batch):
-            images = unit_rows(f"{subject.name}: image embeddings", rows)
+            if keep:
+                found.images.setdefault(subject.name, []).append(rows)
             for language in languages:
                 key = subject.name, language
-                parts[key].append(rank_pictures(images, banks[key], scale=subject.scale))
-        wanted = np.array(batch.uses, np.intp)
+                ranking = ranking_of(forces[key], rows, what=f"{subject.name}: image embeddings")
+                if forces[key].multi:
+                    found.counts.setdefault(key, []).append(_several(ranking, batch.uses))
+                parts[key].append(ranking.cut())
         for name, severity in conditions:
             for subject, rows in passes.embedded(batch, corruption=(name, severity), seed=seed):
-                images = unit_rows(f"{subject.name}: image embeddings", rows)
                 for language in languages:
-                    ranking = rank_pictures(images, banks[subject.name, language])
-                    hits.setdefault((subject.name, language, name, severity), []).append(
-                        ranking.first == wanted
-                    )
-        targets += batch.uses
-        settings.said(what, len(targets) + len(passes.left_out) - before, chosen.count)
-    return {key: Ranking.joined(each) for key, each in parts.items()}, np.array(targets, np.intp), hits
+                    key = subject.name, language
+                    ranking = ranking_of(forces[key], rows, what=f"{subject.name}: image embeddings").cut()
+                    hits = ranking.first == _counted(ranking, batch.uses)
+                    found.hits.setdefault((*key, name, severity), []).append(hits)
+        found.right += batch.uses
+        settings.said(what, len(found.right) + len(passes.left_out) - before, chosen.count)
+    found.rankings = {key: Ranking.joined(each) for key, each in parts.items()}
+    return found
+
+
+def _several(ranking: Ranking, right: Sequence[_Right]) -> NDArray[np.intp]:
+    """Return of each picture how many labels are given and right, given, right, and first and right."""
+    counts = []
+    lengths = cast("NDArray[np.intp]", ranking.given)  # a gate judged the labels
+    for best, given, numbers in zip(ranking.best.tolist(), lengths.tolist(), right, strict=True):
+        wanted = set(numbers)
+        counts.append((len(wanted & set(best[:given])), given, len(wanted), best[0] in wanted))
+    return np.array(counts, np.intp).reshape(-1, 4)
 
 
 # --- retrieval ---------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edgeclip.errors import InputError
-from edgeclip.label_sets import LabelSet, Templates
+from edgeclip.label_sets import Label, LabelSet, Templates
 
-__all__ = ["Offered", "offer", "repeated_names"]
+__all__ = ["Offered", "offer", "offer_head", "repeated_names"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Offered:
         names: of the labels, distinct; how reports call them.
         numbers: number of each name a picture may carry.
         numbered: whether labels of pictures are numbers.
+        head: name or file of the head that answers in place of the labels, which are its classes.
     """
 
     languages: Mapping[str, LabelSet]
@@ -34,6 +35,22 @@ class Offered:
     names: tuple[str, ...]
     numbers: Mapping[str, int] = field(repr=False)
     numbered: bool = False
+    head: str | None = None
+
+    def right(self, label: str, *, several: bool = False) -> tuple[int, ...] | str:
+        """Return the numbers of the labels that are right for a picture, or the one that is not offered.
+
+        Args:
+            label: as the picture's set says it.
+            several: whether it may be several, separated by ``|``.
+        """
+        found = []
+        for each in [part.strip() for part in label.split("|")] if several else [label]:
+            number = self.number(each)
+            if number is None:
+                return each
+            found.append(number)
+        return tuple(dict.fromkeys(found))
 
     def number(self, label: str) -> int | None:
         """Return the number of a picture's label; ``None`` where it is not offered."""
@@ -100,6 +117,21 @@ def offer(
         numbers=_numbers([labels for _, labels in given], sets.values()),
         numbered=numbered,
     )
+
+
+def offer_head(names: Sequence[str], head: str, *, numbered: LabelSet | None = None) -> Offered:
+    """Return the classes of a head that answers in place of labels.
+
+    Args:
+        names: of the classes.
+        head: its name in a bundle, or its file.
+        numbered: labels that pictures have the numbers of.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    if numbered is not None:
+        numbers = {str(row): numbers[name] for row, name in enumerate(numbered.names) if name in numbers}
+    labels = LabelSet(tuple(map(Label, names)))
+    return Offered({"": labels}, {"": None}, tuple(names), numbers, head=head)
 
 
 def repeated_names(labels: LabelSet) -> list[str]:

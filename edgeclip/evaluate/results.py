@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeclip.evaluate.metrics import Share, auroc, false_positive_rate
+from edgeclip.answers import Answers
+from edgeclip.evaluate.metrics import Share, auroc, bootstrap_interval, false_positive_rate, share
 from edgeclip.evaluate.passes import LeftOut
 from edgeclip.evaluate.retrieval import RetrievalReport
 from edgeclip.evaluate.zero_shot import Ranking, ZeroShotReport
 
-__all__ = ["Comparison", "Counts", "OutOfDistribution", "Robustness", "Row"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Comparison",
+    "Counts",
+    "Interval",
+    "OutOfDistribution",
+    "Rejections",
+    "Robustness",
+    "Row",
+    "SeveralLabels",
+]
+
+
+_PLAIN = Answers()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -65,23 +90,22 @@ class OutOfDistribution:
     Attributes:
         inside: pictures with one of the labels.
         outside: pictures with none of them.
-        auroc: by score, ``"score"`` (largest softmax probability; Hendrycks & Gimpel 2017) and
-            ``"similarity"`` (largest cosine).
+        auroc: by score, ``"score"`` (largest softmax probability; Hendrycks & Gimpel 2017), ``"similarity"``
+            (largest cosine) and ``"gate"`` (of the gate, where one rejects).
         fpr95: share of the outside ones above the threshold that keeps 95 % of the inside ones, by score.
+        accepted: share of the outside ones that the gate accepts; ``None`` without one.
     """
 
     inside: int
     outside: int
     auroc: Mapping[str, float]
     fpr95: Mapping[str, float]
+    accepted: Share | None = None
 
     @classmethod
     def of(cls, inside: Ranking, outside: Ranking) -> OutOfDistribution:
         """Return what two rankings over the same labels say, by each score that both have."""
-        pairs = {
-            "score": (inside.score, outside.score),
-            "similarity": (inside.similarity, outside.similarity),
-        }
+        pairs = {name: (getattr(inside, name), getattr(outside, name)) for name in _TELLING}
         scores = {
             name: np.concatenate([first, second])
             for name, (first, second) in pairs.items()
@@ -93,7 +117,101 @@ class OutOfDistribution:
             len(outside.best),
             {name: auroc(values, positive) for name, values in scores.items()},
             {name: false_positive_rate(values, positive) for name, values in scores.items()},
+            None if outside.given is None else share(outside.given > 0),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        said = asdict(self)
+        if self.accepted is None:
+            del said["accepted"]
+        return said
+
+
+_TELLING = ("score", "similarity", "gate")  # of a ranking, what tells pictures apart
+
+
+@dataclass(frozen=True)
+class Rejections:
+    """What becomes of pictures where none need be given a label.
+
+    Attributes:
+        threshold: of the gate.
+        right: share of all pictures that are accepted, and whose first label is right.
+        wrong: share that are accepted, and whose first label is wrong.
+        rejected: share that are given no label.
+        held_out: the same pictures, and again each without its own label among those offered: told apart,
+            and what is accepted then. ``None`` where no label would be left.
+    """
+
+    threshold: float
+    right: Share
+    wrong: Share
+    rejected: Share
+    held_out: OutOfDistribution | None = None
+
+    @classmethod
+    def of(
+        cls, ranking: Ranking, targets: NDArray[np.intp], threshold: float, held_out: Ranking | None
+    ) -> Rejections:
+        """Return what a ranking with a gate says of pictures with the labels ``targets`` ``(N,)``."""
+        if ranking.given is None:
+            raise ValueError("a ranking without a gate rejects nothing")
+        accepted, hits = ranking.given > 0, ranking.first == targets
+        return cls(
+            threshold,
+            share(accepted & hits),
+            share(accepted & ~hits),
+            share(~accepted),
+            None if held_out is None else OutOfDistribution.of(ranking, held_out),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self) | {"held_out": None if self.held_out is None else self.held_out.to_dict()}
+
+
+@dataclass(frozen=True)
+class SeveralLabels:
+    """How good the labels given are, where each is judged by itself; over all pairs of picture and label.
+
+    Attributes:
+        f1: of precision and recall, with its 95 % bootstrap interval over pictures.
+        precision: share of given labels that are right.
+        recall: share of right labels that are given.
+        given: labels given to a picture, mean.
+        right: labels right for a picture, mean.
+        first_alone: F1 of giving every picture its first label and no other, with its interval.
+    """
+
+    f1: Interval
+    precision: float
+    recall: float
+    given: float
+    right: float
+    first_alone: Interval
+
+    @classmethod
+    def of(cls, counts: NDArray[np.intp]) -> SeveralLabels:
+        """Return it of counts ``(N, 4)``: labels given and right, given, right, and whether the first is."""
+        hits, given, right, _ = counts.sum(axis=0).tolist()
+        alone = np.stack([counts[:, 3], np.ones_like(counts[:, 3]), counts[:, 2]], axis=1)
+        return cls(
+            _f1(counts[:, :3]),
+            hits / given if given else 0.0,
+            hits / right,
+            given / len(counts),
+            right / len(counts),
+            _f1(alone),
+        )
+
+
+def _f1(counts: NDArray[np.intp]) -> Interval:
+    def f1(rows: NDArray[np.float64]) -> float:
+        hits, given, right = rows.sum(axis=0)
+        return float(2 * hits / (given + right))
+
+    return Interval(f1(counts.astype(np.float64)), *bootstrap_interval(counts, f1))
 
 
 @dataclass(frozen=True)
@@ -109,15 +227,19 @@ class Row:
             first row.
         robustness: by language.
         ood: by language.
+        rejections: by language, where a gate rejects.
+        several: by language, where each label is judged by itself.
     """
 
     name: str
     about: Mapping[str, Any]
-    reports: Mapping[str, ZeroShotReport] = field(default_factory=dict)
+    reports: dict[str, ZeroShotReport] = field(default_factory=dict)
     retrieval: Mapping[str, RetrievalReport] = field(default_factory=dict)
-    agreement: Mapping[str, Share] = field(default_factory=dict)
-    robustness: Mapping[str, Robustness] = field(default_factory=dict)
-    ood: Mapping[str, OutOfDistribution] = field(default_factory=dict)
+    agreement: dict[str, Share] = field(default_factory=dict)
+    robustness: dict[str, Robustness] = field(default_factory=dict)
+    ood: dict[str, OutOfDistribution] = field(default_factory=dict)
+    rejections: dict[str, Rejections] = field(default_factory=dict)
+    several: dict[str, SeveralLabels] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -134,7 +256,11 @@ class Row:
         if self.robustness:
             said["robustness"] = {language: each.to_dict() for language, each in self.robustness.items()}
         if self.ood:
-            said["out_of_distribution"] = {language: asdict(each) for language, each in self.ood.items()}
+            said["out_of_distribution"] = {language: each.to_dict() for language, each in self.ood.items()}
+        if self.rejections:
+            said["rejection"] = {language: each.to_dict() for language, each in self.rejections.items()}
+        if self.several:
+            said["several_labels"] = {language: asdict(each) for language, each in self.several.items()}
         return said
 
 
@@ -178,6 +304,8 @@ class Comparison:
         without: by kind of caption, pictures that have none and are not part of its numbers.
         ood: the pictures without a label.
         seed: of the corruptions' chance; ``None`` where there are none.
+        answers: what was asked of each picture, beside which label fits best.
+        head: the head that answered in place of labels, as it was named; ``None`` for labels.
     """
 
     task: str
@@ -189,12 +317,15 @@ class Comparison:
     without: Mapping[str, int] = field(default_factory=dict)
     ood: Counts | None = None
     seed: int | None = None
+    answers: Answers = _PLAIN
+    head: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         said: dict[str, Any] = {"task": self.task, "data": self.data.to_dict()}
         if self.task == "zero-shot":
             said |= {"labels": self.labels, "languages": list(self.columns)}
+            said["asked"] = {"head": self.head, **asdict(self.answers), "context": list(self.answers.context)}
             said["templates"] = {language: list(texts) for language, texts in self.templates.items()}
         else:
             said |= {"captions": list(self.columns), "without_caption": dict(self.without)}

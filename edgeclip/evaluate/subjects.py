@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from edgeclip.answers import Answers, InForce, in_context, of_bank
 from edgeclip.bundle import Bundle, PreprocessSpec
 from edgeclip.classify import ZeroShotClassifier
-from edgeclip.errors import BackendError, BundleError
+from edgeclip.errors import BackendError, BundleError, ConfigError
+from edgeclip.few_shot import FewShotHead
+from edgeclip.heads import TemperatureHead
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import BankProgress, LabelBank
 from edgeclip.runtime.session import DEFAULT_OPTIONS, RuntimeOptions
@@ -21,9 +24,12 @@ from edgeclip.runtime.session import DEFAULT_OPTIONS, RuntimeOptions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BundleSubject", "Subject", "open_bundle"]
+__all__ = ["Asked", "BundleSubject", "Subject", "force_of_labels", "open_bundle"]
 
 OnProgress = Callable[[BankProgress], None]
+Asked = LabelSet | FewShotHead | str
+"""What is offered: labels, a head fitted on pictures, or the file or name of one."""
+_PLAIN = Answers()
 
 
 class Subject(Protocol):
@@ -49,6 +55,11 @@ class Subject(Protocol):
         """What it is, as JSON values."""
         ...
 
+    @property
+    def answers(self) -> Answers:
+        """What is asked of each picture, beside which label fits best."""
+        ...
+
     def images(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return unit embeddings ``(B, E)`` of prepared pictures ``(B, H, W, 3)`` uint8 RGB."""
         ...
@@ -61,6 +72,12 @@ class Subject(Protocol):
         self, labels: LabelSet, templates: Templates | None, on_progress: OnProgress | None = None
     ) -> LabelBank:
         """Return the bank of labels; ``None`` takes the templates it would use by itself."""
+        ...
+
+    def in_force(
+        self, asked: Asked, templates: Templates | None, on_progress: OnProgress | None = None
+    ) -> InForce:
+        """Return what makes answers of embeddings where this is offered; templates are of labels."""
         ...
 
     def close(self) -> None:
@@ -81,6 +98,7 @@ class BundleSubject:
         self.name = name
         self.preprocess = manifest.preprocess
         self.scale = float(manifest.model.scale)
+        self.answers = classifier.answers
         placement = classifier.placement
         self.about: dict[str, Any] = {
             "kind": "bundle",
@@ -121,13 +139,54 @@ class BundleSubject:
         self._classifier.set_labels(labels, templates=templates, on_progress=on_progress)
         return self._classifier.bank
 
+    def in_force(
+        self, asked: Asked, templates: Templates | None, on_progress: OnProgress | None = None
+    ) -> InForce:
+        """Return what the classifier itself answers with, see :class:`Subject`.
+
+        Raises:
+            BundleError: labels must be encoded, and the bundle has no text tower.
+            ConfigError: what is asked needs something that the bundle or the head lacks.
+            InputError: the head cannot be read, or is of another embedding space.
+        """
+        if isinstance(asked, LabelSet):
+            self._classifier.set_labels(asked, templates=templates, on_progress=on_progress)
+        else:
+            self._classifier.set_head(asked)
+        return self._classifier.in_force
+
     def close(self) -> None:
         """Close the towers."""
         self._classifier.close()
 
 
+def force_of_labels(
+    subject: Subject, asked: Asked, templates: Templates | None, on_progress: OnProgress | None = None
+) -> InForce:
+    """Return what a subject without a bundle answers with: labels, in contexts or not.
+
+    Raises:
+        ConfigError: something is asked that only bundles have.
+    """
+    answers = subject.answers
+    if answers.gated or not isinstance(asked, LabelSet):
+        raise ConfigError(
+            f"{subject.name!r} is no bundle: it has nothing to reject by, and no embedding space that a head "
+            "belongs to. Export it first, or leave out rejection, several labels and heads."
+        )
+    bank = subject.bank(asked, templates, on_progress)
+    contexts = [
+        subject.bank(asked, in_context(bank.templates, phrase), on_progress) for phrase in answers.context
+    ]
+    return of_bank(bank, TemperatureHead(subject.scale), answers, None, contexts)
+
+
 def open_bundle(
-    path: str, *, variants: Sequence[str] = (), options: RuntimeOptions = DEFAULT_OPTIONS
+    path: str,
+    *,
+    variants: Sequence[str] = (),
+    options: RuntimeOptions = DEFAULT_OPTIONS,
+    answers: Answers = _PLAIN,
 ) -> tuple[list[BundleSubject], list[tuple[str, str]]]:
     """Return the variants of a bundle that have an image tower, opened, and those that cannot run here.
 
@@ -135,6 +194,7 @@ def open_bundle(
         path: as :meth:`edgeclip.bundle.Bundle.open` takes it.
         variants: names; none takes all, and leaves out with the reason what this host cannot run.
         options: backend, device, threads.
+        answers: what is asked of each picture, beside which label fits best.
 
     Raises:
         BundleError: the bundle is damaged, has no variant of a name, or none with an image tower.
@@ -152,7 +212,7 @@ def open_bundle(
         for name in names:
             try:
                 classifier = ZeroShotClassifier.open(
-                    bundle, variant=name, keep_text_tower=True, options=options
+                    bundle, variant=name, keep_text_tower=True, options=options, answers=answers
                 )
             except BackendError as error:
                 if variants:

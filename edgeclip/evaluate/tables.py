@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from unicodedata import east_asian_width
 
 from edgeclip.evaluate.metrics import Share
-from edgeclip.evaluate.results import Comparison, Counts, Robustness
+from edgeclip.evaluate.results import Comparison, Counts, Interval, Robustness
 from edgeclip.evaluate.retrieval import KS
 
 __all__ = ["comparison_table", "per_class_table"]
@@ -89,7 +89,9 @@ def _heading(comparison: Comparison) -> str:
         f"{f'{language} ' if language else ''}{_cut(repr(texts[0]), 30) if len(texts) == 1 else len(texts)}"
         for language, texts in comparison.templates.items()
     ]
-    return f"{said}, {comparison.labels:,} labels\nprompts: {', '.join(prompts)}"
+    asked = f"head: {_cut(comparison.head, 60)}" if comparison.head else f"prompts: {', '.join(prompts)}"
+    contexts = len(comparison.answers.context)
+    return f"{said}, {comparison.labels:,} labels\n{asked}{f', in {contexts} contexts' if contexts else ''}"
 
 
 def _zero_shot(comparison: Comparison) -> list[str]:
@@ -124,24 +126,67 @@ def _zero_shot(comparison: Comparison) -> list[str]:
         lines.append("agree: pictures whose first label is that of the first row")
     if comparison.seed is not None:
         lines.append("corr.: top-1 on corrupted pictures, mean; kept: as a share of top-1")
+    if comparison.answers.gated:
+        lines += ["", *_rejections(comparison)]
+    if comparison.answers.multi:
+        lines += ["", *_several(comparison)]
     if comparison.ood is not None:
         lines += ["", *_out_of_distribution(comparison)]
     return lines
 
 
+def _rejections(comparison: Comparison) -> list[str]:
+    rows = []
+    for row in comparison.rows:
+        for language, found in row.rejections.items():
+            apart = found.held_out
+            cells = [_named(row.name, language), f"{found.threshold:.2f}", _interval(found.right)]
+            cells += [_percent(found.wrong.value), _percent(found.rejected.value)]
+            accepted = None if apart is None else apart.accepted
+            cells += [_MISSING if accepted is None else _interval(accepted)]
+            cells += [_MISSING if apart is None else f"{apart.auroc['gate']:.3f}"]
+            rows.append(cells)
+    return [
+        "first label right, wrong, or no label given; held out: the same, their own label not offered",
+        *grid(["model", "threshold", "right", "wrong", "none", "held out: given one", "AUROC"], rows),
+    ]
+
+
+def _several(comparison: Comparison) -> list[str]:
+    rows = []
+    for row in comparison.rows:
+        for language, found in row.several.items():
+            cells = [_named(row.name, language), *(_interval(each) for each in (found.f1, found.first_alone))]
+            cells += [_percent(found.precision), _percent(found.recall)]
+            rows.append([*cells, f"{found.given:.2f}", f"{found.right:.2f}"])
+    return [
+        "labels judged one by one: F1 of those given, and of the first of each picture alone",
+        *grid(["model", "F1", "first alone", "precision", "recall", "given", "right"], rows),
+    ]
+
+
+def _named(name: str, language: str) -> str:
+    return _cut(name, _NAME) + (f" {language}" if language else "")
+
+
 def _out_of_distribution(comparison: Comparison) -> list[str]:
+    gated = comparison.answers.gated
+    kinds = {"score": "p", "similarity": "s", "gate": "g"}
+    said = [kind for kind in kinds if kind in next(iter(comparison.rows[0].ood.values())).auroc]
     rows = []
     for row in comparison.rows:
         for language, found in row.ood.items():
-            name = _cut(row.name, _NAME) + (f" {language}" if language else "")
-            cells = [name]
-            for kind in ("score", "similarity"):
+            cells = [_named(row.name, language)]
+            for kind in said:
                 cells += [f"{found.auroc[kind]:.3f}", _percent(found.fpr95[kind])]
+            cells += [_percent(found.accepted.value)] if gated and found.accepted is not None else []
             rows.append(cells)
     counts = comparison.ood
     path = "" if counts is None else f"{counts.measured:,} pictures of {_cut(counts.path, 30)}"
-    title = f"told from {path} by probability (p) and similarity (s)"
-    return [title, *grid(["model", "AUROC p", "FPR95 p", "AUROC s", "FPR95 s"], rows)]
+    names = {"score": "probability (p)", "similarity": "similarity (s)", "gate": "gate (g)"}
+    title = f"told from {path} by {', '.join(names[kind] for kind in said)}"
+    header = [f"{what} {kinds[kind]}" for kind in said for what in ("AUROC", "FPR95")]
+    return [title, *grid(["model", *header, *(["given one"] if gated else [])], rows)]
 
 
 def _robustness(comparison: Comparison) -> list[str]:
@@ -203,7 +248,7 @@ def _left_out(counts: Counts) -> list[str]:
     ]
 
 
-def _interval(each: Share) -> str:
+def _interval(each: Share | Interval) -> str:
     return f"{_percent(each.value)} ({_percent(each.low)}-{_percent(each.high)})"
 
 

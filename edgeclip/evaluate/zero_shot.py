@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeclip.errors import InputError
+from edgeclip.errors import ConfigError, InputError
 from edgeclip.evaluate.metrics import (
     Share,
     confusions,
@@ -29,12 +29,14 @@ from edgeclip.evaluate.metrics import (
     top_k,
     unit_rows,
 )
+from edgeclip.heads import SHARES
 from edgeclip.labels import LabelBank
 from edgeclip.runtime.statistics import CONFIDENCE
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from edgeclip.answers import InForce
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.data import Sample
     from edgeclip.preprocess import Preprocess
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate_embedder",
     "evaluate_zero_shot",
     "rank_pictures",
+    "ranking_of",
     "report_of",
 ]
 
@@ -75,12 +78,17 @@ class Ranking:
         best: ``(N, k)`` numbers of the most similar labels, the best first; k is 5, or all where fewer are
             offered.
         similarity: ``(N,)`` cosine of the best one.
-        score: ``(N,)`` float64 softmax of the best one over all labels; ``None`` without a scale.
+        score: ``(N,)`` float64 softmax of the best one over all labels; ``None`` without a scale, or where
+            scores are no such shares.
+        gate: ``(N,)`` float64 score of the gate that accepts or rejects; ``None`` where nobody asked.
+        given: ``(N,)`` how many of the best labels are given; ``None`` where all are.
     """
 
     best: NDArray[np.intp]
     similarity: NDArray[np.floating[Any]]
     score: NDArray[np.float64] | None = None
+    gate: NDArray[np.float64] | None = None
+    given: NDArray[np.intp] | None = None
 
     @property
     def first(self) -> NDArray[np.intp]:
@@ -88,15 +96,15 @@ class Ranking:
         first: NDArray[np.intp] = self.best[:, 0]
         return first
 
+    def cut(self) -> Ranking:
+        """Return the ranking with five labels a picture at most."""
+        return replace(self, best=self.best[:, :_BEST].copy())
+
     @classmethod
     def joined(cls, parts: Sequence[Ranking]) -> Ranking:
         """Return one ranking of what was ranked in parts; at least one."""
-        scores = [part.score for part in parts if part.score is not None]
-        return cls(
-            np.concatenate([part.best for part in parts]),
-            np.concatenate([part.similarity for part in parts]),
-            np.concatenate(scores) if scores else None,
-        )
+        names = [each.name for each in fields(cls) if getattr(parts[0], each.name) is not None]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,32 @@ def rank_pictures(
     return Ranking.joined(parts)
 
 
+def ranking_of(force: InForce, images: NDArray[np.float32], *, what: str = "image embeddings") -> Ranking:
+    """Return what is answered of unit embeddings ``(N, E)``, N at least 1, as devices answer it.
+
+    Args:
+        force: what makes the answers.
+        images: the embeddings.
+        what: how errors call them.
+
+    Raises:
+        InputError: an embedding is not finite.
+    """
+    if not np.isfinite(images).all():
+        raise InputError(f"{what}: row {int(np.argmin(np.isfinite(images).all(axis=1)))} is not finite.")
+    said = force.ranked(images, len(force.names) if force.multi else _BEST)
+    firsts = [best[0] for best, _ in said]
+    asked = [rejection for _, rejection in said if rejection is not None]
+    given = [len(force.fitting(best, rejection)) for best, rejection in said if rejection is not None]
+    return Ranking(
+        np.array([[number for _, number, _ in best] for best, _ in said], np.intp),
+        np.array([similarity for similarity, _, _ in firsts], np.float32),
+        np.array([score for _, _, score in firsts]) if force.score_kind in SHARES else None,
+        np.array([rejection.score for rejection in asked]) if asked else None,
+        np.array(given, np.intp) if asked else None,
+    )
+
+
 def evaluate_classifier(
     classifier: ZeroShotClassifier,
     samples: Iterable[Sample],
@@ -255,9 +289,15 @@ def evaluate_classifier(
 
     Raises:
         InputError: no picture can be read, or one has no label or one that is not offered.
+        ConfigError: the classifier rejects, so that pictures have no ranking.
         BackendError: the tower failed.
     """
-    names = classifier.bank.names
+    if classifier.answers.gated:
+        raise ConfigError(
+            "zero-shot: this classifier gives no label to pictures that it rejects, and everything is to be "
+            "ranked; open it without, or measure it with `edgeclip eval --reject`."
+        )
+    names = classifier.labels
     known = {name: index for index, name in enumerate(names)}
     waiting: deque[tuple[Sample, int]] = deque()  # samples may hold their pictures
 
@@ -285,7 +325,7 @@ def evaluate_classifier(
         Ranking(
             np.array(rows, np.intp) if rows else np.empty((0, 1), np.intp),
             np.array(similarities),
-            np.array(scores) if classifier.score_kind == "softmax" else None,
+            np.array(scores) if classifier.score_kind in SHARES else None,
         ),
         np.array(targets, np.intp),
         names,

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tiny_bundle import COLOURS, colour_picture
 
+from edgeclip.answers import Answers, InForce
 from edgeclip.bundle import PreprocessSpec
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.data import read_samples
@@ -19,7 +20,7 @@ from edgeclip.evaluate.corruptions import CORRUPTIONS, corrupt
 from edgeclip.evaluate.metrics import auroc, false_positive_rate
 from edgeclip.evaluate.offered import offer
 from edgeclip.evaluate.picture_sets import open_set
-from edgeclip.evaluate.subjects import BundleSubject, open_bundle
+from edgeclip.evaluate.subjects import BundleSubject, force_of_labels, open_bundle
 from edgeclip.evaluate.tables import WIDTH, comparison_table, grid, per_class_table
 from edgeclip.evaluate.zero_shot import evaluate_classifier
 from edgeclip.label_sets import LabelSet, Templates
@@ -60,6 +61,7 @@ class Stub:
         self.about: dict[str, Any] = {"kind": "stub"}
         self.calls: list[tuple[int, ...]] = []
         self.templates: list[Templates | None] = []
+        self.answers = Answers()
 
     def images(self, pictures: np.ndarray) -> np.ndarray:
         self.calls.append(pictures.shape)
@@ -73,6 +75,9 @@ class Stub:
     def bank(self, labels: LabelSet, templates: Any, on_progress: Any = None) -> LabelBank:
         self.templates.append(templates)
         return LabelBank(labels, self.texts(labels.names), templates or Templates.of("openai-7"))
+
+    def in_force(self, asked: Any, templates: Any, on_progress: Any = None) -> InForce:
+        return force_of_labels(self, asked, templates, on_progress)
 
     def close(self) -> None: ...
 
