@@ -14,6 +14,7 @@ It knows neither labels nor heads: frames are smoothed as embeddings, and the la
 from __future__ import annotations
 
 import math
+import os
 import select
 import threading
 from collections import deque
@@ -100,7 +101,8 @@ class FrameReader:
     """Read frames in a thread of its own; use it in a ``with`` statement.
 
     Args:
-        descriptor: of an open pipe, file or socket. It is read without buffer, and not closed.
+        descriptor: of an open pipe, file or socket. It is read without buffer, and not closed; what is read
+            is a duplicate, so closing yours early does no harm.
         splitter: what cuts the stream into frames.
         every_frame: keep each frame until it is taken, and read on only then.
 
@@ -121,7 +123,13 @@ class FrameReader:
         self._error: BaseException | None = None
 
     def __enter__(self) -> FrameReader:
-        threading.Thread(target=self._read_all, name="edgeclip-frames", daemon=True).start()
+        try:
+            # Its number may be another file's once the caller has closed it, and the thread be about to read.
+            own = os.dup(self._descriptor)
+        except OSError as error:  # raised again where frames are taken
+            self._error, self._ended = error, True
+            return self
+        threading.Thread(target=self._read_all, args=(own,), name="edgeclip-frames", daemon=True).start()
         return self
 
     def __exit__(
@@ -163,14 +171,14 @@ class FrameReader:
 
     # -- in the thread -------------------------------------------------------------------------------------
 
-    def _read_all(self) -> None:
+    def _read_all(self, own: int) -> None:
         try:
             # By descriptor, unbuffered: a thread waiting inside sys.stdin aborts the interpreter at its exit.
-            with open(self._descriptor, "rb", buffering=0, closefd=False) as stream:
+            with open(own, "rb", buffering=0) as stream:
                 while not self._closed:
                     count = stream.readinto(self.splitter.space())
                     if count is None:  # whoever shares the pipe made it non-blocking
-                        select.select([self._descriptor], [], [])
+                        select.select([own], [], [])
                         continue
                     if count == 0:
                         break
@@ -262,8 +270,7 @@ def decide(
     labels, version = classifier.labels, 1
     due = 0.0
     while (frame := frames.take(not_before=due)) is not None:
-        now = perf_counter()  # steady where it can be, and no burst of decisions after a pause
-        due = (due if now - due < every_s else now) + every_s
+        now = perf_counter()
         try:
             picture = frames.splitter.picture(frame.data)
             recent.append(classifier.embed_images(picture, exact=False))
@@ -272,6 +279,7 @@ def decide(
                 raise
             on_broken(frame, error)
             continue
+        due = (due if now - due < every_s else now) + every_s  # steady, and no burst after a pause
         embedding = _mean(recent)
         while True:  # labels may change while it answers: which ones did, is known only if they have not
             asked = classifier.labels

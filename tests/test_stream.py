@@ -251,6 +251,17 @@ def test_a_stream_that_cannot_be_read(classifier: ZeroShotClassifier, tmp_path: 
     os.close(descriptor)
 
 
+def test_a_descriptor_that_is_closed(classifier: ZeroShotClassifier) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with (
+        FrameReader(reading, PictureSplitter()) as frames,
+        pytest.raises(InputError, match=r"cannot be read \(Bad file descriptor\)"),
+    ):
+        list(decide(classifier, frames))
+    os.close(writing)
+
+
 def test_leaving_does_not_wait_for_bytes() -> None:
     with _pipe() as (reading, writing):
         began = time.perf_counter()
@@ -258,6 +269,46 @@ def test_leaving_does_not_wait_for_bytes() -> None:
             pass
         assert time.perf_counter() - began < 1
         os.close(writing)
+
+
+def test_a_file_that_gets_the_number_of_a_closed_one_is_not_read(tmp_path: Path) -> None:
+    class Waiting(RawSplitter):
+        asked, go = threading.Event(), threading.Event()
+
+        def space(self) -> memoryview:
+            self.asked.set()
+            self.go.wait()
+            return super().space()
+
+    with _pipe() as (reading, writing):
+        descriptor = os.dup(reading)
+        with FrameReader(descriptor, Waiting(RawFormat(4, 4))):
+            Waiting.asked.wait()  # it is about to read
+        os.close(descriptor)
+        assert _file(tmp_path, b"not yours") == descriptor
+        Waiting.go.set()
+        os.close(writing)
+        while any(each.name == "edgeclip-frames" and each.is_alive() for each in threading.enumerate()):
+            time.sleep(0.01)
+    assert os.read(descriptor, 99) == b"not yours"
+    os.close(descriptor)
+
+
+def test_a_broken_frame_takes_no_turn(classifier: ZeroShotClassifier) -> None:
+    broken = bytearray(_png("red"))
+    at = broken.index(b"IDAT") + 4
+    broken[at : at + 40] = bytes(40)
+    told: list[int] = []
+    with _pipe() as (reading, writing), FrameReader(reading, PictureSplitter()) as frames:
+        os.write(writing, broken)
+        decisions = decide(
+            classifier, frames, every_s=3600, on_broken=lambda frame, _: told.append(frame.counts.frames)
+        )
+        threading.Timer(0.2, os.write, (writing, _png("blue"))).start()
+        decision = next(decisions)
+        os.close(writing)
+    assert told == [1]
+    assert decision.frame.counts.frames == 2
 
 
 @pytest.mark.parametrize(("every_s", "smooth"), [(-1.0, 1), (float("nan"), 1), (0.0, 0)])
