@@ -10,10 +10,12 @@ be read is an entry with a reason and without an embedding.
 ``reasons``        uint8: why an entry has no embedding, in UTF-8; empty where it has one
 ``stats``          ``(M, 3)`` int64: time of change in ns (-1: not to be trusted), size in bytes, inode
 ``contents``       ``(M, 16)`` uint8: blake2b of the file
+``root``           uint8: the folder; ``.`` is where the index lies
 ================== =======================================================================================
 
-Metadata: ``format`` ``edgeclip-picture-index``, ``schema`` ``1``, ``root`` (the folder: ``.`` is where the
-file lies), ``space``, ``variant``, ``tower``, ``model``, and ``crc32`` of all tensors but the embeddings.
+Metadata: ``format`` ``edgeclip-picture-index``, ``schema`` ``1``, ``space``, ``variant``, ``tower``,
+``model``, and ``crc32`` of the other metadata, as JSON with sorted keys, and of all tensors but the
+embeddings, in the order of their names. Paths are bytes, as the file system has them, and always have ``/``.
 
 **Journal.** ``<index>.journal``: a record for each entry that is new, as soon as it is known: crc32, length,
 content. What a kill cuts off in the middle is left out, so a run that goes on has everything before it.
@@ -65,7 +67,7 @@ BLOCK_ROWS: Final = 1024
 CONTENT_BYTES: Final = 16
 _FORMAT, _SCHEMA = "edgeclip-picture-index", "1"
 _JOURNAL_FORMAT = "edgeclip-picture-journal 1"
-_TABLE = ("contents", "paths", "reasons", "stats", "sums")
+_TABLE = ("contents", "paths", "reasons", "root", "stats", "sums")
 _RECORD = struct.Struct("<II")  # crc32 and length of what follows
 _ENTRY = struct.Struct(f"<3q{CONTENT_BYTES}sIII")  # stat, content, bytes of path, reason and embedding
 _MAX_RECORD_BYTES = 1 << 24
@@ -171,7 +173,7 @@ class PictureIndex:
                 "Install a newer edgeclip, or make it anew with `edgeclip index --rebuild`."
             )
         try:
-            if metadata["crc32"] != _table_sum(tensors):
+            if metadata["crc32"] != _table_sum(tensors, metadata):
                 raise ValueError("its checksum does not match")
             self._read(tensors, metadata)
         except (KeyError, ValueError, TypeError) as error:
@@ -202,7 +204,7 @@ class PictureIndex:
             metadata["model"],
             embeddings.shape[1],
         )
-        root = Path(metadata["root"])
+        root = Path(os.fsdecode(tensors["root"].tobytes()))
         self.root = root if root.is_absolute() else self.path.parent / root
         self._names, self._reasons = [os.fsdecode(name) for name in names], reasons
         self._stats, self._contents = stats, contents
@@ -317,9 +319,11 @@ def write_index(path: Path, root: str, made_with: MadeWith, entries: Mapping[str
         "contents": _bytes(b"".join(each.content.ljust(CONTENT_BYTES, b"\0") for each in kept)).reshape(
             -1, CONTENT_BYTES
         ),
+        "root": _bytes(os.fsencode(root)),
     }
-    metadata = {"format": _FORMAT, "schema": _SCHEMA, "root": root, "crc32": _table_sum(tensors)}
+    metadata = {"format": _FORMAT, "schema": _SCHEMA}
     metadata |= {name: value for name, value in asdict(made_with).items() if name != "embed_dim"}
+    metadata["crc32"] = _table_sum(tensors, metadata)
     temporary = path.with_name(f"{path.name}.new")
     try:
         with temporary.open("wb", buffering=0) as out:
@@ -340,8 +344,9 @@ def _bytes(content: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8)
 
 
-def _table_sum(tensors: Mapping[str, NDArray[Any]]) -> str:
-    value = 0
+def _table_sum(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> str:
+    said = {name: value for name, value in metadata.items() if name != "crc32"}
+    value = zlib.crc32(json.dumps(said, sort_keys=True).encode())
     for name in _TABLE:
         value = zlib.crc32(np.ascontiguousarray(tensors[name]).data, value)
     return f"{value:08x}"

@@ -317,6 +317,15 @@ def test_another_name_of_the_same_model_is_no_other_model(update, classifier, ph
     assert counts(update_index(photos, classifier, made)) == (8, 0, 0, 0, 8)
 
 
+def test_a_folder_whose_name_is_no_text(update, photos: Path, tmp_path: Path) -> None:
+    odd = photos.rename(tmp_path / os.fsdecode(b"latin-\xe9"))
+    for path in (odd / ".edgeclip-index", tmp_path / "beside", tmp_path / "else" / "where"):
+        path.parent.mkdir(exist_ok=True)
+        update(odd, path=path)
+        assert PictureIndex(path).root.resolve() == odd
+        assert update(odd, path=path).unchanged == 8
+
+
 def test_relative_to_the_index_where_the_folder_lies_with_it(tmp_path: Path) -> None:
     assert index_folder(tmp_path / "a" / ".edgeclip-index", tmp_path / "a") == "."
     assert index_folder(tmp_path / "index", tmp_path / "a" / "b") == "a/b"
@@ -420,12 +429,13 @@ def test_an_interrupted_rebuild_goes_on_as_one(update, classifier, photos: Path)
     assert update(photos, rebuild=True).embedded == 8
 
 
-@pytest.mark.parametrize("where", [0.02, 0.2, 0.5, 0.8, 0.99])
-def test_every_damage_is_said_and_repaired(update, photos: Path, where: float) -> None:
+@pytest.mark.parametrize("where", [0.02, 0.2, 0.5, 0.8, 0.99, b'"space":"', b'"tower":"'])
+def test_every_damage_is_said_and_repaired(update, photos: Path, where: float | bytes) -> None:
     report = update(photos)
     good = report.path.read_bytes()
     damaged = bytearray(good)
-    damaged[int(len(good) * where)] ^= 0x55
+    at = good.index(where) + len(where) if isinstance(where, bytes) else int(len(good) * where)
+    damaged[at] ^= 0x11
     report.path.write_bytes(bytes(damaged))
     with pytest.raises(InputError, match="picture index"):
         PictureIndex(report.path).check()
@@ -538,6 +548,22 @@ def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
         name: each[:2] for name, each in entries.items()
     }
     assert Journal(tmp_path / "other", "elsewhere", MADE).entries == {}
+
+
+def test_no_single_byte_is_changed_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    row = np.full(4, 0.5, np.float32)
+    entries = {"a/b": Entry(Stat(1, 2, 3), b"c" * 16, row), "c": Entry(Stat(-1, 0, 0), b"", None, "broken")}
+    write_index(path, ".", MADE, entries)
+    good = path.read_bytes()
+    for place in range(len(good)):
+        for flipped in (0x01, 0x20, 0x80):
+            path.write_bytes(good[:place] + bytes([good[place] ^ flipped]) + good[place + 1 :])
+            with pytest.raises((InputError, ConfigError)):
+                PictureIndex(path).check()
+        path.write_bytes(good[:place])
+        with pytest.raises(InputError):
+            PictureIndex(path)
 
 
 def test_an_empty_index(tmp_path: Path) -> None:
