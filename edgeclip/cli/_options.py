@@ -35,6 +35,7 @@ __all__ = [
     "Notes",
     "Pictures",
     "answer_options",
+    "batch_size_option",
     "bundle_directory",
     "cache_dir_option",
     "duration",
@@ -63,6 +64,15 @@ def cache_dir_option(command: _Command) -> _Command:
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         metavar="DIR",
         help="Where compiled towers are, as 'compile -o DIR' made them.  [default: the host cache]",
+    )(command)
+
+
+def batch_size_option(command: _Command) -> _Command:
+    """Add the option that says how many pictures a stream gives to the tower at once."""
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Pictures a tower call.  [default: what 'edgeclip tune' found, else 1]",
     )(command)
 
 

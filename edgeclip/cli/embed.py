@@ -13,6 +13,7 @@ from ._options import (
     ModelChoice,
     Notes,
     Pictures,
+    batch_size_option,
     bundle_directory,
     model_options,
     prepare_stdout,
@@ -39,11 +40,7 @@ _FORMATS = (".npy", ".safetensors", ".jsonl")
     help="File to write: .npy (keys in a .json beside it), .safetensors or .jsonl.",
 )
 @model_options
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Pictures a tower call.  [default: what 'edgeclip tune' found, else 1]",
-)
+@batch_size_option
 @click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be read; write nothing.")
 @click.option(
     "--paths-from", metavar="FILE", help="Read more paths from a file, one a line; - is standard input."

@@ -12,6 +12,7 @@ from ._options import (
     SCHEMA,
     ModelChoice,
     Notes,
+    batch_size_option,
     bundle_directory,
     duration,
     model_options,
@@ -36,11 +37,7 @@ __all__ = ["index", "indexed_variant"]
     help="Write the index here, where DIR is read-only.  [default: DIR/.edgeclip-index]",
 )
 @model_options
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Pictures a tower call.  [default: what 'edgeclip tune' found, else 1]",
-)
+@batch_size_option
 @click.option("--verify", is_flag=True, help="Compare contents, not times; try broken pictures again.")
 @click.option("--rebuild", is_flag=True, help="Embed everything anew, as with another bundle or variant.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
