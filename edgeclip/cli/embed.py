@@ -78,10 +78,10 @@ def embed(
         )
     model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.classify import ZeroShotClassifier
-    from edgeclip.labels import write_atomic
 
     prepare_stdout()
     notes = Notes()
+    _check_places(output)
     opened = bundle_directory(model.bundle, notes)
     with ZeroShotClassifier.open(opened, variant=model.variant, options=model.options()) as classifier:
         notes.on_choice(classifier.choice)
@@ -90,8 +90,7 @@ def embed(
             classifier.bundle.manifest.model.embedding_space,
             classifier.bundle.manifest.model.embed_dim,
         )
-    for path, content in _files(output, keys, _matrix(rows, width), space).items():
-        write_atomic(path, content)
+    _write(_files(output, keys, _matrix(rows, width), space))
     click.echo(f"{len(keys):,} embeddings of {width} dimensions in {shown(output)}")
     if failed:
         ctx.exit(1)
@@ -122,6 +121,59 @@ def _matrix(rows: list[NDArray[Any]], width: int) -> NDArray[Any]:
     import numpy as np
 
     return np.stack(rows) if rows else np.empty((0, width), np.float32)
+
+
+def _check_places(output: Path) -> None:
+    """Refuse places that cannot be written to, before hours of work, and files that are not ours.
+
+    Raises:
+        InputError: the folder is missing, there stands something else than a file, or the name of the keys
+            is that of another document.
+    """
+    from edgeclip.errors import InputError
+
+    if not output.parent.is_dir():
+        raise InputError(f"{str(output)!r} cannot be written: there is no such folder. Make it first.")
+    beside = output.with_suffix(".json")
+    paths = (output, beside) if output.suffix.lower() == ".npy" else (output,)
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{str(path)!r} is no file, expected one to write over, or none. Name another.")
+    if beside in paths and beside.exists():
+        try:
+            ours = "embedding_space" in json.loads(beside.read_bytes())
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise InputError(
+                f"{str(beside)!r} is there and holds no keys of embeddings, so it is not replaced. "
+                "Choose another -o."
+            )
+
+
+def _write(files: dict[Path, bytes]) -> None:
+    """Write files, all of them before the first is renamed: a full disk leaves what was there.
+
+    Raises:
+        InputError: the disk refuses.
+    """
+    from edgeclip.errors import InputError
+    from edgeclip.storage import write_temporary
+
+    written: dict[Path, Path] = {}
+    try:
+        for path, content in files.items():
+            written[path] = write_temporary(path.parent, content)[0]
+        for path, temporary in written.items():
+            temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}). Check rights and room of its "
+            "folder."
+        ) from error
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
 
 
 def _files(output: Path, keys: list[str], embeddings: NDArray[Any], space: str) -> dict[Path, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,42 @@ def test_no_pictures_give_an_empty_array(embed, tmp_path: Path) -> None:
     assert np.load(tmp_path / "out.npy").shape == (0, EMBED_DIM)
 
 
+def test_a_full_disk_leaves_what_was_there(embed, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # short keys
+    assert embed("photos", "-o", "out.npy").code == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("out.*")}
+    for number in range(40):
+        Image.fromarray(colour_picture("red", seed=number)).save(photos / f"more-{number}.png")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # for the keys, not for the array
+        result = embed("photos", "-o", "out.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.code == 1
+    assert "'out.npy' cannot be written (File too large). Check rights and room" in result.err
+    assert {path: path.read_bytes() for path in tmp_path.glob("out.*")} == before
+    assert not list(tmp_path.glob(".edgeclip-tmp-*"))
+
+
 @pytest.mark.parametrize(
     ("output", "code", "message"),
-    [("out.txt", 2, "ends in '.txt', expected .npy"), ("none/out.npy", 1, "cannot be written")],
+    [
+        ("out.txt", 2, "ends in '.txt', expected .npy"),
+        ("none/out.npy", 1, "cannot be written: there is no such folder"),
+        ("folder.npy", 1, "is no file, expected one to write over"),
+        ("mine.npy", 1, "mine.json' is there and holds no keys of embeddings, so it is not replaced"),
+    ],
 )
-def test_refusals(embed, photos: Path, tmp_path: Path, output: str, code: int, message: str) -> None:
+def test_refusals_come_before_the_work(
+    embed, photos: Path, tmp_path: Path, monkeypatch, output: str, code: int, message: str
+) -> None:
+    def refuse(*rest: object, **more: object) -> None:
+        raise AssertionError("the work is done in vain")
+
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "mine.json").write_text('["a list of mine"]', encoding="utf-8")
+    monkeypatch.setattr("edgeclip.classify.ZeroShotClassifier.open", refuse)
     result = embed(photos, "-o", tmp_path / output)
     assert result.code == code
     assert message in result.err
