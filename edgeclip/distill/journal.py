@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip.errors import ConfigError, InputError
+from edgeclip.labels import write_atomic
 from edgeclip.storage import DirectoryLock
 
 __all__ = ["Journal"]
@@ -65,7 +66,7 @@ class Journal:
                 self._clear()
             if not (directory / _RUN).exists():
                 (directory / _RECIPE).write_text(recipe, encoding="utf-8")
-                (directory / _RUN).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+                write_atomic(directory / _RUN, (json.dumps(said, indent=1) + "\n").encode())
         except BlockingIOError as error:
             raise ConfigError(
                 f"run {str(directory)!r}: another process trains there; wait for it, or choose another -o."

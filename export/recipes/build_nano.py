@@ -77,6 +77,7 @@ from ..exporter import export_bundle
 from ..options import Checkpoint, ExportSettings, Gates, LimitChange, References
 from ..variants import parse_variants
 from .command import asked_to_stop, check_out, count, parser_of, put_bundle, run_build
+from .default_pictograms import FREE
 from .default_space import ClassNames, read_class_names
 from .emoji import Pictogram, read_pictograms
 from .finish import Half, accuracy_of, card_of, notice_of
@@ -92,8 +93,6 @@ _log = logging.getLogger("build_nano")
 NAME = "edgeclip-nano"
 TEACHER = "default"
 LICENCE = "Apache-2.0"
-FREE = frozenset({"CC0-1.0", "public-domain"})
-"""Terms of photographs that may train weights."""
 _ROOT = Path(__file__).resolve().parents[2]
 _CHECKPOINT = _ROOT / "tests" / "data" / "default-checkpoint"
 _TEACHER_SCALE = 20.0

@@ -30,6 +30,7 @@ from .default_space import Floats, Sight, unit
 from .emoji import read_pictograms
 
 __all__ = [
+    "FREE",
     "Drawing",
     "HeadRecipe",
     "PictogramCodes",
@@ -47,7 +48,8 @@ __all__ = [
 Pixels = NDArray[np.uint8]
 _SIZE_PX = 224
 _BATCH = 32
-_FREE = ("CC0-1.0", "public-domain")
+FREE = frozenset({"CC0-1.0", "public-domain"})
+"""Terms of photographs that may train weights."""
 _GATE_MIDDLE, _GATE_SLOPE = 0.3, 60.0
 _SHRINKAGE = 0.3
 _MOST_OF_A_TAG = 2
@@ -132,7 +134,7 @@ def photograph_views(photographs: Iterable[Photo], *, seed: int = 0) -> Iterator
     """
     random = np.random.default_rng(seed)
     for photograph in photographs:
-        if photograph.entry.licence not in _FREE:
+        if photograph.entry.licence not in FREE:
             continue
         whole = Image.open(photograph.path).convert("RGB")
         whole.thumbnail((900, 900))
