@@ -91,7 +91,9 @@ def _heading(comparison: Comparison) -> str:
     ]
     asked = f"head: {_cut(comparison.head, 60)}" if comparison.head else f"prompts: {', '.join(prompts)}"
     contexts = len(comparison.answers.context)
-    return f"{said}, {comparison.labels:,} labels\n{asked}{f', in {contexts} contexts' if contexts else ''}"
+    if contexts:
+        asked += f", in {contexts} context{'s' if contexts > 1 else ''}"
+    return f"{said}, {comparison.labels:,} labels\n{asked}"
 
 
 def _zero_shot(comparison: Comparison) -> list[str]:
