@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from ._options import ModelChoice, Notes
 
-__all__ = ["bank_of", "check_own", "embed_labelled", "labelled_options"]
+__all__ = ["bank_of", "check_own", "embed_labelled", "labelled_options", "store_for_bank"]
+
+_FITTED_ON_CHARS = 120
 
 T = TypeVar("T")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -81,6 +83,32 @@ def bank_of(opened: Bundle, asked: str | None) -> str:
             f"{', '.join(map(repr, banks)) or 'none'}; what is fitted belongs to a bank."
         )
     return name
+
+
+def store_for_bank(opened: Bundle, bank: str, *, kind: str, name: str, content: bytes, said: str) -> None:
+    """Store a head that belongs to a bank, in place of every other one of its kind that does.
+
+    Args:
+        opened: a bundle of one's own.
+        bank: the bank.
+        kind: of the head, as the manifest names it.
+        name: what the head is called, before the name of the bank.
+        content: the head's file.
+        said: what it was fitted on; of a long text the end.
+    """
+    from edgeclip.bundle import BundleWriter
+
+    with BundleWriter(opened.path) as writer:
+        stored: dict[str, Any] = writer.manifest.setdefault("heads", {})
+        for key in [key for key, each in stored.items() if (each["kind"], each.get("bank")) == (kind, bank)]:
+            del stored[key]
+        stored[f"{name}-{bank}"] = {
+            "kind": kind,
+            "file": writer.add(f"heads/{name}-{bank}.safetensors", content),
+            "bank": bank,
+            "fitted_on": said[-_FITTED_ON_CHARS:],
+        }
+        writer.commit()
 
 
 def embed_labelled(

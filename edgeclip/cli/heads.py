@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ._labelled import bank_of, check_own, embed_labelled, labelled_options
+from ._labelled import bank_of, check_own, embed_labelled, labelled_options, store_for_bank
 from ._options import (
     SCHEMA,
     ModelChoice,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["heads"]
 
 EXIT_INCONCLUSIVE = 3
-_KIND = "temperature"
-_FITTED_ON_CHARS = 120
 
 
 @click.group()
@@ -157,10 +155,8 @@ def _write(opened: Bundle, bank: str, data: str, fit: TemperatureFit) -> None:
     """Store the head in place of the bank's other one, if it has one."""
     import numpy as np
 
-    from edgeclip.bundle import BundleWriter
     from edgeclip.tensors import write_tensors
 
-    source = Path(data).name
     content = write_tensors(
         {"scale": np.array([fit.scale], np.float32)},
         {
@@ -171,19 +167,8 @@ def _write(opened: Bundle, bank: str, data: str, fit: TemperatureFit) -> None:
             "ece_after": f"{fit.after.error:.4f}",
         },
     )
-    with BundleWriter(opened.path) as writer:
-        stored: dict[str, Any] = writer.manifest.setdefault("heads", {})
-        for other in [
-            key for key, each in stored.items() if (each["kind"], each.get("bank")) == (_KIND, bank)
-        ]:
-            del stored[other]
-        stored[f"{_KIND}-{bank}"] = {
-            "kind": _KIND,
-            "file": writer.add(f"heads/{_KIND}-{bank}.safetensors", content),
-            "bank": bank,
-            "fitted_on": f"{source}: {fit.after.n} pictures of {fit.labels} labels"[-_FITTED_ON_CHARS:],
-        }
-        writer.commit()
+    said = f"{Path(data).name}: {fit.after.n} pictures of {fit.labels} labels"
+    store_for_bank(opened, bank, kind="temperature", name="temperature", content=content, said=said)
 
 
 def _summary(bank: str, offered: int, fit: TemperatureFit, *, write: bool, path: Path) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ._labelled import bank_of, check_own, embed_labelled, labelled_options
+from ._labelled import bank_of, check_own, embed_labelled, labelled_options, store_for_bank
 from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, prepare_stdout, shown
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["multi"]
 
 EXIT_INCONCLUSIVE = 3
-_FITTED_ON_CHARS = 120
 
 
 @click.command()
@@ -114,10 +113,9 @@ def multi(
 
 
 def _write(opened: Bundle, bank: str, data: str, fit: MultiFit) -> None:
-    """Store the head in place of the bank's other one, if it has one."""
+    """Store the threshold in place of the bank's other one, if it has one."""
     import numpy as np
 
-    from edgeclip.bundle import BundleWriter
     from edgeclip.multi import METHOD
     from edgeclip.tensors import write_tensors
 
@@ -125,15 +123,8 @@ def _write(opened: Bundle, bank: str, data: str, fit: MultiFit) -> None:
         {"threshold": np.array([fit.threshold], np.float32)},
         {"method": METHOD, "bank": bank, "pictures": str(fit.pictures), "f1": f"{fit.f1['value']:.4f}"},
     )
-    with BundleWriter(opened.path) as writer:
-        stored: dict[str, Any] = writer.manifest.setdefault("heads", {})
-        stored[f"multi-{bank}"] = {
-            "kind": "reject",
-            "file": writer.add(f"heads/multi-{bank}.safetensors", content),
-            "bank": bank,
-            "fitted_on": f"{Path(data).name}: {fit.pictures} pictures"[-_FITTED_ON_CHARS:],
-        }
-        writer.commit()
+    said = f"{Path(data).name}: {fit.pictures} pictures"
+    store_for_bank(opened, bank, kind="reject", name="multi", content=content, said=said)
 
 
 def _summary(bank: str, offered: int, fit: MultiFit, *, write: bool, path: Path) -> str:
@@ -150,7 +141,7 @@ def _summary(bank: str, offered: int, fit: MultiFit, *, write: bool, path: Path)
     if not fit.improves:
         lines.append("not better than the first label alone, so nothing is written")
     elif write:
-        lines.append(shown(f"written to {path}"))
+        lines.append(f"stored in {shown(path)}")
     else:
         lines.append("nothing is written without --write")
     return "\n".join(lines)

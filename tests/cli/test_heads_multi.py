@@ -13,7 +13,9 @@ from command import Command
 from PIL import Image
 from tiny_bundle import COLOURS, colour_picture
 
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import Bundle, BundleWriter
+from edgeclip.multi import METHOD, multi_gate
+from edgeclip.tensors import write_tensors
 
 
 @pytest.fixture
@@ -37,6 +39,26 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.fromarray(picture).save(folder / name)
                 rows.writerow([name, f"{left}|{right}"])
     return folder / "several.csv"
+
+
+def test_a_new_threshold_takes_the_place_of_every_other_of_the_bank(
+    run: Command, tiny_bundle: Path, table: Path
+) -> None:
+    with BundleWriter(tiny_bundle) as writer:
+        old = write_tensors({"threshold": np.array([9.0], np.float32)}, {"method": METHOD})
+        file = writer.add("heads/older.safetensors", old)
+        writer.manifest["heads"]["by-hand"] = {"kind": "reject", "file": file, "bank": "colours"}
+        writer.commit()
+    said = run("heads", "multi", tiny_bundle, "--data", table, "--write")
+    assert said.code == 0, said.err
+    assert f"stored in {tiny_bundle}" in said.out
+    bundle = Bundle.open(tiny_bundle)
+    assert [name for name, each in bundle.manifest.heads.items() if each.kind == "reject"] == [
+        "multi-colours"
+    ]
+    gate = multi_gate(bundle, "colours")
+    assert gate is not None
+    assert gate.threshold < 9
 
 
 def test_a_threshold_is_fitted_stored_and_used(run: Command, tiny_bundle: Path, table: Path) -> None:
