@@ -10,15 +10,19 @@ their names, and judged (transductive); the other four are judged alone (inducti
 drawn from all (20 draws), all names of a kind of Unicode's list (kinds of eight names and more), all names.
 Draws of ten less well chosen: *uneven*, with 1 to 4 pictures a name; *ten shown of twenty*, with names
 offered that no picture shows; *among others*, with pictures of five names that are not offered.
-*Kinds*: the names of 31 kinds offered, one drawing on white a thing, half of the things to adapt on.
+*Kinds*: the names of 31 kinds offered, one drawing on white a thing, half of the things to adapt on; and
+*ten kinds*, 20 draws of ten of them, at most ten things each. These are what gates are hardest put to: clear
+groups that are not the labels.
 *Stamps*: 14 superclasses; adapted on the report half and judged there, and adapted on the tuning half and
 judged on the other. *Shapes*: probes that were trained on generated shapes; 40 captions of held-out
 combinations in eight pictures each, and one attribute alone among pictures that differ in five.
 
-Methods: `vectors` and `prompts` of `edgeclip adapt`; `upl`, hard labels of the sixteen surest pictures of a
-label (Huang et al. 2022), with a text row as one more picture; for `nano` also `taught` by the default model.
-Each is measured whether or not the command would refuse it, and so that a refusal leaves the rows as they
-are ("gated"). Prompts take time: they are not learned for all names at once, nor for the less well chosen.
+Methods: `vectors` and `prompts` of `edgeclip adapt`; `upl`, the sixteen pictures that are surest of a label
+among those it comes first for, as in UPL (Huang et al. 2022), though not for prompts: the row is the text and
+their mean in equal parts; for `nano` also `taught` by the default model. Each is measured whether or not the
+command would refuse it, and so that a refusal leaves the rows as they are ("gated"). `nano` is adapted with
+the default model as a witness, as the command does; `gates` counts what is written and refused with it and
+without. Prompts take time: they are not learned for all names at once, nor for the less well chosen.
 
 Intervals are of differences to zero-shot, 95 %, bootstrap over names (of shapes: over captions); three seeds
 choose draws, which pictures are adapted on, and halves. `--style openmoji` is what choices were made on.
@@ -34,9 +38,10 @@ import csv
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +65,7 @@ from edgeclip.export.recipes.stamps import read_stamps
 from edgeclip.fetch import materials
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.preprocess import Preprocess
-from edgeclip.runtime.session import RuntimeOptions
+from edgeclip.runtime.host import usable_cores
 from edgeclip.shapes import held_out_combinations, label, ordered_combinations, render
 
 if TYPE_CHECKING:
@@ -84,6 +89,7 @@ KINDS = {
     "office": "office supplies", "tool": "tool", "household": "household item",
 }  # fmt: skip
 _SIDE_PX, _LEAST_NAMES, _UPL_TOP, _CAPTIONS, _ATTRIBUTE_PICTURES = 160, 8, 16, 40, 500
+_THINGS_OF_A_KIND, _POINT = 10, 1.0
 UNEVEN = (4, 4, 4, 3, 2, 2, 1, 1, 1, 1)
 _OTHERS = 5
 
@@ -216,7 +222,7 @@ def _labels(subject: Subject, names: Sequence[str], templates: str = "one") -> R
 
 
 def of_drawings(found: Drawings, seed: int) -> Iterator[Case]:
-    """Yield the tasks over names, and that over kinds."""
+    """Yield the tasks over names."""
     draw = np.random.default_rng(seed)
     every = np.arange(len(found.names))
 
@@ -243,20 +249,36 @@ def of_drawings(found: Drawings, seed: int) -> Iterator[Case]:
         if kind and len(rows) >= _LEAST_NAMES:
             yield case("names of a kind", rows, CHECKPOINT)
     yield case("all names", every, None)
-    keys = [key for key in KINDS if found.kinds.count(key) >= _LEAST_NAMES]
-    columns = [list(KINDS).index(key) for key in keys]
-    shown = draw.permutation([row for row, kind in enumerate(found.kinds) if kind in keys])
-    halves = np.split(shown, [len(shown) // 2])
-    own, own_others = (np.array([keys.index(found.kinds[row]) for row in half], np.intp) for half in halves)
-    clusters, clusters_others = (tuple(found.names[row] for row in half) for half in halves)
-    seen = {
-        model: Seen(
-            *(all_of[half, 0] for half in halves), found.kind_labels[model][columns], found.scales[model]
+
+
+def of_kinds(found: Drawings, seed: int) -> Iterator[Case]:
+    """Yield kinds: all of them, and draws of ten."""
+    draw = np.random.default_rng([seed, 2])
+    every = [key for key in KINDS if found.kinds.count(key) >= _LEAST_NAMES]
+
+    def case(task: str, keys: Sequence[str], most: int, checkpoint: Path | None) -> Case:
+        things = [
+            draw.permutation([row for row, kind in enumerate(found.kinds) if kind == key]) for key in keys
+        ]
+        shown = draw.permutation(np.concatenate([rows[:most] for rows in things]))
+        halves = np.split(shown, [len(shown) // 2])
+        columns = [list(KINDS).index(key) for key in keys]
+        seen = {
+            model: Seen(
+                *(all_of[half, 0] for half in halves), found.kind_labels[model][columns], found.scales[model]
+            )
+            for model, all_of in found.embeddings.items()
+        }
+        own = [np.array([keys.index(found.kinds[row]) for row in half], np.intp) for half in halves]
+        clusters = [tuple(found.names[row] for row in half) for half in halves]
+        return Case(
+            task, seed, tuple(KINDS[key] for key in keys), *own, *clusters, seen, checkpoint=checkpoint
         )
-        for model, all_of in found.embeddings.items()
-    }
-    names = tuple(KINDS[key] for key in keys)
-    yield Case("kinds", seed, names, own, own_others, clusters, clusters_others, seen, checkpoint=CHECKPOINT)
+
+    yield case("kinds", every, len(found.names), CHECKPOINT)
+    for _ in range(DRAWS):
+        keys = [every[row] for row in draw.choice(len(every), OFFERED, replace=False)]
+        yield case("ten kinds", keys, _THINGS_OF_A_KIND, None)
 
 
 def of_misfits(found: Drawings, seed: int) -> Iterator[Case]:
@@ -383,13 +405,16 @@ def of_shapes(probe: str, seed: int) -> Iterator[Case]:
 
 
 def upl(seen: Seen) -> Rows:
-    """Return rows from hard labels of the surest pictures of each label (Huang et al. 2022, §3.2)."""
+    """Return rows from the surest pictures among those that a label comes first for; its text without any."""
     said = posterior(seen.adapted, seen.rows, seen.scale)
-    top = min(_UPL_TOP, max(1, len(seen.adapted) // len(seen.rows)))
-    best = np.argsort(-said, axis=0, kind="stable")[:top]  # (top, N)
-    means = seen.adapted[best].mean(axis=0)
-    rows = seen.rows + means / np.linalg.norm(means, axis=1, keepdims=True)
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+    first, sure = said.argmax(axis=1), said.max(axis=1)
+    rows = seen.rows.copy()
+    for column in np.unique(first):
+        own = np.flatnonzero(first == column)
+        mean = seen.adapted[own[np.argsort(-sure[own], kind="stable")[:_UPL_TOP]]].mean(axis=0)
+        row = rows[column] + mean / np.linalg.norm(mean)
+        rows[column] = row / np.linalg.norm(row)
+    return rows
 
 
 def outcomes(case: Case, model: str) -> Iterator[tuple[str, Rows, Judgement | None]]:
@@ -398,17 +423,21 @@ def outcomes(case: Case, model: str) -> Iterator[tuple[str, Rows, Judgement | No
     yield "zero-shot", seen.rows, None
     yield "upl", upl(seen), None
 
-    def judged(fit: Fit, taught: Taught | None = None) -> tuple[Rows, Judgement]:
-        found = adapt(seen.adapted, seen.rows, fit, scale=seen.scale, taught=taught, seed=case.seed)
+    def judged(fit: Fit, taught: Taught | None = None, witness: Rows | None = None) -> tuple[Rows, Judgement]:
+        found = adapt(
+            seen.adapted, seen.rows, fit, scale=seen.scale, taught=taught, witness=witness, seed=case.seed
+        )
         return found.rows, found.judgement
 
     own = Self(seen.scale)
-    yield "vectors", *judged(own)
     if model == "nano":
         teacher = case.seen["default"]
+        yield "vectors", *judged(own, witness=posterior(teacher.adapted, teacher.rows, teacher.scale))
         taught, _ = ask_teacher(teacher.adapted, teacher.rows, teacher.scale, seed=case.seed)
         yield "taught", *judged(taught, taught)
-    elif case.checkpoint is not None:
+        return
+    yield "vectors", *judged(own)
+    if case.checkpoint is not None:
         tower = _tower(case)
         tower.check(seen.rows, where=case.checkpoint.name)
         yield "prompts", *judged(LearnedPrompts(tower, own, seen.scale, seed=case.seed))
@@ -420,34 +449,34 @@ def _tower(case: Case) -> PromptTower:
     )
 
 
-def measured(cases: Iterator[Case], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return every case as a row for the file: what was right by each method, and how it was judged."""
+def measured(case: Case) -> list[dict[str, Any]]:
+    """Return a row a model for the file: what was right by each method, and how it was judged."""
+    torch.set_num_threads(1)
     rows = []
-    for number, case in enumerate(cases):
-        say(f"{case.task} {number}")
-        for model, seen in case.seen.items():
-            said: dict[str, Any] = {}
-            known = case.own >= 0  # the others show nothing that is offered
-            for method, made, judgement in outcomes(case, model):
-                said[method] = {
-                    "transductive": _digits((first_labels(seen.adapted, made) == case.own)[known]),
-                    "inductive": _digits(first_labels(seen.others, made) == case.own_others),
-                }
-                if judgement is not None:
-                    said[method]["judgement"] = judgement.to_dict()
-            rows.append(
-                {
-                    "task": case.task,
-                    "model": model,
-                    "seed": case.seed,
-                    "names": list(case.names),
-                    "clusters": {
-                        "transductive": tuple(itertools.compress(case.clusters, known)),
-                        "inductive": case.clusters_others,
-                    },
-                    "methods": said,
-                }
-            )
+    known = case.own >= 0  # the others show nothing that is offered
+    for model, seen in case.seen.items():
+        said: dict[str, Any] = {}
+        for method, made, judgement in outcomes(case, model):
+            said[method] = {
+                "transductive": _digits((first_labels(seen.adapted, made) == case.own)[known]),
+                "inductive": _digits(first_labels(seen.others, made) == case.own_others),
+            }
+            if judgement is not None:
+                said[method]["judgement"] = judgement.to_dict()
+                said[method]["alone"] = replace(judgement, witness=None).reliable
+        rows.append(
+            {
+                "task": case.task,
+                "model": model,
+                "seed": case.seed,
+                "names": list(case.names),
+                "clusters": {
+                    "transductive": tuple(itertools.compress(case.clusters, known)),
+                    "inductive": case.clusters_others,
+                },
+                "methods": said,
+            }
+        )
     return rows
 
 
@@ -480,6 +509,8 @@ def _short(judgement: Mapping[str, Any]) -> str:
     )
     if judgement["follows"] is not None:
         said += f", follows {judgement['follows_before']:.3f} to {judgement['follows']:.3f}"
+    if judgement["witness"] is not None:
+        said += f", witness {judgement['witness']:+.3f}"
     return said
 
 
@@ -525,13 +556,24 @@ def _of_method(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]
         if "accepted" in said:
             kept = [(a if ok else b) * 1.0 - b for (_, b, a), ok in zip(parts, accepted, strict=True)]
             figure["gated_difference"] = _difference(np.concatenate(kept), clusters)
-            worse = [
-                ok and _percent(np.mean(a * 1.0 - b)) < -1
-                for (_, b, a), ok in zip(parts, accepted, strict=True)
-            ]
-            figure["accepted_but_worse_by_a_point"] = sum(worse)
+            gains = [100 * float(np.mean(a * 1.0 - b)) for _, b, a in parts]
+            figure["gates"] = _gates(accepted, gains)
+            alone = [row["methods"][method]["alone"] for row in having]
+            if alone != accepted:
+                figure["gates_without_a_witness"] = _gates(alone, gains)
         said[how] = figure
     return said
+
+
+def _gates(accepted: Sequence[bool], gains: Sequence[float]) -> dict[str, int]:
+    """Return how many banks are written and refused, by whether they gain or lose more than a point."""
+    found = {}
+    for what, wanted in (("written", True), ("refused", False)):
+        of_them = [gain for gain, ok in zip(gains, accepted, strict=True) if ok is wanted]
+        found[f"{what}_better"] = sum(gain > _POINT for gain in of_them)
+        found[f"{what}_worse"] = sum(gain < -_POINT for gain in of_them)
+        found[f"{what}_same"] = len(of_them) - found[f"{what}_better"] - found[f"{what}_worse"]
+    return found
 
 
 def _difference(values: NDArray[np.float64], clusters: Sequence[str]) -> dict[str, float]:
@@ -546,7 +588,8 @@ def _percent(value: float | np.floating[Any]) -> float:
 def table(found: Mapping[str, Any]) -> str:
     """Return the figures as lines."""
     heads = "".join(f"{each:>24}" for each in ("transductive", "inductive", "gated, inductive"))
-    lines = [f"{'points over zero-shot, 95 % interval':52}{'accepted':>10}{heads}"]
+    worse = "written worse"
+    lines = [f"{'points over zero-shot, 95 % interval':52}{'accepted':>10}{heads}{worse:>15} (no witness)"]
     for task, methods in found.items():
         for method, said in methods.items():
             cells = []
@@ -558,7 +601,10 @@ def table(found: Mapping[str, Any]) -> str:
             gated = said["inductive"].get("gated_difference")
             cells.append("" if gated is None else _cell(gated))
             ok = f"{said['accepted']}/{said['cases']}" if "accepted" in said else ""
-            lines.append(f"{f'{task}: {method}':52}{ok:>10}" + "".join(f"{cell:>24}" for cell in cells))
+            gates = [said["inductive"].get(key) for key in ("gates", "gates_without_a_witness")]
+            end = "" if gates[0] is None else f"{gates[0]['written_worse']:>15}"
+            end += "" if gates[1] is None else f" ({gates[1]['written_worse']})"
+            lines.append(f"{f'{task}: {method}':52}{ok:>10}" + "".join(f"{cell:>24}" for cell in cells) + end)
     return "\n".join(lines)
 
 
@@ -573,26 +619,29 @@ def main() -> None:
     parser.add_argument("--half", default="report", choices=["report", "tune"], help="of the stamps")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/adapt.json")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     models: dict[str, Subject] = {}
     for name in ("default", "nano"):
-        (models[name],), _ = open_bundle(name, options=RuntimeOptions(threads=1))
+        (models[name],), _ = open_bundle(name)
     say(f"embedding {asked.style}")
     found = drawings(asked.style, models)
     cases = itertools.chain(
         *(of_drawings(found, seed) for seed in SEEDS),
+        *(of_kinds(found, seed) for seed in SEEDS),
         *(of_misfits(found, seed) for seed in SEEDS),
         of_stamps(models, asked.half),
         *(of_shapes(probe, seed) for probe in PROBES for seed in SEEDS),
     )
-    rows = measured(cases, say)
+    rows = []
+    with ProcessPoolExecutor(usable_cores(), mp_context=get_context("spawn")) as pool:
+        for number, of_case in enumerate(pool.map(measured, cases)):
+            say(f"{of_case[0]['task']} {number}")
+            rows += of_case
     for subject in models.values():
-        with closing(subject):
-            pass
+        subject.close()
     said = figures(rows)
     document = {
         "what": "points of accuracy that adaptation to unlabelled pictures adds, 95 % intervals over names",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.distill.adapt import Adapted, Fit, Self, Side, Taught
     from edgeclip.distill.adapt_pictures import Checked, Seen
+    from edgeclip.distill.learned_prompts import PromptTower
     from edgeclip.evaluate.metrics import Share
     from edgeclip.evaluate.subjects import BundleSubject
     from edgeclip.labels import LabelBank
@@ -167,6 +168,8 @@ def adapt(
         with _subject(choice, notes) as (subject, classifier):
             offered.apply(classifier, notes)
             bank, space = classifier.bank, str(subject.about["embedding_space"])
+            to_check = None if checked is None else adapt_pictures.labelled(checked, bank, allowed)
+            tower = _prompt_tower(asked, bank, threads) if asked.method == "prompts" else None
             with _other(asked, bank, choice, notes) as other:
                 subjects = [subject] if other is None or other.subject is None else [subject, other.subject]
                 seen = adapt_pictures.look_at(
@@ -177,10 +180,16 @@ def adapt(
                     limit=limit,
                     on_progress=notes.progress,
                 )
-            found, about = _adapted(asked, subject, bank, other, seen, threads, notes)
-            if checked is not None:
+            found, about = _adapted(asked, subject.scale, bank, other, seen, tower, notes)
+            if to_check is not None:
                 on_labelled = adapt_pictures.check(
-                    checked, subject, bank, found.rows, seen, allowed=allowed, on_progress=notes.progress
+                    to_check,
+                    subject,
+                    bank.embeddings,
+                    found.rows,
+                    seen,
+                    allowed=allowed,
+                    on_progress=notes.progress,
                 )
     finally:
         notes.done()
@@ -372,11 +381,11 @@ def _read_rows(path: Path) -> NDArray[np.float32]:
 
 def _adapted(
     asked: _Asked,
-    subject: BundleSubject,
+    scale: float,
     bank: LabelBank,
     other: _Other | None,
     seen: Seen,
-    threads: int | None,
+    tower: PromptTower | None,
     notes: Notes,
 ) -> tuple[Adapted, dict[str, Any]]:
     """Return the adapted rows, and what the bank will say of how they were made.
@@ -395,15 +404,19 @@ def _adapted(
         targets, teacher = taught, {**other.about, "adapted_itself": judged.reliable}
     else:
         strength = adaptation.STRENGTH if asked.strength is None else asked.strength
-        targets = adaptation.Self(subject.scale, strength=strength)
+        targets = adaptation.Self(scale, strength=strength)
         if other is not None:
             said, witness = adaptation.posterior(seen.rows[1], other.labels, other.scale), other.about
-    fit = targets if asked.method == "vectors" else _prompts(asked, bank, targets, subject.scale, threads)
+    fit: Fit = targets
+    if tower is not None:
+        from edgeclip.distill.learned_prompts import LearnedPrompts
+
+        fit = LearnedPrompts(tower, targets, scale, seed=asked.seed)
     found = adaptation.adapt(
         seen.rows[0],
         bank.embeddings,
         fit,
-        scale=subject.scale,
+        scale=scale,
         taught=taught,
         witness=said,
         seed=asked.seed,
@@ -420,10 +433,8 @@ def _adapted(
     }
 
 
-def _prompts(
-    asked: _Asked, bank: LabelBank, targets: Self | Taught, scale: float, threads: int | None
-) -> Fit:
-    """Return learned prompts through the text tower of a checkpoint.
+def _prompt_tower(asked: _Asked, bank: LabelBank, threads: int | None) -> PromptTower:
+    """Return the text tower of the checkpoint, ready for prompts.
 
     Raises:
         MissingExtraError: torch is not installed.
@@ -433,7 +444,7 @@ def _prompts(
     from edgeclip.runtime.host import usable_cores
 
     try:
-        from edgeclip.distill.learned_prompts import LearnedPrompts, open_prompt_tower
+        from edgeclip.distill.learned_prompts import open_prompt_tower
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             "--method prompts", extra="train", module=(error.name or "torch").partition(".")[0]
@@ -443,7 +454,7 @@ def _prompts(
         checkpoint, bank.labels, bank.templates, model=asked.model, threads=threads or usable_cores()
     )
     tower.check(bank.embeddings, where=f"checkpoint {shown(checkpoint)!r}")
-    return LearnedPrompts(tower, targets, scale, seed=asked.seed)
+    return tower
 
 
 # --- what is said ------------------------------------------------------------------------------------------

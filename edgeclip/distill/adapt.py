@@ -403,6 +403,8 @@ def adapt(
         InputError: shapes disagree, one label only, or fewer than two pictures a label.
     """
     count, labels = _checked(pictures, rows)
+    if witness is not None and witness.shape != (count, labels):
+        raise InputError(f"adaptation: got a witness of shape {witness.shape}, expected {(count, labels)}.")
     order = np.random.default_rng(seed).permutation(count)
     halves = [np.sort(part) for part in (order[: count // 2], order[count // 2 :])]
     say = on_progress or (lambda _: None)

@@ -23,7 +23,7 @@ from edgeclip.runtime.host import usable_cores
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Checked", "Seen", "check", "look_at"]
+__all__ = ["Checked", "Seen", "check", "labelled", "look_at"]
 
 CHANCE: Final = 0.05
 """How likely chance alone may make labelled pictures right less often (McNemar) before it counts."""
@@ -127,26 +127,13 @@ class Checked:
         return {**sides, **self.changes.to_dict(), "adapted_on": self.adapted_on, "is_worse": self.is_worse}
 
 
-def check(
-    pictures: PictureSet,
-    subject: Subject,
-    bank: LabelBank,
-    adapted: NDArray[np.float32],
-    seen: Seen,
-    *,
-    allowed: Allowed,
-    on_progress: Progress = lambda _: None,
-) -> Checked:
-    """Return how often labelled pictures are right before and after.
+def labelled(pictures: PictureSet, bank: LabelBank, allowed: Allowed) -> Chosen[int]:
+    """Return the pictures of a set whose labels are offered, with the rows of these.
 
     Args:
-        pictures: the set; its labels are names or synonyms of the bank's, or their numbers.
-        subject: what the bank belongs to.
-        bank: labels as they were.
-        adapted: ``(N, E)`` their adapted rows.
-        seen: what was adapted on.
+        pictures: the set; its labels are names of the bank's, or numbers as `eval` takes them.
+        bank: what is offered.
         allowed: how many of so many pictures may be of no use.
-        on_progress: called with how far it is.
 
     Raises:
         InputError: nothing can be used, or too much cannot.
@@ -163,7 +150,33 @@ def check(
             return "has no label." if said is None else f"has the label {said[:80]!r}, which is not offered."
         return column
 
-    chosen = choose(pictures, usable, allowed=allowed)
+    return choose(pictures, usable, allowed=allowed)
+
+
+def check(
+    chosen: Chosen[int],
+    subject: Subject,
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    seen: Seen,
+    *,
+    allowed: Allowed,
+    on_progress: Progress = lambda _: None,
+) -> Checked:
+    """Return how often labelled pictures are right.
+
+    Args:
+        chosen: from :func:`labelled`.
+        subject: what the rows belong to.
+        before: ``(N, E)`` rows of the bank as it was.
+        after: ``(N, E)`` the adapted ones.
+        seen: what was adapted on.
+        allowed: how many of so many pictures may be broken.
+        on_progress: called with how far it is.
+
+    Raises:
+        InputError: too many cannot be read.
+    """
     rows: list[NDArray[np.float32]] = []
     targets: list[int] = []
     again = 0
@@ -172,8 +185,8 @@ def check(
         targets += uses
         again += sum(digest in seen.digests for digest in said)
     embeddings, wanted = np.concatenate(rows), np.array(targets, np.intp)
-    before, after = (first_labels(embeddings, each) == wanted for each in (bank.embeddings, adapted))
-    return Checked(share(before), share(after), paired(before, after), again)
+    right = [first_labels(embeddings, each) == wanted for each in (before, after)]
+    return Checked(share(right[0]), share(right[1]), paired(*right), again)
 
 
 def _passes(

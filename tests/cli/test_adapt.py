@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def test_a_bank_for_pale_colours_is_better_and_classify_takes_it(
     assert (said["schema"], said["kind"], said["method"], said["written"]) == (1, "adapt", "vectors", True)
     assert (said["pictures"], said["labels"], said["duplicates"], said["left_out"]) == (48, 8, 0, 0)
     assert said["reliable"]
-    assert said["check"]["n"] == 48
+    assert (said["check"]["n"], said["check"]["adapted_on"]) == (48, 48)
+    assert said["witness"] is None
     bank = LabelBank.open(out)
     assert bank.names == tuple(COLOURS)
     assert bank.space == Bundle.open(tiny_bundle).manifest.model.embedding_space
@@ -183,6 +185,84 @@ def test_labelled_pictures_that_get_worse_are_a_reason(
     assert not out.exists()
 
 
+def test_labels_of_pictures_to_check_are_looked_at_before_anything_is_embedded(
+    run: Command, tiny_bundle: Path, pictures: Path, out: Path, tmp_path: Path
+) -> None:
+    for folder in ("unreadable", "flat"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(b"no picture")
+    result = adapted(run, tiny_bundle, tmp_path / "unreadable", out, "--check", tmp_path / "flat")
+    assert result.code == 1
+    assert "first 'a.png': has no label." in result.err
+    (tmp_path / "flat" / "mauve").mkdir()
+    (tmp_path / "flat" / "a.png").rename(tmp_path / "flat" / "mauve" / "a.png")
+    result = adapted(run, tiny_bundle, tmp_path / "unreadable", out, "--check", tmp_path / "flat")
+    assert "has the label 'mauve', which is not offered" in result.err
+
+
+def test_a_witness_that_rather_says_what_was_said_before_is_a_reason(
+    run: Command, tiny_bundle: Path, other_bundle: Path, pictures: Path, out: Path
+) -> None:
+    assert adapted(run, tiny_bundle, pictures, out).code == 0
+    alone = LabelBank.open(out).embeddings
+    out.unlink()
+    # The bundle itself never finds another label likelier than the one that it says first.
+    result = adapted(run, tiny_bundle, pictures, out, "--witness", tiny_bundle)
+    assert result.code == 3
+    assert "reason: the witness expects" in result.out
+    assert not out.exists()
+    said = json.loads(
+        adapted(run, tiny_bundle, pictures, out, "--witness", tiny_bundle, "--force", "--json").out
+    )
+    assert said["witness"]["embedding_space"] == Bundle.open(tiny_bundle).manifest.model.embedding_space
+    assert said["judgement"]["witness"] < 0
+    assert np.array_equal(LabelBank.open(out).embeddings, alone)
+    said = json.loads(
+        adapted(run, tiny_bundle, pictures, out, "--witness", other_bundle, "--json", "--force").out
+    )
+    assert said["witness"]["embedding_space"] == Bundle.open(other_bundle).manifest.model.embedding_space
+
+
+def test_nano_asks_the_default_model_unless_told_otherwise(
+    run: Command, repo: Path, out: Path, tmp_path: Path
+) -> None:
+    shown = sorted((repo / "edgeclip/assets/photos").glob("*.jpg"))[:8]
+    labels = ",".join(path.stem.split("-")[0] for path in shown[:4])
+    for number, path in enumerate(shown):
+        with Image.open(path) as photo:
+            photo.convert("RGB").resize((96, 96)).save(tmp_path / f"{number}.png")
+    asked = ("--images", tmp_path, "--labels", labels, "-o", out, "--force", "--json")
+    said = json.loads(run("adapt", "nano", *asked).out)
+    assert said["witness"]["embedding_space"] == Bundle.open("default").manifest.model.embedding_space
+    assert said["judgement"]["witness"] is not None
+    said = json.loads(run("adapt", "nano", *asked, "--witness", "none").out)
+    assert (said["witness"], said["judgement"]["witness"]) == (None, None)
+
+
+def test_a_program_without_torch_opens_the_bank_and_gets_the_same_numbers(
+    run: Command, tiny_bundle: Path, pictures: Path, out: Path
+) -> None:
+    assert adapted(run, tiny_bundle, pictures, out).code == 0
+    shown = sorted(pictures.glob("*/*.png"))
+    with ZeroShotClassifier.open(tiny_bundle) as classifier:
+        classifier.set_labels(LabelBank.open(out))
+        expected = [[each.label, each.score] for each, *_ in classifier.classify(shown, top_k=1)]
+    program = """
+import json, sys
+sys.modules["torch"] = None
+from edgeclip.classify import ZeroShotClassifier
+from edgeclip.labels import LabelBank
+with ZeroShotClassifier.open(sys.argv[1]) as classifier:
+    classifier.set_labels(LabelBank.open(sys.argv[2]))
+    found = classifier.classify(sys.argv[3:], top_k=1)
+print(json.dumps([[each.label, each.score] for each, *_ in found]))
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program, tiny_bundle, out, *shown], capture_output=True, text=True, check=True
+    )
+    assert json.loads(said.stdout) == expected
+
+
 def test_another_bundle_teaches(
     run: Command, tiny_bundle: Path, other_bundle: Path, pictures: Path, out: Path
 ) -> None:
@@ -241,6 +321,23 @@ def test_teachers_that_do_not_fit_are_refused(
         (["--labels", NAMES, "--checkpoint", "x"], 2, "belong to --method prompts"),
         (["--labels", NAMES, "--teacher", "x.npy"], 2, "needs --teacher-bank"),
         (["--labels", NAMES, "--teacher-scale", "3"], 2, "need --teacher"),
+        (["--labels", NAMES, "--teacher", "a", "--witness", "b"], 2, "cannot be given together"),
+        (
+            [
+                "--labels",
+                NAMES,
+                "--method",
+                "prompts",
+                "--checkpoint",
+                "x",
+                "--teacher",
+                "a",
+                "--strength",
+                "1",
+            ],
+            2,
+            "means nothing to prompts",
+        ),
         ([], 2, "give --labels or --label-file"),
         (["--labels", "red"], 1, "got 1 label, expected at least two"),
         (["--labels", ",".join(map(str, range(30)))], 1, "got 48 different pictures for 30 labels"),
@@ -267,6 +364,9 @@ def test_paths_that_are_not_there_are_refused_before_anything_is_done(
     assert (result.code, "nowhere" in result.err) == (1, True)
     result = adapted(run, tiny_bundle, pictures, tmp_path / "nowhere" / "b.safetensors")
     assert (result.code, "there is no folder" in result.err) == (1, True)
+    (tmp_path / "folder.safetensors").mkdir()
+    result = adapted(run, tiny_bundle, pictures, tmp_path / "folder.safetensors")
+    assert (result.code, "is a folder" in result.err) == (1, True)
     result = adapted(run, tiny_bundle, pictures, tmp_path / "b.npy")
     assert (result.code, "does not end in .safetensors" in result.err) == (2, True)
     result = adapted(run, tmp_path / "nobundle", pictures, tmp_path / "b.safetensors")

@@ -12,6 +12,7 @@ import pytest
 
 from edgeclip.distill.adapt import (
     LEAST_EXPLAINED,
+    LEAST_FOLLOWED,
     Self,
     Taught,
     adapt,
@@ -101,6 +102,15 @@ def test_soft_labels_do_not_mind_what_is_added_to_a_picture() -> None:
     moved = logits + 500 * np.random.default_rng(4).normal(size=(30, 1))
     equal = np.full(6, 1 / 6)
     assert soft_labels(moved, 0.5, equal) == pytest.approx(soft_labels(logits, 0.5, equal))
+
+
+def test_logits_are_left_as_they_are() -> None:
+    logits = np.random.default_rng(5).normal(size=(30, 6)).astype(FLOATS)
+    given = logits.copy()
+    said = soft_labels(logits, 0.5, np.full(6, 1 / 6, FLOATS))
+    assert np.array_equal(logits, given)
+    exact = soft_labels(given.astype(np.float64), 0.5, np.full(6, 1 / 6))
+    assert said == pytest.approx(exact, abs=ROUNDING)
 
 
 def test_a_label_that_fits_nothing_stays_finite() -> None:
@@ -202,9 +212,43 @@ def test_a_teacher_whom_the_student_cannot_follow_is_a_reason() -> None:
     assert not judged.reliable
     worse = dataclasses.replace(judged, follows_before=0.5, follows=0.25)
     assert "has the teacher's first label for 25.0%, for 50.0% before" in worse.reasons[0]
+    little = dataclasses.replace(judged, follows_before=0.5, follows=0.5 + LEAST_FOLLOWED / 2)
+    assert f"expected at least {LEAST_FOLLOWED:.1%} more" in little.reasons[0]
 
 
 # --- can it be relied on? ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clear_groups_that_are_not_the_labels_are_seen_by_a_witness_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups, classes = unit(rng.normal(size=(LABELS, DIM))), unit(rng.normal(size=(LABELS, DIM)))
+    own = np.repeat(np.arange(LABELS), 12)
+    noise = unit(rng.normal(size=(len(own), DIM)))
+    pictures = unit(groups[rng.permutation(own)] + 0.5 * classes[own] + 0.3 * noise)
+    texts = unit(classes + 0.7 * groups)
+    knows = np.eye(LABELS)[own]
+    found = adapt(pictures, texts, Self(SCALE), scale=SCALE, witness=knows)
+    lost = right(pictures, texts, own) - right(pictures, found.rows, own)
+    assert lost > 0.02
+    assert found.judgement.witness == pytest.approx(-lost)  # who knows the answers expects what happens
+    assert found.judgement.reasons == (
+        f"the witness expects {lost:.1%} fewer pictures to be right than before",
+    )
+    assert dataclasses.replace(found.judgement, witness=None).reliable
+
+
+def test_a_witness_teaches_nothing_and_lets_pass_what_is_better() -> None:
+    drawn = domain()
+    alone = adapt(drawn.pictures, drawn.texts, Self(SCALE), scale=SCALE)
+    said = np.eye(LABELS)[drawn.own]
+    found = adapt(drawn.pictures, drawn.texts, Self(SCALE), scale=SCALE, witness=said)
+    assert np.array_equal(found.rows, alone.rows)
+    assert found.judgement.witness is not None
+    assert found.judgement.witness > 0
+    assert found.judgement.reliable
+    with pytest.raises(InputError, match=r"witness of shape \(96, 7\), expected \(96, 8\)"):
+        adapt(drawn.pictures, drawn.texts, Self(SCALE), scale=SCALE, witness=said[:, 1:])
 
 
 def test_pictures_that_differ_in_something_else_are_refused() -> None:
@@ -315,6 +359,8 @@ def test_the_file_is_an_ordinary_bank_that_says_how_it_was_made() -> None:
     assert read.tower == ""  # else its rows would be taken for embeddings of the texts
     assert read_about(content) == {"method": "vectors", "seed": 0}
     assert read_about(bank.to_bytes()) is None
+    unbound = LabelBank(bank.labels, drawn.texts, bank.templates)
+    assert adapted_bank(unbound, rows, bank.space).space == bank.space
     damaged = bytearray(content)
     damaged[-1] ^= 1
     with pytest.raises(InputError, match="checksum"):
