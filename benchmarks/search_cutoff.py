@@ -1,8 +1,8 @@
-"""Where to stop in a list of pictures that words found: cut-offs compared where the answers are known.
+"""Where to stop in a list of pictures that words, or a picture, found: cut-offs compared where it is known.
 
-Queries are all names of a set, those without a picture in the collection too; a picture is relevant to its
-own name alone. Precision, recall and F1 are over all pairs of query and picture; average precision is the
-mean over queries that have a picture.
+*Words.* Queries are all names of a set, those without a picture in the collection too; a picture is relevant
+to its own name alone. Precision, recall and F1 are over all pairs of query and picture; average precision is
+the mean over queries that have a picture.
 
 * ``cosine``: a fixed one.
 * ``deviations``: how far a cosine lies above the mean of the collection, in standard deviations.
@@ -12,33 +12,45 @@ mean over queries that have a picture.
 
 Limits are chosen on the half ``tune`` of the stamps, English and Chinese names together, by F1. Pictograms of
 a style that nothing trains on (Twemoji, things) are another kind of pictures: they show what becomes of a
-limit there. Intervals of 95 % resample queries. Beside it the same question for pictures as queries, with
-cosines and deviations: relevant is a picture of the same name, or of the same superclass.
+limit there. Intervals of 95 % resample queries.
 
-    edgeclip data fetch stamps pictograms
-    python benchmarks/search_cutoff.py
-    python benchmarks/search_cutoff.py --half report      # once, for what is quoted
+*Pictures of the same kind.* Queries are pictures; relevant are those of the same name, of the same
+superclass, or of the same emoji in another style (things). Beside cosines and deviations: ``neighbours``,
+``2 · cos(x, y) − r(x) − r(y)`` with ``r`` the mean cosine of the ten nearest (CSLS, Conneau et al. 2018), and
+``names``, the probability that two draws from the bundle's names, one for each picture, are the same. Limits
+are chosen for the same name on the half ``tune``; beside what they do elsewhere stands the best limit there.
+
+*The same picture.* Queries are edits of each picture of a collection, one kind of edit at a time, and only
+that picture is relevant. Beside it the share of pairs of different pictures above each limit.
+
+    edgeclip data fetch stamps pictograms held-out-pictograms photos
+    apt-get install librsvg2-bin
+    python benchmarks/search_cutoff.py --half tune --output benchmarks/results/search_cutoff_tune.json
+    python benchmarks/search_cutoff.py      # the half report: once, for what is quoted
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from agreement_pictures import on_white
+from default_model import rendered_openmoji
 from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
 from written import ROOT, arguments, model, write
 
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.evaluate.metrics import bootstrap_interval
 from edgeclip.export.recipes.emoji import read_pictograms
 from edgeclip.export.recipes.stamps import Stamp, candidates, of_half, read_stamps
-from edgeclip.fetch import materials
+from edgeclip.fetch import materials, photos
 from edgeclip.index import made_with
 from edgeclip.index_file import Entry, PictureIndex, Stat, write_index
 from edgeclip.label_sets import LabelSet, Templates
@@ -48,9 +60,11 @@ from edgeclip.runtime.session import RuntimeOptions
 from edgeclip.search import COSINE_DEVIATIONS, LEAST_RELEVANCE, Searcher
 
 TEMPLATES = {"en": "one", "zh": "zh"}
-_STEPS = 2001
+LIMITS = (0.8, 0.85, 0.9, 0.95)
+_STEPS, _NEIGHBOURS, _EDITED_PX, _SMALL_PX = 2001, 10, 768, 160
 
 Score = NDArray[np.float64]
+Styles = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,27 +216,201 @@ def best_limit(pairs: Sequence[tuple[Score, NDArray[np.bool_]]]) -> float:
     return float(limits[best[len(best) // 2]])
 
 
-def by_pictures(images: NDArray[np.float32], shown: Sequence[Stamp]) -> dict[str, Any]:
-    """Return how well pictures find their like, at the best limit there is: a cut-off can do no better."""
-    cosine = (images @ images.T).astype(np.float64)
-    others = ~np.eye(len(cosine), dtype=np.bool_)
-    masked = np.where(others, cosine, np.nan)
-    deviations = (cosine - np.nanmean(masked, axis=0)) / np.nanstd(masked, axis=0)
+# --- pictures as queries -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Pictures as queries, and pictures that are like them.
+
+    Attributes:
+        queries: ``(Q, E)``.
+        images: ``(n, E)``.
+        relevant: ``(n, Q)``.
+        others: ``(n, Q)`` which are pictures other than the query.
+    """
+
+    queries: NDArray[np.float32]
+    images: NDArray[np.float32]
+    relevant: NDArray[np.bool_]
+    others: NDArray[np.bool_]
+
+    @classmethod
+    def within(cls, images: NDArray[np.float32], names: Sequence[str]) -> Alike:
+        """Return a collection in which pictures of one name are alike."""
+        others = ~np.eye(len(images), dtype=np.bool_)
+        said = np.array(names)
+        return cls(images, images, (said[:, None] == said[None]) & others, others)
+
+    @classmethod
+    def across(cls, queries: NDArray[np.float32], images: NDArray[np.float32]) -> Alike:
+        """Return two collections in which each picture is like the one in its place."""
+        same = np.eye(len(images), dtype=np.bool_)
+        return cls(queries, images, same, np.ones_like(same))
+
+    def scores(self, bank: LabelBank, scale: float) -> dict[str, Score]:
+        """Return the scores ``(n, Q)`` of each method; the least where the picture is the query itself."""
+        cosine = (self.images @ self.queries.T).astype(np.float64)
+        masked = np.where(self.others, cosine, np.nan)
+        deviations = (cosine - np.nanmean(masked, axis=0)) / np.nanstd(masked, axis=0)
+        low = np.where(self.others, cosine, -1.0)
+        near = [np.sort(low, axis=axis).take(range(-_NEIGHBOURS, 0), axis).mean(axis) for axis in (0, 1)]
+        images, queries = (_shares(rows, bank, scale) for rows in (self.images, self.queries))
+        found = {
+            "cosine": cosine,
+            "deviations": deviations,
+            "neighbours": 2 * cosine - near[0][None] - near[1][:, None],
+            "names": images @ queries.T,
+        }
+        return {name: np.where(self.others, each, each.min()) for name, each in found.items()}
+
+
+def _shares(rows: NDArray[np.float32], bank: LabelBank, scale: float) -> Score:
+    """Return the softmax over the names of a bank, ``(n, N)``."""
+    odds = scale * (rows @ bank.embeddings.T).astype(np.float64)
+    shares: Score = np.exp(odds - odds.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def same_name(images: NDArray[np.float32], shown: Sequence[Stamp]) -> Alike:
+    """Return stamps, alike where they have one name."""
+    return Alike.within(images, [stamp.en for stamp in shown])
+
+
+def alike(images: NDArray[np.float32], shown: Sequence[Stamp], styles: Styles) -> dict[str, Alike]:
+    """Return all collections of pictures that are alike."""
+    coarse = [stamp.coarse or f"alone {row}" for row, stamp in enumerate(shown)]
+    return {
+        "stamps, same name": same_name(images, shown),
+        "stamps, same superclass": Alike.within(images, coarse),
+        "Google's emoji, the same in Twemoji": Alike.across(styles["google"], styles["twitter"]),
+        "Twemoji, the same in OpenMoji": Alike.across(styles["twitter"], styles["openmoji"]),
+    }
+
+
+def emoji_styles(classifier: ZeroShotClassifier) -> Styles:
+    """Return the embeddings of things and beings that three styles draw, row for row the same emoji."""
+    packages = materials("pictograms")
+    folders = {
+        "google": packages["emoji-datasource-google"] / "img" / "google" / "64",
+        "twitter": packages["emoji-datasource-twitter"] / "img" / "twitter" / "64",
+        "openmoji": rendered_openmoji()[0],
+    }
+    found = read_pictograms(packages["emojibase-data"], tuple(folders.values()))
+    things = [each for each in found if each.is_thing]
+    return {
+        name: _rows(classifier, (on_white(each.files[place]) for each in things))
+        for place, name in enumerate(folders)
+    }
+
+
+def same_kind(
+    classifier: ZeroShotClassifier, tuned: Alike, judged: Mapping[str, Alike], scale: float
+) -> dict[str, Any]:
+    """Return what limits chosen on ``tuned`` are worth on each collection, and the best ones there."""
+    classifier.set_bundle_labels("en")
+    bank = classifier.bank
+    limits = {
+        name: best_limit([(score, tuned.relevant)]) for name, score in tuned.scores(bank, scale).items()
+    }
     told: dict[str, Any] = {}
-    for what, names in (
-        ("same name", [stamp.en for stamp in shown]),
-        ("same superclass", [stamp.coarse or f"alone {row}" for row, stamp in enumerate(shown)]),
-    ):
-        relevant = np.array([[a == b for a in names] for b in names]) & others
-        for name, score in (("cosine", cosine), ("deviations", deviations)):
-            score = np.where(others, score, -np.inf)
-            finite = [(np.where(others, score, score[others].min()), relevant)]
-            limit = best_limit(finite)
+    for what, each in judged.items():
+        for name, score in each.scores(bank, scale).items():
             told[f"{what}, {name}"] = {
-                **figures(score, relevant, limit),
-                "average_precision": average_precision(score, relevant),
+                **figures(score, each.relevant, limits[name]),
+                "average_precision": average_precision(score, each.relevant),
+                "best_here": figures(score, each.relevant, best_limit([(score, each.relevant)])),
             }
     return told
+
+
+def edits(picture: Image.Image) -> dict[str, Image.Image]:
+    """Return a picture as it is, and edited."""
+    width, height = picture.size
+
+    def middle(share: float) -> Image.Image:
+        left, top = (round(side * (1 - share) / 2) for side in picture.size)
+        return picture.crop((left, top, width - left, height - top))
+
+    def jpeg(quality: int) -> Image.Image:
+        stream = BytesIO()
+        picture.save(stream, "JPEG", quality=quality)
+        return Image.open(stream).convert("RGB")
+
+    def resized(factor: float) -> Image.Image:
+        return picture.resize(
+            (max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BICUBIC
+        )
+
+    return {
+        "as it is": picture,
+        "JPEG of quality 75": jpeg(75),
+        "JPEG of quality 30": jpeg(30),
+        "half as wide": resized(0.5),
+        f"{_SMALL_PX} pixels": resized(_SMALL_PX / min(picture.size)),
+        "middle 90 %": middle(0.9),
+        "middle 75 %": middle(0.75),
+        "middle 50 %": middle(0.5),
+        "mirrored": ImageOps.mirror(picture),
+        "brighter by 30 %": ImageEnhance.Brightness(picture).enhance(1.3),
+        "darker by 30 %": ImageEnhance.Brightness(picture).enhance(0.7),
+        "grey": picture.convert("L").convert("RGB"),
+        "turned by 90°": picture.transpose(Image.Transpose.ROTATE_90),
+    }
+
+
+def same_picture(
+    classifier: ZeroShotClassifier, paths: Mapping[str, Sequence[Path]], drawings: Styles
+) -> dict[str, Any]:
+    """Return how edits of pictures are found by a fixed cosine, and how often different pictures pass."""
+    told: dict[str, Any] = {"edits": {}, "different_pairs": {}}
+    collections: dict[str, NDArray[np.float32]] = dict(drawings)
+    for name, files in paths.items():
+        edited = [edits(_opened(path)) for path in files]
+        rows = {edit: _rows(classifier, (each[edit] for each in edited)) for edit in edited[0]}
+        originals = collections[name] = rows.pop("as it is")
+        told["edits"][name] = {
+            edit: [_found_again((originals @ each.T).astype(np.float64), limit) for limit in LIMITS]
+            for edit, each in rows.items()
+        }
+    for name, rows in collections.items():
+        told["different_pairs"][name] = _different(rows)
+    return told
+
+
+def _found_again(score: Score, limit: float) -> dict[str, Any]:
+    said = figures(score, np.eye(len(score), dtype=np.bool_), limit)
+    return {name: said[name] for name in ("limit", "queries", "precision", "recall", "f1")}
+
+
+def _different(rows: NDArray[np.float32]) -> dict[str, Any]:
+    """Return how many of 10,000 pairs of different pictures are above each limit."""
+    cosine = (rows @ rows.T).astype(np.float64)
+    np.fill_diagonal(cosine, -1.0)
+    told: dict[str, Any] = {"pictures": len(rows), "highest": round(float(cosine.max()), 4)}
+    for limit in LIMITS:
+        above = (cosine >= limit).sum(axis=0) / (len(rows) - 1) * 1e4  # a picture; pairs share pictures
+        low, high = bootstrap_interval(above, lambda each: float(each.mean()), seed=0)
+        told[f"{limit:g}"] = [round(each, 3) for each in (float(above.mean()), low, high)]
+    return told
+
+
+def _opened(path: Path) -> Image.Image:
+    """Return a picture on white, at most ``_EDITED_PX`` wide and high."""
+    with Image.open(path) as picture:
+        picture.draft("RGB", (2 * _EDITED_PX, 2 * _EDITED_PX))
+        upright = ImageOps.exif_transpose(picture).convert("RGBA")
+    ground = Image.new("RGBA", upright.size, (255, 255, 255, 255))
+    ground.alpha_composite(upright)
+    found = ground.convert("RGB")
+    found.thumbnail((_EDITED_PX, _EDITED_PX))
+    return found
+
+
+def _rows(classifier: ZeroShotClassifier, pictures: Iterable[Any]) -> NDArray[np.float32]:
+    return np.stack(
+        [each.embedding for each in classifier.embed_stream(pictures) if each.embedding is not None]
+    )
 
 
 # --- what ships --------------------------------------------------------------------------------------------
@@ -253,13 +441,13 @@ def shipped_agrees(classifier: ZeroShotClassifier, found: Collection, score: Sco
 
 def main() -> int:
     """Measure, write everything, and print a table."""
-    parser = arguments("Compare cut-offs of searches by words.", "search_cutoff.json")
-    parser.add_argument("--half", choices=("tune", "report"), default="tune")
+    parser = arguments("Compare cut-offs of searches.", "search_cutoff.json")
+    parser.add_argument("--half", choices=("tune", "report"), default="report")
     chosen = parser.parse_args()
     with ZeroShotClassifier.open(
         chosen.bundle, variant=chosen.variant, options=RuntimeOptions(threads=1), keep_text_tower=True
     ) as classifier:
-        tuned, _, _ = stamps(classifier, "tune")
+        tuned, tuned_stamps, tuned_images = stamps(classifier, "tune")
         limits: dict[str, float] = {}
         kept = [(each, *scores(classifier, each)) for each in tuned]
         for method in kept[0][1]:
@@ -280,15 +468,24 @@ def main() -> int:
             told["deviations, as shipped"] = figures(score["deviations"], each.relevant, COSINE_DEVIATIONS)
             results[each.name] = told
             agreeing[each.name] = [shipped_agrees(classifier, each, score["background"]), len(each.queries)]
+        styles, scale = emoji_styles(classifier), classifier.bundle.manifest.model.scale
+        package = materials("stamps")["tuxpaint-stamps-default"]
+        paths = {
+            "stamps": [stamp.path(package) for stamp in shown],
+            "photographs": [photo.path for photo in photos()],
+        }
         document = {
-            "what": "cut-offs of searches by words: precision, recall, F1 in %, 95 % intervals over queries",
+            "what": "cut-offs of searches: precision, recall, F1 in %, 95 % intervals over queries",
             **model(classifier),
             "half": chosen.half,
             "limits_of_the_half_tune": {name: float(f"{each:.6g}") for name, each in limits.items()},
             "shipped": {"background": LEAST_RELEVANCE, "deviations": COSINE_DEVIATIONS},
             "words": results,
             "queries_that_a_searcher_answers_so": agreeing,
-            "pictures": by_pictures(images, shown),
+            "pictures": same_kind(
+                classifier, same_name(tuned_images, tuned_stamps), alike(images, shown, styles), scale
+            ),
+            "same_picture": same_picture(classifier, paths, styles),
         }
     write(chosen.output, document, show=False)
     for name, told in {**results, "pictures": document["pictures"]}.items():
@@ -298,7 +495,15 @@ def main() -> int:
                 f"{what} {each[what][0]:5.1f} [{each[what][1]:.0f}, {each[what][2]:.0f}]"
                 for what in ("precision", "recall", "f1")
             )
-            print(f"{method:28} {each['limit']:8.3f}  {cells}  AP {each.get('average_precision', '')}")
+            print(f"{method:50} {each['limit']:8.3f}  {cells}  AP {each.get('average_precision', '')}")
+            if "best_here" in each:
+                print(f"{'  best here':50} {each['best_here']['limit']:8.3f}  F1 {each['best_here']['f1']}")
+    for name, told in document["same_picture"]["edits"].items():
+        print(f"-- the same picture: {name}, recall and precision at {LIMITS}")
+        for edit, each in told.items():
+            print(f"{edit:28}", *(f"{one['recall'][0]:6.1f} {one['precision'][0]:6.1f}" for one in each))
+    for name, told in document["same_picture"]["different_pairs"].items():
+        print(f"{name:28}", told)
     print(agreeing)
     return 0
 
