@@ -559,7 +559,7 @@ def _of_method(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]
             gains = [100 * float(np.mean(a * 1.0 - b)) for _, b, a in parts]
             figure["gates"] = _gates(accepted, gains)
             alone = [row["methods"][method]["alone"] for row in having]
-            if alone != accepted:
+            if any(each is not None and each["witness"] is not None for each in judged):
                 figure["gates_without_a_witness"] = _gates(alone, gains)
         said[how] = figure
     return said
