@@ -334,6 +334,11 @@ def unpack_bundle(archive: Path, target: Path, *, force: bool = False) -> Bundle
     from edgeclip.archives import Limits, read_members
 
     where = f"archive {str(archive)!r}"
+    if not archive.is_file():
+        raise InputError(f"{where}: no such file. Check the path.")
+    name = archive.name.lower()
+    if not name.endswith((".tar", ".tgz", ".zip")) and ".tar." not in name:
+        raise InputError(f"{where} is no packed bundle: expected a name that ends in .zip, .tar or .tar.*.")
     folder, data = _find_manifest(archive, where)
     _, manifest = parse_manifest(data, where)
     _check_target(target, force=force)

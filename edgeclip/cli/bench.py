@@ -140,7 +140,7 @@ def _per_op_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @bench.command(
     _RUN,
     cls=_RunCommand,
-    epilog="Example: edgeclip bench my-bundle --variant onnx-fp32 --variant onnx-int8 --threads 1,2",
+    epilog="Example: edgeclip bench default --threads 1,2 --batch 1,8 --html bench.html",
 )
 @click.argument("bundle", default="default", metavar="[BUNDLE]")
 @click.option(

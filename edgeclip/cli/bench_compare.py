@@ -37,11 +37,11 @@ def _duration(_ctx: click.Context, _param: click.Parameter, said: str) -> float:
 
 
 def _share(_ctx: click.Context, _param: click.Parameter, said: str) -> float:
-    """Return a share, written as 5% or 0.05."""
+    """Return a share, written as 5% or 0.05; a bare 5 could be either, and would pass any regression."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", said.strip())
     share = 0.0 if match is None else float(match[1]) / (100 if match[2] else 1)
-    if not 0.001 <= share <= 10:
-        raise click.BadParameter(f"{said!r}: expected 0.1% to 1000%, such as 5% or 0.05.")
+    if not 0.001 <= share <= 10 or (share >= 1 and not said.strip().endswith("%")):
+        raise click.BadParameter(f"{said!r}: expected 0.1% to 1000%, or a share below 1, such as 5% or 0.05.")
     return share
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["loadgen"]
 
 
-@click.command(epilog="Example: edgeclip bench loadgen my-bundle --threads 2 --input decoded --input file")
+@click.command(epilog="Example: edgeclip bench loadgen default --threads 2 --input decoded --input file")
 @click.argument("bundle", default="default", metavar="[BUNDLE]")
 @click.option("--variant", default="auto", show_default=True, help="Variant to measure.")
 @click.option(

@@ -204,7 +204,9 @@ def _one_line(value: Any) -> str:
 
 @bundle.command()
 @click.argument("bundle_path", metavar="BUNDLE")
-@click.option("--variant", "variants", multiple=True, required=True, help="Variant to keep; may be repeated.")
+@click.option(
+    "--variant", "variants", multiple=True, help="Variant to keep; may be repeated.  [default: all]"
+)
 @click.option(
     "--labels",
     metavar="FILE|A,B,…",
@@ -241,6 +243,9 @@ def slim(
     prepare_stdout()
     notes = Notes()
     source = Bundle.open(bundle_directory(bundle_path, notes))
+    variants = variants or tuple(
+        dict.fromkeys((*source.manifest.default_variants, *source.manifest.variants))
+    )
     for name in variants:
         source.variant(name)
     bank = _new_bank(source, variants[0], choice, notes)

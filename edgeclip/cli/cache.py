@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,8 @@ def info(as_json: bool) -> None:
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def clear(bundle: str | None, yes: bool, as_json: bool) -> None:
+@click.pass_context
+def clear(ctx: click.Context, bundle: str | None, yes: bool, as_json: bool) -> None:
     """Remove what the cache holds; the next run makes anew what it needs.
 
     Compiled towers belong to no bundle, because bundles share them: they go with everything, or alone.
@@ -72,15 +74,37 @@ def clear(bundle: str | None, yes: bool, as_json: bool) -> None:
 
     prepare_stdout()
     found = cache_info()
-    if not yes and found.entries:
-        what = "everything" if bundle is None else _name(bundle)
-        click.confirm(f"Remove {what} in {shown(found.root)}?", abort=True, err=True)
+    # Digests that name no entry, or several, are refused below: nobody is asked about them.
+    meant = [entry for entry in found.entries if bundle is not None and entry.bundle.startswith(bundle[:16])]
+    asked = bool(found.entries) if bundle is None else len(meant) == 1
+    if asked and not yes:
+        what = "everything" if bundle is None else _name(meant[0].bundle)
+        if not _confirmed(f"Remove {what} in {shown(found.root)}?"):
+            click.echo("edgeclip: nothing was removed", err=True)
+            ctx.exit(1)
     removed = clear_cache(bundle=bundle)
     if as_json:
         click.echo(json.dumps(_document(removed), ensure_ascii=False, indent=2))
     else:
         names = ", ".join(_name(entry.bundle) for entry in removed.entries)
         click.echo(f"removed {_size(removed.size_bytes)}: {names or 'there was nothing'}")
+
+
+def _confirmed(question: str) -> bool:
+    """Ask, on stderr, for a yes or no.
+
+    Raises:
+        InputError: nobody can answer, as in a script.
+    """
+    from edgeclip.errors import InputError
+
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():  # Ctrl-C or Ctrl-D
+            raise
+        click.echo(err=True)
+        raise InputError("'cache clear' asks first, and standard input holds no answer: say --yes.") from None
 
 
 def _name(bundle: str) -> str:

@@ -22,7 +22,7 @@ __all__ = ["compile_"]
 _RUNNABLE = tuple(name for name in BACKENDS if name != "eager")
 
 
-@click.command("compile", epilog="Example: edgeclip compile my-bundle --variant tensorrt-fp16 --batch 1,8")
+@click.command("compile", epilog="Example: edgeclip compile default --variant onnx-int8 -o compiled")
 @click.argument("bundle", default="default", metavar="[BUNDLE]")
 @click.option("--variant", default="auto", show_default=True, help="Variant to compile.")
 @click.option(

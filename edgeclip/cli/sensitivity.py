@@ -13,9 +13,7 @@ from ._options import Int8Choice, Notes, int8_options, prepare_stdout, shown
 __all__ = ["sensitivity"]
 
 
-@click.command(
-    epilog="Example: edgeclip sensitivity MobileCLIP2-S0 --int8-target cosine=0.99,top1=0.98 -o report"
-)
+@click.command(epilog="Example: edgeclip sensitivity run/model --int8-target cosine=0.99,top1=0.98 -o report")
 @click.argument("checkpoint", metavar="CHECKPOINT|MODEL")
 @click.option(
     "--tower", type=click.Choice(["image", "text"]), default="image", show_default=True, help="Which tower."

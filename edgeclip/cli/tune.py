@@ -19,7 +19,7 @@ __all__ = ["tune"]
 _MOST_IMAGES = 64
 
 
-@click.command(epilog="Example: edgeclip tune my-bundle --for throughput --images photos/ --floor parity")
+@click.command(epilog="Example: edgeclip tune default --for throughput --images photos/ --floor parity")
 @click.argument("bundle", default="default", metavar="[BUNDLE]")
 @click.option(
     "--for",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["verify"]
 
 
-@click.command(epilog="Example: edgeclip verify my-bundle --variant onnx-int8 --require-verified")
+@click.command(epilog="Example: edgeclip verify default --variant onnx-int8 --require-verified")
 @click.argument("bundle", default="default", metavar="[BUNDLE]")
 @click.option("--variant", default="all", show_default=True, help="Name of one variant, or all.")
 @click.option(

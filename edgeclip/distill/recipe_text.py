@@ -51,7 +51,12 @@ def find_recipe(said: str, package: str) -> tuple[bytes, Path, str]:
     if path.suffix == ".toml" or path.is_file():
         return read_recipe_file(path), path.parent, f"recipe {said!r}"
     folder = files(package)
-    names = sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    # Names of recipes have hyphens; tables with an underscore in their name lie beside them and are none.
+    names = sorted(
+        entry.name.removesuffix(".toml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml") and "_" not in entry.name
+    )
     if said not in names:
         raise ConfigError(
             f"no recipe is called {said!r}: expected a .toml file or one of {', '.join(names)}."

@@ -222,6 +222,8 @@ def write_shards(
         size_limit=size_limit,
         complete=False,
     )
+    if not target.exists():
+        tar_writer()  # what is missing is said before a directory is made
     with _translated(target), _locked(target, plain):
         manifest, kept = _kept(target, plain, progress)
         if not manifest.complete:

@@ -199,11 +199,11 @@ def _tuned(path: str | os.PathLike[str]) -> Check | None:
         found = find_profile(Bundle.open(path), Host.here(), "cpu")
     except BundleError:
         return None  # said already
-    again = f"run edgeclip tune {path}"
+    again = f"edgeclip tune {path}"
     if found is None:
-        return Check("tuned profile", "ok", f"none, so the order of the bundle decides: {again} makes one")
+        return Check("tuned profile", "ok", f"none, so the order of the bundle decides; '{again}' makes one")
     if found.stale is not None:
-        return Check("tuned profile", "problem", f"it is not used: {found.stale}", again)
+        return Check("tuned profile", "problem", f"it is not used: {found.stale}", f"run {again}")
     return Check("tuned profile", "ok", str(found.profile))
 
 

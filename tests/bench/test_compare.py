@@ -498,6 +498,7 @@ def test_an_interrupt_ends_it(run: Command, monkeypatch: pytest.MonkeyPatch) -> 
         (("default", "New.JSON"), 1, "'New.JSON' is a report, expected a bundle"),
         (("default", "default,thread=2"), 1, "'thread'"),
         (("default", "default", "--effect", "0"), 2, "'0': expected 0.1% to 1000%"),
+        (("default", "default", "--effect", "5"), 2, "'5': expected 0.1% to 1000%, or a share below 1"),
         (("default", "default", "--effect", "few"), 2, "'few': expected 0.1% to 1000%"),
         (("default", "default", "--budget", "1h"), 2, "'1h': expected a time above 0"),
         (("default", "default", "--budget", "0s"), 2, "'0s': expected a time above 0"),

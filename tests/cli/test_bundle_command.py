@@ -210,6 +210,12 @@ def test_slim_keeps_the_text_tower_the_banks_and_the_heads_unless_told(
     slim.check_files()
 
 
+def test_slim_without_variants_copies_the_bundle(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    assert run("bundle", "slim", tiny_bundle, "-o", tmp_path / "s")[0] == 0
+    source, copy = Bundle.open(tiny_bundle).manifest, Bundle.open(tmp_path / "s").manifest
+    assert (copy.default_variants, copy.files) == (source.default_variants, source.files)
+
+
 def test_a_variant_without_text_tower_keeps_the_one_it_borrows(tiny_bundle: Path, tmp_path: Path) -> None:
     with BundleWriter(tiny_bundle) as writer:
         del writer.manifest["variants"]["onnx-int8"]["towers"]["text"]
@@ -479,6 +485,14 @@ def test_a_wrong_archive_leaves_nothing_behind(
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_unpack_tells_what_is_missing_or_no_archive(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("bundle", "unpack", tmp_path / "b.zip", "-o", tmp_path / "back")
+    assert (code, "b.zip': no such file. Check the path." in err) == (1, True)
+    (tmp_path / "cat.jpg").write_bytes(b"\xff\xd8\xff")
+    code, _, err = run("bundle", "unpack", tmp_path / "cat.jpg", "-o", tmp_path / "back")
+    assert (code, "expected a name that ends in .zip, .tar" in err, "delete" in err) == (1, True, False)
+
+
 def test_links_in_an_archive_are_neither_made_nor_followed(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     golden = Bundle.open(tiny_bundle).manifest.golden
@@ -546,9 +560,21 @@ def test_clearing_asks_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put("x", b"x")
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     code, _, err = run("cache", "clear")
-    assert code == 130
+    assert code == 1
     assert "Remove everything in" in err
+    assert err.endswith("edgeclip: nothing was removed\n")
     assert cache.get("x") == b"x"
+
+
+def test_clearing_without_an_answer_names_the_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = HostCache.open("a" * 64, "host")
+    cache.put("x", b"x")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = run("cache", "clear", "--bundle", "aa")
+    assert (code, "Remove bundle aaaaaaaaaaaaaaaa in" in err, "say --yes" in err) == (1, True, True)
+    assert cache.get("x") == b"x"
+    code, _, err = run("cache", "clear", "--bundle", "b")
+    assert (code, "Remove" in err, "has 0 entries" in err) == (1, False, True)
 
 
 def test_the_labels_of_the_tiny_bundle_are_right() -> None:

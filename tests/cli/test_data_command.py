@@ -90,3 +90,11 @@ def test_ctrl_c_leaves_nothing_behind(workers: str, tmp_path: Path) -> None:
     assert said.strip() == "edgeclip: interrupted"
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fetch_names_every_set_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from edgeclip.corpus import load_corpus
+
+    assert _run(["data", "fetch", "--help"], debug=False) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert [name for name in load_corpus().sets if name not in said] == []

@@ -187,3 +187,17 @@ def test_inspect_and_validate_do_not_load_torch(table: Path, tmp_path: Path) -> 
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_a_broken_file_is_named_once(data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zeros").mkdir()
+    (tmp_path / "zeros/1.jpg").touch()
+    found = data("validate", "zeros")
+    assert (found.code, found.out.splitlines()) == (
+        1,
+        [
+            "broken: 'zeros/1.jpg': is empty, expected a picture file. Replace it.",
+            "1 sample: 1 broken, 0 without a caption; samples with captions: none; damaged files: 0",
+        ],
+    )

@@ -125,6 +125,12 @@ def test_json_is_the_report(pipeline: Any, recipe: Path, tmp_path: Path) -> None
     assert document == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
+def test_only_recipes_are_offered_as_such(pipeline: Any) -> None:
+    said = pipeline("run", "nothing", "-o", "out")
+    listed = said.err.partition("one of ")[2].strip(" .\n").split(", ")
+    assert listed == ["ci-smoke", "cpu-int8", "intel-openvino", "jetson", "raspberry-pi5", "rtx"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -276,6 +276,7 @@ def test_without_webdataset_the_error_names_the_extra(
         MissingExtraError, match=r"writing shards needs the package 'webdataset'.*edgeclip\[train\]"
     ):
         write_shards(open_samples([table]), tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
 
 
 # Broken samples
