@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,24 @@ def test_pictures_may_have_several_labels(run: Command, photos: Path, tmp_path: 
 
 
 # What is said
+
+
+def test_the_commands_of_the_page_run(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = Path(__file__).parents[2]
+    page = (repo / "docs/eval.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) == 7
+    (tmp_path / "edgeclip").symlink_to(repo / "edgeclip")
+    monkeypatch.chdir(tmp_path)
+    (shown,) = re.findall(r"adds to the table:\n\n```\n(.*?)```", page, re.DOTALL)
+    for number, command in enumerate(commands):
+        done = run(*shlex.split(command)[1:])
+        assert done.code == 0, done.err
+        if number == 2:
+            titles = shown.splitlines()[:2]  # thresholds change with the bundle
+            assert done.out.splitlines()[-3:-1] == titles
+            assert done.out.splitlines()[-1].startswith("default/onnx-int8")
 
 
 def test_contexts_are_crossed_and_named(run: Command, photos: Path) -> None:
