@@ -168,6 +168,7 @@ def adapt(
         with _subject(choice, notes) as (subject, classifier):
             offered.apply(classifier, notes)
             bank, space = classifier.bank, str(subject.about["embedding_space"])
+            adaptation.check_labels(len(bank))
             to_check = None if checked is None else adapt_pictures.labelled(checked, bank, allowed)
             tower = _prompt_tower(asked, bank, threads) if asked.method == "prompts" else None
             with _other(asked, bank, choice, notes) as other:
@@ -263,7 +264,7 @@ class _Asked:
             raise click.UsageError("--teacher FILE.npy needs --teacher-bank, the labels in its space.")
         if self.teacher is not None and self.witness not in (None, _NOBODY):
             raise click.UsageError(
-                "--witness and --teacher cannot be given together: a teacher is asked, too."
+                "--witness and --teacher cannot be given together: the teacher is asked already."
             )
         if self.teacher is not None and self.method == "prompts" and self.strength is not None:
             raise click.UsageError("--strength means nothing to prompts that learn from a teacher.")

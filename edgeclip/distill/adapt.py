@@ -56,6 +56,7 @@ __all__ = [
     "adapted_bank",
     "ask_teacher",
     "bank_file",
+    "check_labels",
     "first_labels",
     "posterior",
     "read_about",
@@ -472,6 +473,16 @@ def ask_teacher(
     return Taught.by(pictures, said, scale, strength=strength), own.judgement
 
 
+def check_labels(labels: int) -> None:
+    """Raise where there are too few labels to adapt.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    if labels < 2:
+        raise InputError("adaptation: got 1 label, expected at least two: with one there is nothing to tell.")
+
+
 def _checked(pictures: NDArray[np.float32], rows: NDArray[np.float32]) -> tuple[int, int]:
     if pictures.ndim != 2 or rows.ndim != 2 or pictures.shape[1] != rows.shape[1]:
         raise InputError(
@@ -479,8 +490,7 @@ def _checked(pictures: NDArray[np.float32], rows: NDArray[np.float32]) -> tuple[
             "(n, E) and (N, E)."
         )
     count, labels = len(pictures), len(rows)
-    if labels < 2:
-        raise InputError("adaptation: got 1 label, expected at least two: with one there is nothing to tell.")
+    check_labels(labels)
     if count < LEAST_A_LABEL * labels:
         raise InputError(
             f"adaptation: got {count:,} different pictures for {labels:,} labels, expected at least "

@@ -185,7 +185,7 @@ def test_labelled_pictures_that_get_worse_are_a_reason(
     assert not out.exists()
 
 
-def test_labels_of_pictures_to_check_are_looked_at_before_anything_is_embedded(
+def test_labels_are_looked_at_before_anything_is_embedded(
     run: Command, tiny_bundle: Path, pictures: Path, out: Path, tmp_path: Path
 ) -> None:
     for folder in ("unreadable", "flat"):
@@ -198,6 +198,8 @@ def test_labels_of_pictures_to_check_are_looked_at_before_anything_is_embedded(
     (tmp_path / "flat" / "a.png").rename(tmp_path / "flat" / "mauve" / "a.png")
     result = adapted(run, tiny_bundle, tmp_path / "unreadable", out, "--check", tmp_path / "flat")
     assert "has the label 'mauve', which is not offered" in result.err
+    result = run("adapt", tiny_bundle, "--images", tmp_path / "unreadable", "--labels", "red", "-o", out)
+    assert "got 1 label, expected at least two" in result.err
 
 
 def test_a_witness_that_rather_says_what_was_said_before_is_a_reason(
