@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -48,6 +49,7 @@ __all__ = [
     "quiet_broken_pipe",
     "shown",
     "templates_of",
+    "together",
     "workload_options",
 ]
 
@@ -55,6 +57,17 @@ SCHEMA = 1
 BACKENDS = ("auto", "ort", "openvino", "tensorrt", "tensorrt_rtx", "eager")
 _BANK_SUFFIXES = (".safetensors", ".npy")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    """Return what adds options to a command, to be shown in this order."""
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def cache_dir_option(command: _Command) -> _Command:
@@ -78,107 +91,91 @@ def batch_size_option(command: _Command) -> _Command:
 
 def model_options(command: _Command) -> _Command:
     """Add the options that say which model runs where."""
-    for option in reversed(
-        (
-            click.option(
-                "--bundle",
-                default="default",
-                show_default=True,
-                metavar="DIR|hf:ORG/NAME@REV",
-                help="Bundle to use: a directory, one on the hub, or an embedded one, 'default' or 'nano'.",
-            ),
-            click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
-            click.option(
-                "--backend",
-                type=click.Choice(BACKENDS),
-                default="auto",
-                show_default=True,
-                help="Inference engine.",
-            ),
-            click.option(
-                "--device",
-                default="cpu",
-                show_default=True,
-                help="cpu, cuda or cuda:N; with OpenVINO also gpu, gpu:N, npu and auto.",
-            ),
-            click.option(
-                "--threads",
-                type=click.IntRange(min=1),
-                help="Threads of the towers.  [default: usable cores]",
-            ),
-            cache_dir_option,
-            click.option(
-                "--allow",
-                multiple=True,
-                type=click.Choice(("unsafe-isa", "unverified")),
-                help="Lift a guard: run int8 made for other instruction sets, or unverified variants as they "
-                "are. Repeatable.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    return together(
+        click.option(
+            "--bundle",
+            default="default",
+            show_default=True,
+            metavar="DIR|hf:ORG/NAME@REV",
+            help="Bundle to use: a directory, one on the hub, or an embedded one, 'default' or 'nano'.",
+        ),
+        click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
+        click.option(
+            "--backend",
+            type=click.Choice(BACKENDS),
+            default="auto",
+            show_default=True,
+            help="Inference engine.",
+        ),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="cpu, cuda or cuda:N; with OpenVINO also gpu, gpu:N, npu and auto.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="Threads of the towers.  [default: usable cores]",
+        ),
+        cache_dir_option,
+        click.option(
+            "--allow",
+            multiple=True,
+            type=click.Choice(("unsafe-isa", "unverified")),
+            help="Lift a guard: run int8 made for other instruction sets, or unverified variants as they "
+            "are. Repeatable.",
+        ),
+    )(command)
 
 
 def label_options(command: _Command) -> _Command:
     """Add the options that say which labels are offered."""
-    for option in reversed(
-        (
-            click.option(
-                "--labels", metavar="A,B,…", help="Labels, separated by commas; synonyms after '|'."
-            ),
-            click.option(
-                "--label-file",
-                type=click.Path(path_type=Path),
-                help="Labels: text, one a line; JSON; or a bank from 'labels build'.",
-            ),
-            click.option(
-                "--templates",
-                metavar="NAME|FILE",
-                help="Prompt templates: bare, one, openai-7, openai-80, zh, a file, or text with one {}.  "
-                "[default: the bundle's]",
-            ),
-            click.option(
-                "--language", metavar="CODE", help="Use the aliases of the labels in this language."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    return together(
+        click.option("--labels", metavar="A,B,…", help="Labels, separated by commas; synonyms after '|'."),
+        click.option(
+            "--label-file",
+            type=click.Path(path_type=Path),
+            help="Labels: text, one a line; JSON; or a bank from 'labels build'.",
+        ),
+        click.option(
+            "--templates",
+            metavar="NAME|FILE",
+            help="Prompt templates: bare, one, openai-7, openai-80, zh, a file, or text with one {}.  "
+            "[default: the bundle's]",
+        ),
+        click.option("--language", metavar="CODE", help="Use the aliases of the labels in this language."),
+    )(command)
 
 
 def answer_options(command: _Command) -> _Command:
     """Add the options that say what is asked of each picture."""
-    for option in reversed(
-        (
-            click.option(
-                "--head",
-                metavar="FILE|NAME",
-                help="Answer with a head from 'heads fit', a file or one in the bundle, in place of labels.",
-            ),
-            click.option(
-                "--reject", is_flag=True, help="Give no label to pictures that show none of those offered."
-            ),
-            click.option(
-                "--multi", is_flag=True, help="Judge each label by itself: none, one or several may fit."
-            ),
-            click.option(
-                "--threshold",
-                type=float,
-                metavar="SCORE",
-                help="Score from which a label fits, with --reject or --multi.  [default: the bundle's]",
-            ),
-            click.option(
-                "--context",
-                multiple=True,
-                metavar="A,B,…",
-                help="What pictures may show of the labels, as in 'on snow,indoors,a blurred {}': inferred "
-                "for each picture first. Repeatable, for what is independent of it, as in 'at night'.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    return together(
+        click.option(
+            "--head",
+            metavar="FILE|NAME",
+            help="Answer with a head from 'heads fit', a file or one in the bundle, in place of labels.",
+        ),
+        click.option(
+            "--reject", is_flag=True, help="Give no label to pictures that show none of those offered."
+        ),
+        click.option(
+            "--multi", is_flag=True, help="Judge each label by itself: none, one or several may fit."
+        ),
+        click.option(
+            "--threshold",
+            type=float,
+            metavar="SCORE",
+            help="Score from which a label fits, with --reject or --multi.  [default: the bundle's]",
+        ),
+        click.option(
+            "--context",
+            multiple=True,
+            metavar="A,B,…",
+            help="What pictures may show of the labels, as in 'on snow,indoors,a blurred {}': inferred "
+            "for each picture first. Repeatable, for what is independent of it, as in 'at night'.",
+        ),
+    )(command)
 
 
 def workload_options(command: _Command) -> _Command:
@@ -209,7 +206,7 @@ def int8_options(*, without_target: str, pictures: str) -> Callable[[_Command], 
         without_target: what is done where no target is given.
         pictures: those that are taken where none are given.
     """
-    options = (
+    return together(
         click.option(
             "--calibration-data",
             type=click.Path(path_type=Path),
@@ -249,13 +246,6 @@ def int8_options(*, without_target: str, pictures: str) -> Callable[[_Command], 
             "here]",
         ),
     )
-
-    def add(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 @dataclass(frozen=True)
@@ -429,26 +419,45 @@ class LabelChoice:
                 'offer yours with --labels "cat,dog,car" or --label-file'
             )
             return
-        classifier.set_labels(labels, templates=self.read_templates(), on_progress=notes.on_encoding)
-        notes.done()
-        for warning in classifier.label_warnings():
+        for warning in self.offer(classifier, labels, self.read_templates(), on_progress=notes.on_encoding):
             notes.say(warning)
+        notes.done()
+
+    def offer(
+        self,
+        classifier: ZeroShotClassifier,
+        labels: LabelSet | LabelBank,
+        templates: Templates | None,
+        *,
+        on_progress: Callable[[BankProgress], None],
+    ) -> list[str]:
+        """Set labels that were read, and return what there is to say about them."""
+        classifier.set_labels(labels, templates=templates, on_progress=on_progress)
+        return classifier.label_warnings()
 
 
 class Notes:
-    """Remarks and progress on stderr; progress only where a person watches."""
+    """Remarks and progress on stderr; progress only where a person watches.
+
+    A remark that cannot be written is lost: a log on a full disk is no reason to end.
+    """
 
     _LONG_S = 5.0
 
     def __init__(self) -> None:
-        self._watched = sys.stderr.isatty()
+        self._watched = sys.stderr is not None and sys.stderr.isatty()
         self._open_line = False
         self._estimated = False
 
     def say(self, text: str) -> None:
         """Write one remark."""
         self.done()
-        click.echo(f"edgeclip: {text}", err=True)
+        self._write(f"edgeclip: {text}\n")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        with contextlib.suppress(OSError):
+            click.echo(text, err=True, nl=False)
 
     def on_choice(self, choice: VariantChoice) -> None:
         """Say why the tuned profile of this device is not used, where there is one that is not."""
@@ -460,13 +469,13 @@ class Notes:
         """Rewrite the progress line."""
         if self._watched:
             # \x1b[K clears what a longer line left behind
-            click.echo(f"\r{text}\x1b[K", err=True, nl=False)
+            self._write(f"\r{text}\x1b[K")
             self._open_line = True
 
     def done(self) -> None:
         """End the progress line."""
         if self._open_line:
-            click.echo("\r\x1b[K", err=True, nl=False)
+            self._write("\r\x1b[K")
             self._open_line = False
 
     def on_download(self, name: str, done_bytes: int, total_bytes: int) -> None:
@@ -596,7 +605,18 @@ def shown(path: object) -> str:
 
 
 def prepare_stdout() -> None:
-    """Let names that the terminal's encoding lacks be escaped instead of ending the program."""
+    """Let names that the terminal's encoding lacks be escaped instead of ending the program.
+
+    Raises:
+        InputError: standard output is closed.
+    """
+    if sys.stdout is None:
+        from edgeclip.errors import InputError
+
+        raise InputError(
+            "standard output is closed, expected a terminal, pipe or file for results. To throw them away, "
+            f"write to {os.devnull}."
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

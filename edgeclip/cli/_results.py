@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import click
@@ -15,10 +15,23 @@ from edgeclip.tables import aligned
 from ._options import SCHEMA
 
 if TYPE_CHECKING:
-    from edgeclip.classify import Outcome, Prediction, ZeroShotClassifier
+    from edgeclip.answers import Answer, Prediction, Rejection
+    from edgeclip.classify import Outcome, ZeroShotClassifier
     from edgeclip.runtime.latency import StageClock
 
-__all__ = ["Summary", "Writer", "open_writer", "timing_table"]
+__all__ = [
+    "SHARES",
+    "Summary",
+    "Writer",
+    "answer_object",
+    "kept_of",
+    "open_writer",
+    "timing_table",
+    "why_none",
+]
+
+SHARES = ("softmax", "linear")
+"""Kinds of scores that sum to 1 over labels."""
 
 
 class Summary:
@@ -47,16 +60,13 @@ class Writer(Protocol):
         ...
 
 
-_SHARES = ("softmax", "linear")  # kinds of scores that sum to 1 over labels
-
-
 class Lines:
     """For people: a line a picture and its labels below, or all in one line for a single label."""
 
     def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, clock: StageClock | None) -> None:
         self._stream = stream
         self._clock = clock
-        self._score = "{:6.1%}" if classifier.score_kind in _SHARES else "{:7.2f}"
+        self._score = "{:6.1%}" if classifier.score_kind in SHARES else "{:7.2f}"
 
     def picture(self, key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> None:
         """Write one picture."""
@@ -64,7 +74,7 @@ class Lines:
             return  # said on stderr
         name = click.style(key, bold=True)
         if not kept:
-            self._write(f"{name}\n  ({_why_none(outcome)})")
+            self._write(f"{name}\n  ({why_none(outcome)})")
         else:
             rows = [
                 f"  {self._score.format(each.score)}  {_label(each, first=not i)}"
@@ -81,9 +91,17 @@ class Lines:
         click.echo(text, file=self._stream)
 
 
-def _why_none(outcome: Outcome) -> str:
-    asked = outcome.rejection
-    if asked is None or outcome.predictions:
+def kept_of(answer: Answer | Outcome, min_confidence: float) -> tuple[Prediction, ...]:
+    """Return the predictions that score enough; all where that is not asked, as gates score below 0, too."""
+    if not min_confidence:
+        return answer.predictions
+    return tuple(each for each in answer.predictions if each.score >= min_confidence)
+
+
+def why_none(answer: Answer | Outcome) -> str:
+    """Return why none of the labels is shown."""
+    asked = answer.rejection
+    if asked is None or answer.predictions:
         return "no label scored high enough"
     return f"none of the labels: score {asked.score:.2f}, needed {asked.threshold:.2f}"
 
@@ -178,27 +196,28 @@ def open_writer(
     return JsonDocument(stream, classifier, clock) if form == "json" else Lines(stream, classifier, clock)
 
 
+def answer_object(kept: Sequence[Prediction], rejection: Rejection | None) -> dict[str, Any]:
+    """Return what a JSON object says of labels and of rejection, where that was asked."""
+    document: dict[str, Any] = {
+        "predictions": [
+            {"label": each.label, "score": _rounded(each.score), "similarity": _rounded(each.similarity)}
+            for each in kept
+        ],
+    }
+    if rejection is not None:
+        document["rejected"] = rejection.rejected
+        document["rejection"] = {
+            "score": _rounded(rejection.score),
+            "threshold": _rounded(rejection.threshold),
+        }
+    return document
+
+
 def picture_object(key: str, outcome: Outcome, kept: tuple[Prediction, ...]) -> dict[str, Any]:
     """Return the JSON object of one picture."""
     if outcome.error is not None:
         return {"path": key, "error": _one_line(outcome.error)}
-    document: dict[str, Any] = {
-        "path": key,
-        "predictions": [
-            {
-                "label": each.label,
-                "score": _rounded(each.score),
-                "similarity": _rounded(each.similarity),
-            }
-            for each in kept
-        ],
-    }
-    if outcome.rejection is not None:
-        document["rejected"] = outcome.rejection.rejected
-        document["rejection"] = {
-            "score": _rounded(outcome.rejection.score),
-            "threshold": _rounded(outcome.rejection.threshold),
-        }
+    document = {"path": key, **answer_object(kept, outcome.rejection)}
     if outcome.timing_ms is not None:
         document["timing_ms"] = {
             **{stage: round(ms, 4) for stage, ms in outcome.timing_ms.items()},

@@ -8,33 +8,34 @@ import re
 import stat
 import sys
 import threading
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
+from unicodedata import east_asian_width
 
 import click
 
-from edgeclip.errors import EdgeClipError, InputError
+from edgeclip.errors import InputError
 
-from ._options import SCHEMA, quiet_broken_pipe
-from ._results import _SHARES
+from ._options import SCHEMA, quiet_broken_pipe, together
+from ._results import SHARES, answer_object, kept_of, why_none
 
 if TYPE_CHECKING:
-    from edgeclip.answers import Prediction
     from edgeclip.classify import ZeroShotClassifier
-    from edgeclip.labels import BankProgress, LabelBank, LabelSet
     from edgeclip.stream import Ages, Counts, Decision, Frame
 
-    from ._options import LabelChoice, Notes
+    from ._options import Notes
+    from ._watch import Watch
 
 __all__ = ["StreamChoice", "is_stream", "run_stream", "stream_options"]
 
 _STDIN: Final = 0
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "": 1.0}
-# Files are looked at so often. What changed is read once it has been the same twice: its writer is done.
-_POLL_S: Final = 0.5
+_MOST_SMOOTHED: Final = 1000  # their embeddings are kept
 _SHOWN_LABELS: Final = 5
 _COLUMNS: Final = 80  # of a terminal that does not say
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -52,18 +53,11 @@ def _duration(_ctx: click.Context, _param: click.Parameter, said: str | None) ->
 
 def stream_options(command: _Command) -> _Command:
     """Add the options of a stream on standard input; :class:`StreamChoice` takes what they were given."""
-    for option in (
+    return together(
         click.option(
-            "--all-frames",
-            is_flag=True,
-            help="Of a stream: decide on every frame, and let its writer wait. So it is with a file; of a "
-            "pipe the latest frame counts.",
-        ),
-        click.option(
-            "--smooth",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="Of a stream: decide on the mean of the last N frames.  [default: 1]",
+            "--raw",
+            metavar="WxH[:LAYOUT]",
+            help="Of a stream: frames are raw pixels: rgb (the default), bgr, gray, yuyv, nv12 or i420.",
         ),
         click.option(
             "--every",
@@ -72,13 +66,18 @@ def stream_options(command: _Command) -> _Command:
             help="Of a stream: least time between two decisions, such as 500ms.  [default: none]",
         ),
         click.option(
-            "--raw",
-            metavar="WxH[:LAYOUT]",
-            help="Of a stream: frames are raw pixels: rgb (the default), bgr, gray, yuyv, nv12 or i420.",
+            "--smooth",
+            type=click.IntRange(min=1, max=_MOST_SMOOTHED),
+            metavar="N",
+            help="Of a stream: decide on the mean of the last N frames.  [default: 1]",
         ),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--all-frames",
+            is_flag=True,
+            help="Of a stream: decide on every frame, and let its writer wait. So it is with a file; of a "
+            "pipe the latest frame counts.",
+        ),
+    )(command)
 
 
 def is_stream(paths: tuple[Path, ...], paths_from: str | None) -> bool:
@@ -114,6 +113,7 @@ class StreamChoice:
         Raises:
             click.UsageError: an option that does not go with a stream, or only with one; or standard input is
                 a terminal.
+            ConfigError: raw frames that cannot be.
         """
         if not stream:
             given = {
@@ -131,10 +131,14 @@ class StreamChoice:
         for name, was_given in (others or {}).items():
             if was_given:
                 raise click.UsageError(f"{name} does not go with a stream.")
+        if self.raw is not None:
+            from edgeclip.frames import RawFormat
+
+            RawFormat.parse(self.raw)
         if _is_terminal():
             raise click.UsageError(
                 "- reads pictures from standard input, which is a terminal here. Pipe a camera or a file "
-                "into it: ffmpeg -f v4l2 -i /dev/video0 -c:v mjpeg -f mjpeg - | edgeclip classify -"
+                "into it: ffmpeg -f v4l2 -i /dev/video0 -c:v mjpeg -q:v 3 -f mjpeg - | edgeclip classify -"
             )
         if self.every_s is not None and self.sees_all:
             raise click.UsageError(
@@ -174,24 +178,23 @@ class Shown:
 def run_stream(
     classifier: ZeroShotClassifier,
     choice: StreamChoice,
-    offered: LabelChoice,
     notes: Notes,
     *,
     shown: Shown,
+    watch: Watch | None = None,
     strict: bool = False,
 ) -> None:
     """Decide on the frames of standard input until it ends, and write each decision.
 
     Args:
-        classifier: open, its labels set.
+        classifier: open, its labels or head set.
         choice: how the stream is read.
-        offered: the labels; those of a file are read again whenever it changes.
         notes: where remarks and the summary go.
         shown: what of a decision is shown.
+        watch: offers labels or a head again while the stream runs.
         strict: stop at the first frame that cannot be decoded.
 
     Raises:
-        ConfigError: raw frames that cannot be.
         InputError: the stream cannot be read, or has no frame that can be decoded.
     """
     from edgeclip.frames import PictureSplitter, RawFormat, RawSplitter
@@ -199,12 +202,12 @@ def run_stream(
 
     splitter = PictureSplitter() if choice.raw is None else RawSplitter(RawFormat.parse(choice.raw))
     writer = (_JsonLines if shown.form == "jsonl" else _Lines)(sys.stdout, classifier, shown.min_confidence)
-    tally = _Tally(notes)
+    told = _Told(writer, notes)
+    tally = _Tally(told)
     version = 1
-    path = offered.label_file
     reader = FrameReader(_STDIN, splitter, every_frame=choice.sees_all)
-    watch = nullcontext() if path is None else _LabelFile(path, classifier, offered, notes)
-    with watch, reader as frames:
+    watching = nullcontext() if watch is None else watch.running(told.say)
+    with watching, reader as frames:
         try:
             for decision in decide(
                 classifier,
@@ -216,39 +219,56 @@ def run_stream(
             ):
                 if decision.labels_version != version:
                     version = decision.labels_version
-                    writer.pause()
-                    notes.say(_of_labels(decision))
-                tally.ages.add(writer.write(decision))
+                    told.say(_of_labels(decision))
+                tally.ages.add(told.write(decision))
         except BrokenPipeError:
             quiet_broken_pipe()  # the reader has what it wanted
             return
         except BaseException:
-            writer.pause()
             if frames.counts.frames:
-                notes.say(tally.summary(frames.counts))
+                told.say(tally.summary(frames.counts))
             raise
-        writer.pause()
         if not tally.ages.n:
             raise InputError(_why_nothing(frames.counts, tally.broken, choice.raw))
-        notes.say(tally.summary(frames.counts))
+        told.say(tally.summary(frames.counts))
+
+
+class _Told:
+    """Decisions and remarks: one at a time, as they come from two threads and may share a terminal."""
+
+    def __init__(self, writer: _JsonLines | _Lines, notes: Notes) -> None:
+        self._writer = writer
+        self._notes = notes
+        self._lock = threading.Lock()
+
+    def write(self, decision: Decision) -> float:
+        """Write a decision, and return the age in it."""
+        with self._lock:
+            return self._writer.write(decision)
+
+    def say(self, text: str) -> None:
+        """Write a remark."""
+        with self._lock:
+            self._writer.pause()
+            self._notes.say(text)
 
 
 class _Tally:
     """Counts of one run, for the summary."""
 
-    def __init__(self, notes: Notes) -> None:
+    def __init__(self, told: _Told) -> None:
         from edgeclip.stream import Ages
 
         self.ages: Ages = Ages()
         self.broken = 0
-        self._notes = notes
+        self._told = told
 
     def on_broken(self, frame: Frame, error: InputError) -> None:
         """Count a frame that cannot be decoded, and say so of the first."""
         self.broken += 1
         if self.broken == 1:
             said = " ".join(str(error).split())
-            self._notes.say(f"frame {frame.counts.frames:,} is left out: {said} Others are only counted.")
+            self._told.say(f"frame {frame.counts.frames:,} is left out: {said} Others are only counted.")
 
     def summary(self, counts: Counts) -> str:
         """Return what became of the stream, in one line."""
@@ -263,7 +283,7 @@ class _Tally:
             f"{counts.skipped_bytes:,} bytes between frames skipped",
         ]
         if left:
-            parts.append(f"{left:,} not looked at any more")
+            parts.append(f"{left:,} left over")
         if counts.inside:
             parts.append("the stream ended inside a frame")
         if ages.n:
@@ -296,7 +316,7 @@ def _why_nothing(counts: Counts, broken: int, raw: str | None) -> str:
     found = ", one that breaks off" if counts.cut else ""
     return (
         f"standard input: {counts.read_bytes:,} bytes hold no whole picture{found}, expected JPEG or PNG "
-        "pictures one after another. Ask ffmpeg for -c:v mjpeg -f mjpeg, or say --raw WIDTHxHEIGHT."
+        "pictures one after another. Ask ffmpeg for -c:v mjpeg -q:v 3 -f mjpeg, or say --raw WIDTHxHEIGHT."
     )
 
 
@@ -313,7 +333,7 @@ class _JsonLines:
 
     def write(self, decision: Decision) -> float:
         """Write one object, and return the age in it."""
-        counts, rejection = decision.frame.counts, decision.answer.rejection
+        counts = decision.frame.counts
         document: dict[str, Any] = {
             "schema": SCHEMA,
             "score_kind": self._classifier.score_kind,
@@ -323,17 +343,8 @@ class _JsonLines:
             "age_ms": 0.0,
             "smoothed": decision.smoothed,
             "labels_version": decision.labels_version,
-            "predictions": [
-                {"label": each.label, "score": _rounded(each.score), "similarity": _rounded(each.similarity)}
-                for each in _kept(decision, self._min_confidence)
-            ],
+            **answer_object(kept_of(decision.answer, self._min_confidence), decision.answer.rejection),
         }
-        if rejection is not None:
-            document["rejected"] = rejection.rejected
-            document["rejection"] = {
-                "score": _rounded(rejection.score),
-                "threshold": _rounded(rejection.threshold),
-            }
         age_ms = document["age_ms"] = round(decision.age_ms(), 3)
         self._stream.write(json.dumps(document, ensure_ascii=False) + "\n")
         self._stream.flush()
@@ -349,21 +360,20 @@ class _Lines:
     def __init__(self, stream: TextIO, classifier: ZeroShotClassifier, min_confidence: float) -> None:
         self._stream = stream
         self._min_confidence = min_confidence
-        self._score = "{:.1%}" if classifier.score_kind in _SHARES else "{:.2f}"
+        self._score = "{:.1%}" if classifier.score_kind in SHARES else "{:.2f}"
         self._changing = stream.isatty()
         self._open_line = False
 
     def write(self, decision: Decision) -> float:
         """Write one line, and return the age in it."""
-        kept = _kept(decision, self._min_confidence)
+        kept = kept_of(decision.answer, self._min_confidence)
         labels = [f"{each.label} {self._score.format(each.score)}" for each in kept]
         counts, age_ms = decision.frame.counts, decision.age_ms()
         aside = f"{age_ms:.0f} ms old" + (f", {counts.dropped:,} dropped" if counts.dropped else "")
-        said = "  ".join(labels) or _why_none(decision)
+        said = "  ".join(labels) or why_none(decision.answer)
         line = f"{counts.frames:>6}  {said}  ({aside})"
         if self._changing:
-            width = _columns()
-            line = f"\r{line if len(line) < width else line[: width - 2] + '…'}\x1b[K"
+            line = f"\r{_cut(line, _columns() - 1)}\x1b[K"
         self._stream.write(line if self._changing else line + "\n")
         self._stream.flush()
         self._open_line = self._changing
@@ -377,15 +387,10 @@ class _Lines:
             self._open_line = False
 
 
-def _kept(decision: Decision, min_confidence: float) -> list[Prediction]:
-    return [each for each in decision.answer.predictions if each.score >= min_confidence]
-
-
-def _why_none(decision: Decision) -> str:
-    asked = decision.answer.rejection
-    if asked is None or not asked.rejected:
-        return "no label scored high enough"
-    return f"none of the labels: score {asked.score:.2f}, needed {asked.threshold:.2f}"
+def _cut(line: str, columns: int) -> str:
+    """Return a line that fits into so many columns of a terminal; Chinese takes two a character."""
+    ends = list(accumulate(2 if east_asian_width(each) in "WF" else 1 for each in line))
+    return line if not ends or ends[-1] <= columns else line[: bisect_right(ends, columns - 1)] + "…"
 
 
 def _columns() -> int:
@@ -393,88 +398,3 @@ def _columns() -> int:
         return os.get_terminal_size(sys.stdout.fileno()).columns or _COLUMNS
     except OSError:
         return _COLUMNS
-
-
-def _rounded(value: float) -> float:
-    """Return a value to the six digits that float32 carries."""
-    return float(f"{value:.6g}")
-
-
-# -- Labels -------------------------------------------------------------------------------------------------
-
-
-class _StoppedError(Exception):
-    """The stream ended while labels were being encoded."""
-
-
-class _LabelFile:
-    """Offer the labels of a file again whenever it changes, from a thread of its own; a ``with`` statement.
-
-    A file that cannot be used is said once, and read again and again; the labels stay as they were.
-    """
-
-    def __init__(
-        self, path: Path, classifier: ZeroShotClassifier, offered: LabelChoice, notes: Notes
-    ) -> None:
-        self._path = path
-        self._classifier = classifier
-        self._offered = offered
-        self._notes = notes
-        self._stop = threading.Event()
-        self._said = ""
-        self._last: object = None
-        self._thread = threading.Thread(target=self._watch, name="edgeclip-labels", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()  # at most a batch of texts: encoding heeds the flag
-
-    def _watch(self) -> None:
-        read: object = None  # the file as it was when it was read; it may have changed since the start
-        before = self._state()
-        while not self._stop.wait(_POLL_S):
-            state = self._state()
-            if state == before != read and self._read():
-                read = state
-            before = state
-
-    def _state(self) -> object:
-        """Return what changes with the file, or why it cannot be told."""
-        try:
-            found = self._path.stat()
-        except OSError as error:
-            return error.errno
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-    def _read(self) -> bool:
-        """Offer what is in the file; ``False`` where that is to be tried again."""
-        try:
-            labels = self._offered.read()
-            if labels is not None and not self._is_in_force(labels):
-                self._classifier.set_labels(
-                    labels, templates=self._offered.read_templates(), on_progress=self._on_progress
-                )
-        except _StoppedError:
-            return False
-        except (EdgeClipError, OSError) as error:
-            self._say_once(f"the label file is not used, and the labels stay: {' '.join(str(error).split())}")
-            return False
-        self._last, self._said = labels, ""
-        return True
-
-    def _is_in_force(self, labels: LabelSet | LabelBank) -> bool:
-        if self._last is None:  # read before this began
-            return labels.names == self._classifier.labels
-        return labels == self._last
-
-    def _on_progress(self, _: BankProgress) -> None:
-        if self._stop.is_set():
-            raise _StoppedError
-
-    def _say_once(self, said: str) -> None:
-        if said != self._said:
-            self._said = said
-            self._notes.say(said)

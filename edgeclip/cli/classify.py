@@ -23,8 +23,9 @@ from ._options import (
     prepare_stdout,
     quiet_broken_pipe,
 )
-from ._results import Summary, Writer, open_writer, timing_table
+from ._results import Summary, Writer, kept_of, open_writer, timing_table
 from ._stream import Shown, StreamChoice, is_stream, run_stream, stream_options
+from ._watch import watch_of
 
 if TYPE_CHECKING:
     from edgeclip.classify import ZeroShotClassifier
@@ -147,13 +148,14 @@ def classify(
         clock=NO_CLOCK if clock is None else clock,
     ) as classifier:
         notes.on_choice(classifier.choice)
+        watch = watch_of(classifier, offered, asked.head) if stream else None  # before it is read
         if asked.head is None:
             offered.apply(classifier, notes)
         else:
             classifier.set_head(asked.head)
         if stream:
             shown = Shown(form, top_k, min_confidence)
-            run_stream(classifier, frames, offered, notes, shown=shown, strict=strict)
+            run_stream(classifier, frames, notes, shown=shown, watch=watch, strict=strict)
             return
         writer = open_writer(form, sys.stdout, classifier, clock)
         run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
@@ -199,10 +201,7 @@ class _Run:
                     raise outcome.error
                 summary.failed += 1
                 self.notes.say(f"error: {' '.join(str(outcome.error).split())}")
-            kept = outcome.predictions
-            if self.min_confidence:  # scores that a gate gave may be negative
-                kept = tuple(each for each in kept if each.score >= self.min_confidence)
-            self.writer.picture(key, outcome, kept)
+            self.writer.picture(key, outcome, kept_of(outcome, self.min_confidence))
             self.notes.progress(f"{summary.pictures:,} pictures, last {key[-40:]}")
         self.notes.done()
         self.writer.end(summary)

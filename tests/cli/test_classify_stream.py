@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,9 +16,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny_bundle import COLOURS, colour_picture
+
+from edgeclip.classify import ZeroShotClassifier
+from edgeclip.cli._stream import _cut
+from edgeclip.few_shot_fit import fit_head
+from edgeclip.runtime.session import RuntimeOptions
 
 NAMES = sorted(COLOURS)
 COMMAND = [sys.executable, "-m", "edgeclip", "classify", "-"]
@@ -88,6 +95,16 @@ class Live:
         self.process.stderr.close()
         assert "Traceback" not in self.said
         return code
+
+
+def _head(path: Path, bundle: Path, names: list[str]) -> None:
+    """Fit a head on two pictures a class, and write it."""
+    with ZeroShotClassifier.open(bundle, options=RuntimeOptions(threads=1)) as classifier:
+        pictures = [colour_picture(name, seed=seed) for name in names for seed in (0, 1)]
+        embeddings = np.stack([classifier.embed_images(each) for each in pictures])
+        space = classifier.bundle.manifest.model.embedding_space
+    targets = np.repeat(np.arange(len(names)), 2)
+    fit_head(embeddings, targets, names, space=space, method="mean").save(path)
 
 
 def test_a_line_a_decision(run) -> None:
@@ -210,6 +227,7 @@ def test_no_picture_at_all(run, content: bytes, more: tuple[str, ...], said: str
         (("--every", "0"), "'0': expected a time above 0"),
         (("--every", "1s", "--all-frames"), "--every leaves out frames, and --all-frames none."),
         (("--smooth", "0"), "0 is not in the range"),
+        (("--smooth", "9" * 30), "is not in the range"),
     ],
 )
 def test_options_that_do_not_go_together(run, more: tuple[str, ...], said: str) -> None:
@@ -314,6 +332,116 @@ def test_the_label_file_is_read_again(arguments: list[str], tmp_path: Path) -> N
         assert {each["label"] for each in line["predictions"]} == offered
     last = live.lines[-1]
     assert last["frame"] == len(live.lines) + last["dropped"]
+
+
+def test_warnings_are_those_of_the_labels_in_force(arguments: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("red\nblue\n", encoding="utf-8")
+    live = Live([*arguments, "--jsonl", "--label-file", str(path)])
+    picture = _png("red")
+    live.send_until(picture, lambda: live.lines)
+    path.touch()
+    time.sleep(1.5)
+    live.send_until(picture, lambda: live.lines)
+    assert "not in the list" not in live.said
+    path.write_text("red\nbleu\n", encoding="utf-8")
+    live.send_until(picture, lambda: live.lines[-1]["labels_version"] == 2)
+    assert live.end() == 0
+    assert "1 of 2 words (50 %) is not in the list the text tower was trained on: 'bleu'" in live.said
+    assert live.lines[-1]["labels_version"] == 2  # touching the file is no change of labels
+
+
+def test_several_labels_fit_as_they_do_for_a_picture(
+    run, arguments: list[str], tiny_bundle_session: Path, tmp_path: Path
+) -> None:
+    head, picture = tmp_path / "head", tmp_path / "red.png"
+    _head(head, tiny_bundle_session, ["blue", "green", "red"])
+    picture.write_bytes(_png("red"))
+    more = ["--head", str(head), "--multi", "--threshold", "-99", "--jsonl"]
+    files = [str(picture) if each == "-" else each for each in arguments]
+    still = subprocess.run([*files, *more], capture_output=True, check=True)
+    expected = json.loads(still.stdout)["predictions"]
+    assert len(expected) == 3
+    assert min(each["score"] for each in expected) < 0
+    assert json.loads(run(_png("red"), *more).stdout)["predictions"] == expected
+
+
+def test_the_file_of_a_head_is_read_again(
+    arguments: list[str], tiny_bundle_session: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "head"
+    _head(path, tiny_bundle_session, ["blue", "green"])
+    live = Live([*arguments, "--jsonl", "--head", str(path)])
+    picture = _png("red")
+    live.send_until(picture, lambda: live.lines)
+    path.write_bytes(path.read_bytes()[:-100])
+    live.send_until(picture, lambda: "the head is not used, and the classes stay" in live.said)
+    _head(path, tiny_bundle_session, ["blue", "green", "red"])
+    live.send_until(picture, lambda: live.lines[-1]["labels_version"] == 2)
+    assert live.end() == 0
+    assert live.lines[-1]["predictions"][0]["label"] == "red"
+    assert "labels 2 answer from frame" in live.said
+
+
+def test_a_pipe_of_labels_is_read_once(arguments: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "labels"
+    os.mkfifo(path)
+    threading.Thread(target=path.write_text, args=("red\nblue\n",)).start()
+    live = Live([*arguments, "--jsonl", "--label-file", str(path)])
+    live.send_until(_png("red"), lambda: live.lines)
+    time.sleep(1.5)
+    assert live.end() == 0
+    assert "not used" not in live.said
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [
+        ("0<&-", 1, "the stream cannot be read (Bad file descriptor)"),
+        ("1>&-", 1, "standard output is closed"),
+        ("2>&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+    ],
+)
+def test_what_is_not_there(arguments: list[str], tmp_path: Path, closed: str, code: int, said: str) -> None:
+    clip = tmp_path / "clip"
+    clip.write_bytes(_png("red") * 3)
+    script = f'exec "$@" --jsonl < {shlex.quote(str(clip))} {closed}'
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == code
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stdout.splitlines()) == (0 if code else 3)
+
+
+def test_remarks_stand_on_lines_of_their_own(arguments: list[str]) -> None:
+    ours, theirs = pty.openpty()
+    whole = _png("red")
+    at = whole.index(b"IDAT") + 4
+    broken = whole[:at] + bytes(40) + whole[at + 40 :]
+    process = subprocess.Popen(
+        [*arguments, "--all-frames"], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
+    )
+    process.communicate(whole + broken + whole, timeout=PATIENCE_S)
+    os.close(theirs)
+    seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    remarks = [line for line in seen.replace("\r", "\n").split("\n") if "edgeclip: " in line]
+    assert any("frame 2 is left out" in line for line in remarks)
+    assert all(line.startswith("edgeclip: ") for line in remarks), remarks
+
+
+@pytest.mark.parametrize("columns", range(1, 12))
+def test_a_line_takes_no_more_columns_than_there_are(columns: int) -> None:
+    def width(text: str) -> int:
+        return sum(2 if each in "猫狗车" else 1 for each in text)
+
+    for line in ("", "cat", "cat dog car", "猫 狗", "a猫狗车b猫"):
+        cut = _cut(line, columns)
+        assert width(cut) <= columns
+        assert cut == line or (width(line) > columns and line.startswith(cut[:-1]) and cut[-1] == "…")
 
 
 @pytest.mark.slow
