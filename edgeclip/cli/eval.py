@@ -68,6 +68,9 @@ class _Recorded(click.Command):
     metavar="[LANG=]NAME|FILE",
     help="Prompts around labels.  [default: those of the data, else of the first model]",
 )
+@click.option(
+    "--own-labels", is_flag=True, help="Offer the bundles' own labels, as 'classify' does without any."
+)
 @answer_options
 @click.option(
     "--task",
@@ -111,6 +114,7 @@ def eval_(
     labels: tuple[str, ...],
     languages: tuple[str, ...],
     templates: tuple[str, ...],
+    own_labels: bool,
     head: str | None,
     reject: bool,
     multi: bool,
@@ -159,6 +163,7 @@ def eval_(
         "--labels": labels,
         "--language": languages,
         "--templates": templates,
+        "--own-labels": own_labels,
         "--head": head,
         "--reject": reject,
         "--multi": multi,
@@ -177,12 +182,16 @@ def eval_(
     asked.check(
         LabelChoice(next(iter(labels), None), None, next(iter(templates), None), next(iter(languages), None))
     )
+    if own_labels and (head or labels or languages or templates):
+        raise click.UsageError(
+            "--own-labels are the bundles'; leave out head, labels, templates and language."
+        )
     answers = asked.answers()
     chosen, levels = _corruptions(corruptions), _severities(severities)
     settings = _settings(limit, batch_size, max_left_out, notes)
     # What is cheap to find wrong is looked at before a model is opened.
     offered = None
-    if task != "retrieval" and head is None:
+    if task != "retrieval" and head is None and not own_labels:
         offered = _offered(pictures, labels, languages, templates, multi, notes)
     others = None if ood is None else open_set(ood)
     opened = _Models(notes, variants, device, threads, cache_dir, answers)
@@ -190,11 +199,11 @@ def eval_(
         for said in models:
             opened.add(said)
         from edgeclip.evaluate.comparison import compare_retrieval, compare_zero_shot
-        from edgeclip.evaluate.offered import offer_head
+        from edgeclip.evaluate.offered import offer_own
 
-        if head is not None:
-            classes = opened.subjects[0].in_force(head, None).names
-            offered = offer_head(classes, head, numbered=pictures.labels if pictures.numbered else None)
+        if head is not None or own_labels:
+            first = opened.subjects[0].in_force(head, None)
+            offered = offer_own(first, head, numbered=pictures.labels if pictures.numbered else None)
         if offered is None:
             comparison = compare_retrieval(opened.subjects, pictures, kinds=captions, settings=settings)
         else:

@@ -151,7 +151,10 @@ def compare_zero_shot(
             if far is not None:
                 row.ood[language] = OutOfDistribution.of(ranking, far.rankings[key])
             if force.gate is not None:
-                held_out = _held_out(subject, force, templates[language], found, settings)
+                held_out = None
+                # A bundle's own labels are judged together: less one of them, they are other labels.
+                if force.fitted is not None or not offered.own:
+                    held_out = _held_out(subject, force, templates[language], found, settings)
                 threshold = force.gate.threshold_alone if force.multi else force.gate.threshold
                 row.rejections[language] = Rejections.of(ranking, targets, threshold, held_out)
             if force.multi:
@@ -167,6 +170,7 @@ def compare_zero_shot(
         ood=None if outside is None else _counts(outside, unread_far, settings),
         seed=seed if conditions else None,
         answers=answers,
+        own=offered.own,
         head=offered.head,
     )
 
@@ -207,8 +211,9 @@ def _forces(
     for language, labels in offered.languages.items():
         templates = offered.templates[language]
         for subject in subjects:
-            force = subject.in_force(offered.head or labels, templates, settings.on_encoding)
-            if len(force.names) != len(offered.names) or (offered.head and force.names != offered.names):
+            asked = offered.head if offered.own else labels
+            force = subject.in_force(asked, templates, settings.on_encoding)
+            if len(force.names) != len(offered.names) or (offered.own and force.names != offered.names):
                 raise InputError(
                     f"{subject.name}: offers {len(force.names):,} labels, first {force.names[0]!r}; expected "
                     f"the {len(offered.names):,} of the first model, first {offered.names[0]!r}."

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from edgeclip.answers import InForce
 from edgeclip.errors import InputError
 from edgeclip.label_sets import Label, LabelSet, Templates
 
-__all__ = ["Offered", "offer", "offer_head", "repeated_names"]
+__all__ = ["Offered", "offer", "offer_own", "repeated_names"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Offered:
         names: of the labels, distinct; how reports call them.
         numbers: number of each name a picture may carry.
         numbered: whether labels of pictures are numbers.
-        head: name or file of the head that answers in place of the labels, which are its classes.
+        own: whether these are what models bring, which are asked for that: the labels of bundles, or the
+            classes of a head.
+        head: name or file of that head.
     """
 
     languages: Mapping[str, LabelSet]
@@ -35,6 +38,7 @@ class Offered:
     names: tuple[str, ...]
     numbers: Mapping[str, int] = field(repr=False)
     numbered: bool = False
+    own: bool = False
     head: str | None = None
 
     def right(self, label: str, *, several: bool = False) -> tuple[int, ...] | str:
@@ -119,19 +123,19 @@ def offer(
     )
 
 
-def offer_head(names: Sequence[str], head: str, *, numbered: LabelSet | None = None) -> Offered:
-    """Return the classes of a head that answers in place of labels.
+def offer_own(force: InForce, head: str | None, *, numbered: LabelSet | None = None) -> Offered:
+    """Return the labels that bundles bring, or the classes of a head that answers in their place.
 
     Args:
-        names: of the classes.
-        head: its name in a bundle, or its file.
+        force: what makes the answers of the first model.
+        head: the head's name in bundles, or its file; ``None`` for the labels.
         numbered: labels that pictures have the numbers of.
     """
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(force.names)}
     if numbered is not None:
         numbers = {str(row): numbers[name] for row, name in enumerate(numbered.names) if name in numbers}
-    labels = LabelSet(tuple(map(Label, names)))
-    return Offered({"": labels}, {"": None}, tuple(names), numbers, head=head)
+    labels = LabelSet(tuple(map(Label, force.names)))
+    return Offered({"": labels}, {"": None}, force.names, numbers, own=True, head=head)
 
 
 def repeated_names(labels: LabelSet) -> list[str]:

@@ -141,7 +141,7 @@ class Rejections:
         wrong: share that are accepted, and whose first label is wrong.
         rejected: share that are given no label.
         held_out: the same pictures, and again each without its own label among those offered: told apart,
-            and what is accepted then. ``None`` where no label would be left.
+            and what is accepted then. ``None`` where no label would be left, and for a bundle's own labels.
     """
 
     threshold: float
@@ -305,6 +305,7 @@ class Comparison:
         ood: the pictures without a label.
         seed: of the corruptions' chance; ``None`` where there are none.
         answers: what was asked of each picture, beside which label fits best.
+        own: whether the labels were the bundles' own, or the classes of a head.
         head: the head that answered in place of labels, as it was named; ``None`` for labels.
     """
 
@@ -318,6 +319,7 @@ class Comparison:
     ood: Counts | None = None
     seed: int | None = None
     answers: Answers = _PLAIN
+    own: bool = False
     head: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -325,7 +327,12 @@ class Comparison:
         said: dict[str, Any] = {"task": self.task, "data": self.data.to_dict()}
         if self.task == "zero-shot":
             said |= {"labels": self.labels, "languages": list(self.columns)}
-            said["asked"] = {"head": self.head, **asdict(self.answers), "context": list(self.answers.context)}
+            said["asked"] = {
+                "own_labels": self.own and self.head is None,
+                "head": self.head,
+                **asdict(self.answers),
+                "context": list(self.answers.context),
+            }
             said["templates"] = {language: list(texts) for language, texts in self.templates.items()}
         else:
             said |= {"captions": list(self.columns), "without_caption": dict(self.without)}

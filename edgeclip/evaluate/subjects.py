@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "BundleSubject", "Subject", "force_of_labels", "open_bundle"]
 
 OnProgress = Callable[[BankProgress], None]
-Asked = LabelSet | FewShotHead | str
-"""What is offered: labels, a head fitted on pictures, or the file or name of one."""
+Asked = LabelSet | FewShotHead | str | None
+"""What is offered: labels, a head fitted on pictures, the file or name of one, or a bundle's own labels."""
 _PLAIN = Answers()
 
 
@@ -149,7 +149,9 @@ class BundleSubject:
             ConfigError: what is asked needs something that the bundle or the head lacks.
             InputError: the head cannot be read, or is of another embedding space.
         """
-        if isinstance(asked, LabelSet):
+        if asked is None:
+            self._classifier.set_bundle_labels()
+        elif isinstance(asked, LabelSet):
             self._classifier.set_labels(asked, templates=templates, on_progress=on_progress)
         else:
             self._classifier.set_head(asked)
@@ -171,8 +173,8 @@ def force_of_labels(
     answers = subject.answers
     if answers.gated or not isinstance(asked, LabelSet):
         raise ConfigError(
-            f"{subject.name!r} is no bundle: it has nothing to reject by, and no embedding space that a head "
-            "belongs to. Export it first, or leave out rejection, several labels and heads."
+            f"{subject.name!r} is no bundle: it has nothing to reject by, no labels of its own, and no "
+            "embedding space that a head belongs to. Export it first, or give labels and ask which is best."
         )
     bank = subject.bank(asked, templates, on_progress)
     contexts = [

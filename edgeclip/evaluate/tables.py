@@ -123,7 +123,7 @@ def _zero_shot(comparison: Comparison) -> list[str]:
                 cells += [_percent(robustness.mean), _percent(robustness.retained)]
         rows.append(cells)
     lines = grid(header, rows, groups=groups)
-    lines += ["", "recall: mean over the labels; ECE: expected calibration error at the model's own scale"]
+    lines += ["", "recall: mean over the labels; ECE: expected calibration error of the first label's score"]
     if several:
         lines.append("agree: pictures whose first label is that of the first row")
     if comparison.seed is not None:

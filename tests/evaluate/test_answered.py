@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from command import Command
 from picture_sets import clip_benchmark
 from PIL import Image, ImageFilter
 from tar_shards import make_shard
+from tiny_bundle import colour_picture
 
 from edgeclip.answers import Answers, crossed
 from edgeclip.bundle import Bundle, BundleWriter
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import ConfigError, InputError
 from edgeclip.evaluate.comparison import Settings, compare_zero_shot
-from edgeclip.evaluate.offered import offer, offer_head
+from edgeclip.evaluate.metrics import expected_calibration_error
+from edgeclip.evaluate.offered import offer, offer_own
 from edgeclip.evaluate.passes import Passes, choose
 from edgeclip.evaluate.picture_sets import open_set
 from edgeclip.evaluate.subjects import open_bundle
@@ -31,6 +34,7 @@ from edgeclip.few_shot import FewShotHead
 from edgeclip.few_shot_fit import fit_head, without_class
 from edgeclip.label_sets import LabelSet
 from edgeclip.runtime.session import RuntimeOptions
+from edgeclip.tensors import write_tensors
 
 PHOTOS = Path(__file__).parents[2] / "edgeclip/assets/photos"
 NAMES = ("castle", "cat", "coffee", "crab", "dog", "koala", "panda", "parrot", "sheep")
@@ -233,6 +237,51 @@ def test_pictures_may_have_several_labels(run: Command, photos: Path, tmp_path: 
     assert "has the label 'castle | crab', which is not among the 9 offered" in alone.err
 
 
+def test_a_bundle_s_own_labels_are_answered_with_what_was_fitted_to_them(
+    run: Command, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """A temperature and a threshold of the bank, as classify takes them where no labels are given."""
+    with BundleWriter(tiny_bundle) as writer:
+        for name, kind, tensor, value in (
+            ("warm", "temperature", "scale", 7.0), ("some", "reject", "threshold", 0.9)
+        ):  # fmt: skip
+            content = write_tensors({tensor: np.array([value], np.float32)}, {"method": "standardized"})
+            file = writer.add(f"heads/{name}.safetensors", content)
+            writer.manifest["heads"][name] = {"kind": kind, "file": file, "bank": "colours"}
+        writer.commit()
+    names = ("red", "blue", "white", "black")
+    for name in names:
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.fromarray(colour_picture(name, seed=number, noise=120)).save(
+                tmp_path / name / f"{number}.png"
+            )
+    pictures = sorted(tmp_path.glob("*/*.png"))
+    arguments = ["--data", tmp_path, "--own-labels", "--variants", "onnx-fp32", "--json", "-"]
+    plain = run("eval", tiny_bundle, *arguments)
+    assert plain.code == 0, plain.err
+    said = json.loads(plain.out)
+    assert (said["labels"], said["asked"]["own_labels"]) == (8, True)
+    answers = _answered(run, pictures, "--bundle", tiny_bundle, "--variant", "onnx-fp32")
+    first = [each["predictions"][0] for each in answers]
+    hits = [each["label"] == path.parent.name for each, path in zip(first, pictures, strict=True)]
+    report = said["rows"][0]["zero_shot"][""]
+    assert report["top1"]["value"] == np.mean(hits)
+    expected = expected_calibration_error([each["score"] for each in first], hits)
+    assert report["calibration_error"] == pytest.approx(expected, abs=1e-4)
+    several = run("eval", tiny_bundle, *arguments, "--multi")
+    assert several.code == 0, several.err
+    (row,) = json.loads(several.out)["rows"]
+    answers = _answered(run, pictures, "--bundle", tiny_bundle, "--variant", "onnx-fp32", "--multi")
+    given = [{each["label"] for each in answer["predictions"]} for answer in answers]
+    right = [{path.parent.name} for path in pictures]
+    assert row["several_labels"][""]["f1"]["value"] == pytest.approx(_f1(given, right))
+    assert row["rejection"][""]["threshold"] == pytest.approx(0.9)
+    assert row["rejection"][""]["held_out"] is None
+    refused = run("eval", tiny_bundle, *arguments, "--labels", "red,blue")
+    assert "--own-labels are the bundles'; leave out" in refused.err
+
+
 # What is said
 
 
@@ -260,7 +309,8 @@ def test_contexts_are_crossed_and_named(run: Command, photos: Path) -> None:
     said = _evaluated(run, *arguments)
     wanted = crossed([["on snow", "at night"], ["a blurred {}"]])
     assert said["asked"] == {
-        "head": None, "reject": False, "multi": False, "threshold": None, "context": list(wanted)
+        "own_labels": False, "head": None, "reject": False, "multi": False, "threshold": None,
+        "context": list(wanted),
     }  # fmt: skip
     assert "prompts: 'a photo of a {}.', in 5 contexts" in run("eval", "default", *arguments).out
 
@@ -356,8 +406,9 @@ def test_a_head_may_be_named_and_all_models_must_have_its_classes(
     gated = run("eval", tiny_bundle, "--data", colours, "--head", "own", "--reject")
     assert "fitted without words on one picture a class" in gated.err
     subjects, _ = open_bundle(str(tiny_bundle), options=ONE_THREAD)
+    turned = offer_own(replace(subjects[0].in_force("own", None), names=("blue", "red")), "own")
     with pytest.raises(InputError, match=r"offers 2 labels, first 'red'; expected the 2 .* first 'blue'"):
-        compare_zero_shot(subjects, open_set(colours), offer_head(("blue", "red"), "own"))
+        compare_zero_shot(subjects, open_set(colours), turned)
     for subject in subjects:
         subject.close()
 
