@@ -80,11 +80,14 @@ class Part:
         prior: pictures that the target of the covariance counts as.
         spread: trace of the covariance within classes times the inverse of the shrunk one. Means of few
             pictures are longer than those of many by ``spread`` over the count, which the bias takes off.
+        likeness: variance of the class means along what their names differ by, in units of the covariance
+            within classes, so that classes of like names tell of each other; 0 takes each mean as it is.
     """
 
     weight: float = 0.0
     prior: float = 1.0
     spread: float = 0.0
+    likeness: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -226,8 +229,11 @@ class Statistics:
         for place, count, total, more in zip(places, other.counts, other.sums, other.rows, strict=True):
             if place < len(self.counts):
                 counts[place] += count
-                sums[place] = sums[place] + total
-                rows[place] = _factor(np.concatenate([rows[place], more]))
+                rows[place] = np.concatenate([rows[place], more])
+                # Of single pictures as Statistics.of has it: sums of sums may end in other bits.
+                whole = len(rows[place]) == counts[place]
+                sums[place] = rows[place].sum(axis=0, dtype=np.float64) if whole else sums[place] + total
+                rows[place] = _factor(rows[place])
             else:
                 counts.append(count)
                 sums.append(total)

@@ -11,13 +11,16 @@ A head is the weighted sum of up to three linear classifiers, so it is one itsel
 
 Wang et al. blend the first two and choose the weight on further pictures, which few do not leave. Here the
 covariance is ``(prior · T + S) / (prior + N − C)``: the scatter ``S`` within classes, and a target ``T`` that
-counts as ``prior`` pictures, a multiple of the identity with the trace of ``S / (N − C)``. Logits of each
-picture by the head of the others follow from those of the head of all, by the rank-one update of the inverse
-(Sherman & Morrison 1950). By the likelihood that they give to the right classes are chosen: the prior, a
-temperature for each classifier, and the weights. Weights are drawn towards ``1 − u, u/2, u/2`` with
-``u = (n − 1) / (n + 6)`` for ``n`` pictures a class: the text rows count as seven pictures until pictures say
-otherwise. Where every class has one picture nothing is left to choose by: text rows decide, and pictures
-only where these are nearly tied (``benchmarks/few_shot.py``).
+counts as ``prior`` pictures, a multiple of the identity with the trace of ``S / (N − C)``. And the means of
+the second classifier are not those of the pictures as they are: classes of like names have like means, so
+that the pictures of all tell each (regression on a Gaussian process, its kernel the products of text rows).
+
+Logits of each picture by the head of the others follow from those of the head of all, by rank-one updates of
+the inverses (Sherman & Morrison 1950). By the likelihood that they give to the right classes are chosen: the
+prior, how far names speak for means, a temperature for each classifier, and the weights. Weights are drawn
+towards ``1 − u, u/2, u/2`` with ``u = (n − 1) / (n + 6)`` for ``n`` pictures a class: the text rows count as
+seven pictures until pictures say otherwise. Where every class has one picture nothing is left to choose by:
+text rows decide, and the second classifier only where these are nearly tied (``benchmarks/few_shot.py``).
 
 Everything is float64 numpy; equal input gives equal bytes on one machine.
 """
@@ -43,13 +46,17 @@ __all__ = ["HeldOut", "extended", "fit_head", "held_out", "layer", "without_clas
 
 ACCEPTED: Final = 0.95
 """Share of the head's own pictures that the threshold of rejection accepts."""
-_PICTURE_PRIORS: Final = (3.0, 30.0, 300.0)
+_PICTURE_PRIORS: Final = (3.0, 10.0, 30.0, 100.0, 300.0)
 _WORD_PRIORS: Final = (0.2, 1.0, 5.0)  # times the number of classes
+_LIKENESSES: Final = (0.1, 0.5, 2.0)
+_OWN_MEAN: Final = 0.1  # of a class, beside what it has in common with those of like names
+_COMMON_MEAN: Final = 1e6  # any
 _NEAREST_MEAN: Final = 1e9  # such a prior leaves nothing but the identity
 # Found on stamps (half tune), pictograms of a style that the default model knows, and shapes.
 _TEXTS_COUNT_AS: Final = 7
 _WEIGHT_DEVIATION: Final = 0.3
-_ONE_PICTURE: Final = 0.02
+_ONE_PICTURE: Final = 0.16
+_ONE_PICTURE_LIKENESS: Final = 0.5
 _ONE_PICTURE_TOTAL: Final = 0.5
 _DISCRIMINANT_SCALE: Final = 0.15  # where temperatures of discriminants are searched from
 _LEAST_DEVIATION: Final = 0.01  # of cosines
@@ -182,10 +189,10 @@ def without_class(head: FewShotHead, name: str, *, choose: bool = True) -> FewSh
 
 def layer(statistics: Statistics, zero_shot: NDArray[np.float32] | None, settings: Settings) -> _Layer:
     """Return weights ``(C, E)`` and bias ``(C,)``, float64, that settings make of statistics."""
-    moments = _Moments.of(statistics, settings.total)
+    texts = None if zero_shot is None else zero_shot.astype(np.float64)
+    moments = _Moments.of(statistics, settings.total, texts)
     weights, bias = moments.discriminant(settings.pictures)
-    if zero_shot is not None:
-        texts = zero_shot.astype(np.float64)
+    if texts is not None:
         if settings.words.weight:
             basis = _span(texts)
             if len(basis):
@@ -228,15 +235,24 @@ def _again(
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """Counts ``(C,)``, means ``(C, e)``, scatter within classes ``(e, e)``, and what it is shrunk towards."""
+    """What discriminants are made of.
+
+    Attributes:
+        counts: ``(C,)`` pictures of each class.
+        means: ``(C, e)``.
+        scatter: ``(e, e)`` within classes.
+        target: ``(e, e)`` covariance that it is shrunk towards.
+        alike: ``(C, C)`` how alike the names are, where there are such.
+    """
 
     counts: _Array
     means: _Array
     scatter: _Array
     target: _Array
+    alike: _Array | None = None
 
     @classmethod
-    def of(cls, statistics: Statistics, total: float) -> _Moments:
+    def of(cls, statistics: Statistics, total: float, texts: _Array | None = None) -> _Moments:
         """Return the moments, with a share of the covariance of all pictures in the target."""
         counts, means = statistics.counts.astype(np.float64), statistics.means
         moment, pictures = statistics.moment(), counts.sum()
@@ -250,7 +266,7 @@ class _Moments:
         target = level * (1 - total) * np.eye(len(moment))
         if total:
             target += level * total * whole * (len(moment) / max(float(np.trace(whole)), 1e-12))
-        return cls(counts, means, scatter, target)
+        return cls(counts, means, scatter, target, None if texts is None else _alike(texts))
 
     def within(self, basis: _Array) -> _Moments:
         """Return the moments of the coordinates in an orthonormal basis ``(r, e)``."""
@@ -266,53 +282,104 @@ class _Moments:
         """Degrees of freedom of the scatter."""
         return float(self.counts.sum()) - len(self.counts)
 
+    def smoothing(self, likeness: float) -> tuple[_Array, _Array]:
+        """Return the matrix ``(C, C)`` that makes expected means of those of the pictures, and one inside it.
+
+        The mean of a class is taken to be one for all classes plus a part with the covariance
+        ``likeness · alike`` over classes; that of its pictures has noise of ``1 / counts`` beside it, all in
+        units of the covariance within classes (Rasmussen & Williams 2006, §2.2). The second matrix is the
+        inverse of the sum. Likeness 0 takes the means as they are.
+        """
+        if not likeness or self.alike is None:
+            return np.eye(len(self.means)), np.zeros((len(self.means), len(self.means)))
+        prior = likeness * self.alike + _COMMON_MEAN
+        inverse = np.asarray(np.linalg.inv(prior + np.diag(1 / self.counts)), np.float64)
+        return prior @ inverse, inverse
+
     def discriminant(self, part: Part) -> _Layer:
         """Return weights and bias, times the weight of the part."""
         if not part.weight:
             return np.zeros_like(self.means), np.zeros(len(self.means))
+        smoothing, _ = self.smoothing(part.likeness)
         centre = self.means.mean(axis=0)
-        means = self.means - centre
+        means = smoothing @ (self.means - centre)
         inverse = np.linalg.inv(part.prior * self.target + self.scatter)
         weights = (part.prior + self.freedom) * means @ inverse
-        quadratic = np.einsum("ce,ce->c", weights, means) - part.spread / self.counts
+        quadratic = np.einsum("ce,ce->c", weights, means) - part.spread * smoothing**2 @ (1 / self.counts)
         return part.weight * weights, part.weight * (-0.5 * quadratic - weights @ centre)
 
-    def without_each(self, rows: _Array, wanted: NDArray[np.intp], prior: float) -> tuple[_Array, float]:
+    def without_each(
+        self, rows: _Array, wanted: NDArray[np.intp], prior: float, likenesses: Sequence[float] = (0.0,)
+    ) -> tuple[list[_Array], float]:
         """Return logits ``(n, C)`` of pictures, each by the discriminant of all others, and the spread.
 
         Args:
             rows: ``(n, e)`` of pictures that are among those of the moments.
             wanted: their classes, of at least two pictures each.
             prior: of the covariance.
+            likenesses: of the means; there are logits for each.
 
         The target is taken to be the same without a picture.
         """
-        centre = self.means.mean(axis=0)
-        means, pictures = self.means - centre, rows - centre
+        means = self.means - self.means.mean(axis=0)
         inverse = np.linalg.inv(prior * self.target + self.scatter)
         factor = prior + self.freedom - 1
-        count = self.counts[wanted]
-        deviation = pictures - means[wanted]
-        step = count / (count - 1)
+        others = np.maximum(self.counts - 1, 1)
+        step = (self.counts / others)[wanted]
+        deviation = rows - self.means[wanted]
         solved = deviation @ inverse
         length = np.einsum("ne,ne->n", solved, deviation)
         gain = step / (1 - step * length)  # of the rank-one update
         spread = float(np.mean(factor * step * (length + gain * length**2)))
-        inverted = means @ inverse
-        along_means, along_self = solved @ means.T, np.einsum("ne,ne->n", solved, pictures)
-        products = pictures @ inverted.T
-        linear = products + (gain * along_self)[:, None] * along_means
-        quadratic = np.einsum("ce,ce->c", inverted, means) + gain[:, None] * along_means**2
-        logits = factor * linear - 0.5 * (factor * quadratic - spread / self.counts)
-        # The own class has another mean without the picture: it moves by part of the picture's deviation.
-        places, moved = np.arange(len(rows)), 1 / (count - 1)
-        own = means[wanted] - deviation * moved[:, None]
-        along_own = along_means[places, wanted] - length * moved
-        linear_own = products[places, wanted] - along_self * moved + gain * along_self * along_own
-        own_inverted = inverted[wanted] - solved * moved[:, None]
-        quadratic_own = np.einsum("ne,ne->n", own_inverted, own) + gain * along_own**2
-        logits[places, wanted] = factor * linear_own - 0.5 * (factor * quadratic_own - spread * moved)
-        return logits, spread
+        # From here on all is made of products P of the deviation and the means with the inverse.
+        gram, along = means @ inverse @ means.T, solved @ means.T
+        along_own = along[np.arange(len(rows)), wanted]
+        gained = gain * (length + along_own)
+        fewer, found = 1 / others - 1 / self.counts, []
+        for likeness in likenesses:
+            smoothing, inner = self.smoothing(likeness)
+            # Without picture i of class c, mean k moves by -smoothing[k, c] * (turned[c] @ means + moved[i] *
+            # deviation[i]): the mean of c is another, and has more noise.
+            less = 1 / (1 + fewer * np.diag(inner))
+            turned, moved = (fewer * less)[:, None] * inner, (less / others)[wanted]
+            mean_mean, turned_mean = gram @ smoothing.T, turned @ gram @ smoothing.T
+            along_means, along_turned = along @ smoothing.T, np.einsum("nc,nc->n", along, turned[wanted])
+            along_moved = along_turned + moved * length
+            picture_moved = (
+                along_moved
+                + np.einsum("cd,cd->c", turned, gram)[wanted]
+                + moved * along_own
+                + gained * along_moved
+            )
+            moved_moved = (
+                np.einsum("cd,de,ce->c", turned, gram, turned)[wanted]
+                + moved * (2 * along_turned + moved * length)
+                + gain * along_moved**2
+            )
+            logits = mean_mean[wanted] + along_means * (1 + gained)[:, None]
+            logits -= 0.5 * (np.einsum("cd,dc->c", smoothing, mean_mean) + gain[:, None] * along_means**2)
+            share = smoothing.T[wanted]
+            moved_mean = turned_mean[wanted] + along_means * (moved + gain * along_moved)[:, None]
+            logits += share * (moved_mean - picture_moved[:, None] - 0.5 * share * moved_moved[:, None])
+            # What noise adds to the square of mean k, by the class that the picture is left out of.
+            noise = (
+                smoothing**2 @ (1 / self.counts)
+                - 2 * smoothing.T * ((turned / self.counts) @ smoothing.T)
+                + smoothing.T**2 * (turned**2 @ (1 / self.counts) + fewer * less**2)[:, None]
+            )
+            found.append(factor * logits + 0.5 * spread * noise[wanted])
+        return found, spread
+
+
+def _alike(texts: _Array) -> _Array:
+    """Return how alike classes are by their names, ``(C, C)``; the mean of its diagonal is near 1.
+
+    It is the products of the text rows less their mean, and a little for what names do not say.
+    """
+    differences = texts - texts.mean(axis=0)
+    products = differences @ differences.T
+    products *= len(texts) / max(float(np.trace(products)), 1e-12)
+    return np.asarray(products + _OWN_MEAN * np.eye(len(texts)))
 
 
 def _span(texts: _Array) -> _Array:
@@ -341,16 +408,18 @@ def _chosen(
     """Return settings for pictures in the order of their classes; method and scale are as asked."""
     classes = int(wanted.max()) + 1
     statistics = Statistics.of(rows, wanted, classes)
-    told = np.flatnonzero(statistics.counts[wanted] > 1)  # those that can be left out
+    several = statistics.counts > 1
+    told = np.flatnonzero(several[wanted])  # those that can be left out
     total = 0.0 if len(told) else _ONE_PICTURE_TOTAL
     told = told[:: max(1, -(-len(told) * classes // _MOST_SCORES))]
     texts = None if zero_shot is None else zero_shot.astype(np.float64)
     if not len(told):
         return _of_one_picture(rows, wanted, texts, replace(asked, total=total))
-    moments = _Moments.of(statistics, total)
+    moments = _Moments.of(statistics, total, texts)
     left_out, right = rows[told].astype(np.float64), wanted[told]
     priors: Sequence[float] = (_NEAREST_MEAN,) if asked.method == "mean" else _PICTURE_PRIORS
-    pictures, logits = _best_prior(moments, left_out, right, priors)
+    likenesses = (0.0,) if texts is None else _LIKENESSES
+    pictures, logits = _best_prior(moments, left_out, right, priors, likenesses)
     if texts is None:
         return replace(asked, pictures=pictures, rejecting=_rejecting(statistics, left_out, right, None))
     zero = asked.scale * left_out @ texts.T
@@ -358,12 +427,14 @@ def _chosen(
     parts, terms = [pictures], [temperature * zero, logits]
     if len(basis := _span(texts)):
         priors = tuple(each * classes for each in _WORD_PRIORS)
-        words, logits = _best_prior(moments.within(basis), left_out @ basis.T, right, priors)
+        words, logits = _best_prior(moments.within(basis), left_out @ basis.T, right, priors, (0.0,))
         parts.append(words)
         terms.append(logits)
     count = len(wanted) / classes
     share = (count - 1) / (count + _TEXTS_COUNT_AS - 1)
-    weights = _weights(np.stack(terms), right, np.array([1 - share] + [share / len(parts)] * len(parts)))
+    start = np.array([1 - share] + [share / len(parts)] * len(parts))
+    # Where few classes have a picture to leave out, what these say of the others is uncertain.
+    weights = _weights(np.stack(terms), right, start, _WEIGHT_DEVIATION * float(several.mean()))
     parts = [
         replace(part, weight=part.weight * each)
         for part, each in zip(parts, weights[1:].tolist(), strict=True)
@@ -388,27 +459,30 @@ def _of_one_picture(
         return replace(asked, pictures=Part(_DISCRIMINANT_SCALE))
     cosines = rows.astype(np.float64) @ texts.T
     temperature = _temperature(asked.scale * cosines, wanted, 1.0)
-    part = Part(temperature * _ONE_PICTURE)
     multiplier = 1 / _deviation(cosines[np.arange(len(wanted)), wanted])
     return replace(
         asked,
         zero_shot=asked.scale * temperature,
-        pictures=part,
-        words=part if len(_span(texts)) else Part(),
+        pictures=Part(temperature * _ONE_PICTURE, likeness=_ONE_PICTURE_LIKENESS),
         rejecting=_accepting(multiplier, 0.0, multiplier * cosines.max(axis=1)),
     )
 
 
 def _best_prior(
-    moments: _Moments, rows: _Array, wanted: NDArray[np.intp], priors: Sequence[float]
+    moments: _Moments,
+    rows: _Array,
+    wanted: NDArray[np.intp],
+    priors: Sequence[float],
+    likenesses: Sequence[float],
 ) -> tuple[Part, _Array]:
     """Return the discriminant that makes pictures left out most likely, and their logits at its weight."""
     tried = []
     for prior in priors:
-        logits, spread = moments.without_each(rows, wanted, prior)
-        scale = _temperature(logits, wanted, _DISCRIMINANT_SCALE)
-        logits *= scale
-        tried.append((_loss(logits, wanted), Part(scale, prior, spread), logits))
+        found, spread = moments.without_each(rows, wanted, prior, likenesses)
+        for likeness, logits in zip(likenesses, found, strict=True):
+            scale = _temperature(logits, wanted, _DISCRIMINANT_SCALE)
+            logits *= scale
+            tried.append((_loss(logits, wanted), Part(scale, prior, spread, likeness), logits))
     _, part, logits = min(tried, key=lambda each: each[0])
     return part, logits
 
@@ -434,13 +508,13 @@ def _temperature(logits: _Array, wanted: NDArray[np.intp], start: float) -> floa
     return float(np.exp(theta))
 
 
-def _weights(terms: _Array, wanted: NDArray[np.intp], start: _Array) -> _Array:
+def _weights(terms: _Array, wanted: NDArray[np.intp], start: _Array, deviation: float) -> _Array:
     """Return the weights ``(K,)``, none negative, of terms ``(K, n, C)`` that make right classes most likely.
 
-    They are drawn towards ``start`` with a standard deviation of 0.3. The loss is convex: Newton's steps,
+    They are drawn towards ``start`` with the standard deviation. The loss is convex: Newton's steps,
     projected, and halved until the loss falls.
     """
-    precision = 1 / _WEIGHT_DEVIATION**2
+    precision = 1 / deviation**2
     right = terms[:, np.arange(len(wanted)), wanted]  # (K, n)
 
     def loss(weights: _Array) -> float:
@@ -569,11 +643,13 @@ def held_out(
     rows, wanted = _checked(embeddings, targets, tuple(names))
     texts = None if zero_shot is None else _unit_rows("text rows", zero_shot, len(names), rows.shape[1])
     part = np.full(len(wanted), -1, np.intp)
-    random = np.random.default_rng(seed)
+    random, first = np.random.default_rng(seed), 0
     for each in range(len(names)):
         mine = random.permutation(np.flatnonzero(wanted == each))
         if len(mine) > 1:
-            part[mine] = np.arange(len(mine)) % folds
+            # Where the last class ended, so that no part takes a picture of every small class.
+            part[mine] = (first + np.arange(len(mine))) % folds
+            first += len(mine)
     places, logits, accepted = [], [], []
     for fold in range(folds):
         out = np.flatnonzero(part == fold)
@@ -616,8 +692,8 @@ def _checked(
             f"few-shot head: got {len(names)} classes ({', '.join(map(repr, names)) or 'none'}), expected at "
             f"least {least}: one class is told from nothing."
         )
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"few-shot head: the class {repeated!r} is given twice; give each once.")
     if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= len(names):
         raise InputError(

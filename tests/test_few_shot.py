@@ -74,17 +74,66 @@ def test_a_discriminant_is_that_of_scikit_learn(world: World, shrinkage: float) 
     assert np.abs(differences).max() < 1e-6 * np.abs(expected).max()
 
 
-def test_leaving_out_by_update_is_fitting_without(world: World) -> None:
+@pytest.mark.parametrize("likeness", [0.0, 0.1, 2.0])
+def test_leaving_out_by_update_is_fitting_without(world: World, likeness: float) -> None:
     rows, targets = world.draw(SHOTS)
-    moments = _Moments.of(Statistics.of(rows, targets, CLASSES), 0.0)
-    logits, spread = moments.without_each(rows.astype(np.float64), targets, 7.0)
-    for picture in (0, 8, 29):
+    kept = np.flatnonzero((targets > 1) | (np.arange(len(rows)) < 3 * CLASSES) & (targets > 0))
+    kept = np.append(kept, 0)  # 6 of three classes, 3 of one, and one that cannot be left out
+    rows, targets = rows[kept], targets[kept]
+    texts = world.texts.astype(np.float64)
+    moments = _Moments.of(Statistics.of(rows, targets, CLASSES), 0.0, texts)
+    told = np.flatnonzero(targets > 0)
+    (_, found), spread = moments.without_each(
+        rows[told].astype(np.float64), targets[told], 7.0, (1.0, likeness)
+    )
+    assert np.bincount(targets).tolist() == [1, 3, 6, 6, 6]
+    for logits, picture in zip(found, told, strict=True):
         others = np.arange(len(rows)) != picture
-        without = _Moments.of(Statistics.of(rows[others], targets[others], CLASSES), 0.0)
-        same_target = _Moments(without.counts, without.means, without.scatter, moments.target)
-        weights, bias = same_target.discriminant(Part(1.0, 7.0, spread))
+        without = _Moments.of(Statistics.of(rows[others], targets[others], CLASSES), 0.0, texts)
+        same_target = replace(without, target=moments.target)
+        weights, bias = same_target.discriminant(Part(1.0, 7.0, spread, likeness))
         expected = rows[picture] @ weights.T + bias
-        assert logits[picture] - logits[picture, 0] == pytest.approx(expected - expected[0], abs=1e-7)
+        # The mean of all classes may be any: with a variance of 1e6 rather than without bounds.
+        assert logits - logits[0] == pytest.approx(expected - expected[0], rel=1e-6, abs=1e-5)
+
+
+def test_means_are_those_of_a_gaussian_process(world: World) -> None:
+    process = pytest.importorskip("sklearn.gaussian_process")
+    rows, targets = world.draw(SHOTS)
+    unequal = np.arange(len(rows)) < len(rows) - 3
+    statistics = Statistics.of(rows[unequal], targets[unequal], CLASSES)
+    moments = _Moments.of(statistics, 0.0, world.texts.astype(np.float64))
+    smoothing, _ = moments.smoothing(0.5)
+    differences = (world.texts - world.texts.mean(axis=0)).astype(np.float64)
+    differences *= (CLASSES / (differences**2).sum()) ** 0.5
+    kernels = process.kernels
+    kernel = kernels.ConstantKernel(0.5, "fixed") * kernels.DotProduct(1e-3, "fixed")
+    kernel += kernels.ConstantKernel(1e6, "fixed")
+    # What a class has by itself: a white kernel would be noise to scikit-learn, a narrow one is the same.
+    kernel += kernels.ConstantKernel(0.05, "fixed") * kernels.RBF(1e-6, "fixed")
+    regression = process.GaussianProcessRegressor(kernel, alpha=1 / statistics.counts, optimizer=None)
+    expected = regression.fit(differences, statistics.means).predict(differences)
+    assert smoothing @ statistics.means == pytest.approx(expected, abs=1e-6)
+
+
+def test_classes_of_like_names_tell_of_each_other() -> None:
+    """Where names are right, few pictures of many classes give better means than each class has."""
+    gains = []
+    for seed in range(5):
+        world = World(seed, classes=12, width=32)
+        world.texts = unit(world.centres @ np.diag(np.arange(32) < 3))  # names differ in three things
+        world.centres = world.texts @ world.random.standard_normal((32, 32)) / 2
+        rows, targets = world.draw(4)
+        shown, truth = world.draw(60)
+        names = [str(number) for number in range(12)]
+        head = fit_head(rows, targets, names, space=SPACE, zero_shot=world.texts, scale=20.0)
+        part = replace(head.settings.pictures, likeness=0.0)
+        alone = replace(head.settings, pictures=part)
+        by_itself = fit_head(rows, targets, names, space=SPACE, zero_shot=world.texts, settings=alone)
+        assert head.settings.pictures.likeness > 0
+        right = [(each.logits(shown).argmax(axis=1) == truth).mean() for each in (head, by_itself)]
+        gains.append(right[0] - right[1])
+    assert np.mean(gains) > 0.02
 
 
 def test_classes_of_many_pictures_are_not_preferred() -> None:
@@ -170,6 +219,17 @@ def test_held_out_pictures_are_judged_by_heads_of_the_others(world: World) -> No
     assert single is None
 
 
+def test_pictures_of_small_classes_are_held_out_at_different_times(world: World) -> None:
+    """Two pictures a class in five parts: no part leaves every class with one picture."""
+    rows, targets = world.draw(2)
+    found = held_out(rows, targets, NAMES, zero_shot=world.texts, scale=20.0)
+    assert found is not None
+    assert sorted(found.places.tolist()) == list(range(10))
+    kept = ~np.isin(np.arange(10), found.places[:2])
+    by_hand = fit_head(rows[kept], targets[kept], NAMES, space=SPACE, zero_shot=world.texts, scale=20.0)
+    assert np.allclose(found.logits[:2], by_hand.logits(rows[found.places[:2]]), atol=1e-4)
+
+
 # --- classes come and go -----------------------------------------------------------------------------------
 
 
@@ -193,6 +253,18 @@ def test_pictures_added_to_known_classes_count_with_the_old_ones(world: World) -
     head = fit_head(rows[:first], targets[:first], NAMES, space=SPACE, zero_shot=world.texts, scale=20.0)
     backwards = CLASSES - 1 - targets[first:]
     grown = extended(head, rows[first:], backwards, NAMES[::-1], zero_shot=world.texts[::-1])
+    assert grown.to_bytes() == whole.to_bytes()
+
+
+def test_numbers_of_very_different_size_are_added_up_in_one_order(world: World) -> None:
+    rows, targets = world.draw(SHOTS)
+    rows = rows * np.where(np.arange(WIDTH) < 20, 10.0 ** -world.random.uniform(0, 12, rows.shape), 1)
+    rows = unit(rows)
+    whole = fit_head(rows, targets, NAMES, space=SPACE)
+    first = 3 * CLASSES
+    grown = extended(
+        fit_head(rows[:first], targets[:first], NAMES, space=SPACE), rows[first:], targets[first:], NAMES
+    )
     assert grown.to_bytes() == whole.to_bytes()
 
 
