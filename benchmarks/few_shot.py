@@ -14,11 +14,12 @@ over classes. Intervals are over draws (bootstrap): draws share pictures, so tha
 on the shots, not on the set.
 
 Methods: *zero-shot*, the names alone; *mean*, nearest class mean; *gda*, the discriminant of pictures alone;
-*wang*, gda with its ridge plus zero-shot, as published (Wang et al. 2024), the weight chosen from decades
-by cross-validation of the shots (1 for one shot); *tip*, Tip-Adapter (Zhang et al. 2022), its two numbers
-chosen by leave-one-out (their defaults for one shot), which is no linear layer; *blend*, what
-`edgeclip heads fit` does. Strangers: half of the classes are left out of the head, and their pictures are
-told from the others'.
+*wang*, gda with its ridge plus zero-shot, as published (Wang et al. 2024) but without random crops of the
+pictures, the weight chosen from decades by cross-validation of the shots (1 for one shot); *tip*, Tip-Adapter
+(Zhang et al. 2022), its two numbers chosen by leave-one-out (their defaults for one shot), which is no linear
+layer; *blend*, what `edgeclip heads fit` does. Two more figures of it say what a second picture of one class
+does, and, of the most shots, what all pictures that are not asked would give in place of the shots.
+Strangers: half of the classes are left out of the head, and their pictures are told from the others'.
 
 Choices in edgeclip were made on the half ``tune``, pictograms of Google's style and other pictures of shapes.
 
@@ -156,6 +157,12 @@ class Pictures:
                 taken.append(own[self.drawn_from[own]][:shots])
                 asked.append(own[~self.drawn_from[own]])
         return np.concatenate(taken), np.concatenate(asked)
+
+    def others(self, asked: Places) -> Places:
+        """Return all pictures that may be shots where these are asked."""
+        may = np.ones(len(self.rows), np.bool_) if self.drawn_from is None else self.drawn_from.copy()
+        may[asked] = False
+        return np.flatnonzero(may)
 
 
 # --- sets --------------------------------------------------------------------------------------------------
@@ -367,6 +374,16 @@ def _one_draw(pictures: Pictures, shots: int, seed: int) -> dict[str, float]:
     right = logits["blend"].argmax(axis=1) == truth
     said["ece"] = 100 * expected_calibration_error(scores.max(axis=1), right)
     said["mean score less accuracy"] = 100 * float(scores.max(axis=1).mean() - right.mean())
+    if shots == 2:
+        first = (targets == 0) | np.append(True, targets[1:] != targets[:-1])
+        head = fit_head(rows[first], targets[first], pictures.names, space="", **words)
+        said["blend, two of the first class and one of each other"] = 100 * _accuracy(
+            head.logits(shown), truth
+        )
+    if shots == max(pictures.shots):
+        others = pictures.others(asked)
+        head = fit_head(pictures.rows[others], pictures.targets[others], pictures.names, space="", **words)
+        said["blend, all pictures that are not asked"] = 100 * _accuracy(head.logits(shown), truth)
     # Strangers: pictures of the other half of the classes.
     kept = np.sort(
         np.random.default_rng(seed).permutation(len(pictures.names))[: max(2, len(pictures.names) // 2)]
