@@ -265,9 +265,16 @@ class Int8Choice:
         Args:
             pictures: to compare on.
             offered: labels.
+
+        Raises:
+            InputError: pictures are not there, which is said before a model is opened.
         """
+        from edgeclip.errors import InputError
         from edgeclip.export.options import METHOD, References
 
+        for path in (pictures, self.calibration_data):
+            if path is not None and not path.exists():
+                raise InputError(f"{str(path)!r}: no such file or folder. Check the path of the pictures.")
         return References(
             pictures=pictures,
             calibration=self.calibration_data,

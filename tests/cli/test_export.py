@@ -251,6 +251,14 @@ def test_bad_syntax_ends_with_2(export: Run, tmp_path: Path) -> None:
     assert export(PROBE, "-o", tmp_path / "bundle", "--latency-table", "times.json").code == 2
 
 
+@pytest.mark.parametrize("option", ["--reference", "--calibration-data"])
+def test_missing_pictures_are_said_before_the_checkpoint_is_opened(
+    export: Run, tmp_path: Path, option: str
+) -> None:
+    done = export(tmp_path / "nothing", "-o", tmp_path / "bundle", option, "nowhere")
+    assert (done.code, "'nowhere': no such file or folder" in done.err) == (1, True)
+
+
 @pytest.mark.parametrize("module", ["torch", "onnx", "onnxscript"])
 def test_a_missing_package_names_the_extra(
     module: str, export: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
