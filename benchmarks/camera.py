@@ -5,18 +5,23 @@ written into a pipe in real time; between them multipart headers, random bytes, 
 Another runs ``edgeclip classify - --jsonl`` with a label file, which is replaced or written over again and
 again; its cache is empty at the start, so new labels are encoded beside the stream. Written down are:
 
-* ``rss_kb``: resident memory, once a second; ``growth_mb`` from minute 1 to the end (means of ten samples).
+* ``rss_kb``: resident memory, once a second; ``growth_mb`` from minute 1 to the end (means of ten samples),
+  ``most_growth_mb`` to the largest sample in between.
 * ``age_ms``: what the lines say: from a frame's last byte in memory to its line. ``end_to_end_ms``: from the
   return of the camera's last write of the frame to the arrival of its line here. The bar is two frame times
   and one inference, which is timed before, frame after frame, alone.
 * frames and garbage as sent and as counted, the time between two decisions, label sets that answered.
 
-    nice python benchmarks/camera.py
-    python benchmarks/camera.py --seconds 10 --changes 3 --output FILE.json
+Intervals of percentiles resample blocks of 300 neighbours, as ages of neighbours are alike.
+
+    nice python benchmarks/camera.py            # ten minutes; writes its part of docs/streams.md, too
+    python benchmarks/camera.py --seconds 12 --changes 3 --output FILE.json
+    python benchmarks/camera.py --docs          # only writes that part, from what was measured last
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -26,7 +31,8 @@ import sys
 import tempfile
 import threading
 import time
-from itertools import count, pairwise
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +46,13 @@ FRAMES_A_SECOND = 30
 MAX_GROWTH_MB = 2.0
 SIZE_PX = (640, 480)
 COMMAND = ["-m", "edgeclip", "classify", "-"]
+DOCS = ROOT / "docs" / "streams.md"
+MARKS = ("<!-- written by benchmarks/camera.py -->\n", "<!-- until here -->\n")
 _CUT_EVERY = 90
 _FIRST_CHANGE_S = 3.0
+_BLOCK, _DRAWS = 300, 1000
+_MB = 1024 / 1e6  # of what /proc calls kB
+_CHANGE_S = 2.0  # new labels are in force by then
 
 
 def frames() -> list[bytes]:
@@ -88,9 +99,12 @@ def camera(seconds: float, log: Path) -> None:
             before += picture[: rng.randrange(1000, len(picture) - 2)]
             cut += 1
         other_bytes += len(before)
-        rest = memoryview(before + picture)
-        while rest:
-            rest = rest[os.write(1, rest) :]
+        try:
+            rest = memoryview(before + picture)
+            while rest:
+                rest = rest[os.write(1, rest) :]
+        except BrokenPipeError:  # whoever watches says why
+            break
         sent_ns.append(time.perf_counter_ns())
     sent = {"sent_ns": sent_ns, "other_bytes": other_bytes, "cut": cut, "late": late}
     log.write_text(json.dumps(sent), encoding="utf-8")
@@ -124,12 +138,14 @@ class Watched:
         others = [threading.Thread(target=each) for each in (self._remarks, self._memory, self._relabel)]
         for other in others:
             other.start()
-        for line in self._process.stdout:  # type: ignore[union-attr]
-            self.lines.append((time.perf_counter_ns(), json.loads(line)))
-        self._process.wait()
-        self._ended.set()
-        for other in others:
-            other.join()
+        try:
+            for line in self._process.stdout:  # type: ignore[union-attr]
+                self.lines.append((time.perf_counter_ns(), json.loads(line)))
+            self._process.wait()
+        finally:
+            self._ended.set()
+            for other in others:
+                other.join()
 
     def _remarks(self) -> None:
         self.remarks += [line.decode().strip() for line in self._process.stderr]  # type: ignore[union-attr]
@@ -168,26 +184,41 @@ def write_labels(path: Path, number: int, *, whole: bool) -> None:
     beside.replace(path)
 
 
-def quantiles(samples: list[float]) -> dict[str, float]:
-    """Return percentiles of samples."""
-    return {
-        name: round(float(np.quantile(samples, share)), 3)
+def quantiles(samples: Sequence[float]) -> dict[str, Any]:
+    """Return percentiles of samples, with intervals of 95 % for two of them."""
+    values = np.array(samples)
+    found: dict[str, Any] = {
+        name: round(float(np.quantile(values, share)), 3)
         for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("longest", 1.0))
     }
+    blocks = np.array_split(values, min(len(values), max(20, len(values) // _BLOCK)))
+    rng = np.random.default_rng(0)
+    drawn = [
+        np.quantile(np.concatenate([blocks[each] for each in draw]), (0.5, 0.99))
+        for draw in rng.integers(0, len(blocks), (_DRAWS, len(blocks)))
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0).round(3).tolist()
+    for place, name in enumerate(("p50", "p99")):
+        found[f"{name}_interval"] = [low[place], high[place]]
+    return found
 
 
 def judged(watched: Watched, sent: dict[str, Any], each_ms: list[float], code: int) -> dict[str, Any]:
     """Return the figures, raw samples and verdicts."""
-    arrived_ns = [at_ns for at_ns, _ in watched.lines]
+    arrived_ns = np.array([at_ns for at_ns, _ in watched.lines])
     lines = [line for _, line in watched.lines]
     last = lines[-1]
     ages = [line["age_ms"] for line in lines]
     end_to_end = [(at - sent["sent_ns"][line["frame"] - 1]) / 1e6 for at, line in watched.lines]
-    gaps_ms = [(b - a) / 1e6 for a, b in pairwise(arrived_ns)]
+    dropped = np.diff([0, *(line["dropped"] for line in lines)])
+    changing = np.zeros(len(lines), bool)
+    for changed_ns in watched.changed_ns:
+        changing |= (arrived_ns >= changed_ns) & (arrived_ns <= changed_ns + _CHANGE_S * 1e9)
     bar_ms = 2e3 / FRAMES_A_SECOND + float(np.median(each_ms))
     rss_kb = watched.rss_kb
     start = 60 if len(rss_kb) > 120 else len(rss_kb) // 4
-    growth_mb = float(np.mean(rss_kb[-10:]) - np.mean(rss_kb[start : start + 10])) / 1024
+    early_kb = float(np.mean(rss_kb[start : start + 10]))
+    growth_mb = float(np.mean(rss_kb[-10:]) - early_kb) * _MB
     tail = next((said for said in reversed(watched.remarks) if " decided, " in said), "")
     versions = sorted({line["labels_version"] for line in lines})
     checks = {
@@ -206,6 +237,7 @@ def judged(watched: Watched, sent: dict[str, Any], each_ms: list[float], code: i
             "found": last["frame"],
             "decided": len(lines),
             "dropped": last["dropped"],
+            "dropped_while_labels_changed": int(dropped[changing].sum()),
             "camera_late": sent["late"],
         },
         "garbage_bytes": {"sent": sent["other_bytes"], "skipped": last["skipped_bytes"]},
@@ -215,16 +247,19 @@ def judged(watched: Watched, sent: dict[str, Any], each_ms: list[float], code: i
         "label_sets_that_answered": len(versions),
         "answering_after_change_ms": _answering(watched),
         "growth_mb": round(growth_mb, 3),
+        "most_growth_mb": round((max(rss_kb[start:]) - early_kb) * _MB, 3),
         "bar_ms": round(bar_ms, 3),
         "ages_within_bar_share": round(float(np.mean(np.array(ages) <= bar_ms)), 5),
         "inference_ms": quantiles(each_ms),
         "age_ms": quantiles(ages),
         "end_to_end_ms": quantiles(end_to_end),
-        "gap_between_decisions_ms": quantiles(gaps_ms),
+        "gap_between_decisions_ms": quantiles((np.diff(arrived_ns) / 1e6).tolist()),
         "samples": {
             "rss_kb": rss_kb,
             "inference_ms": [round(each, 3) for each in each_ms],
             "frame": [line["frame"] for line in lines],
+            "arrived_ms": ((arrived_ns - arrived_ns[0]) / 1e6).round(2).tolist(),
+            "changed_ms": ((np.array(watched.changed_ns) - arrived_ns[0]) / 1e6).round(2).tolist(),
             "age_ms": [round(each, 2) for each in ages],
             "end_to_end_ms": [round(each, 2) for each in end_to_end],
         },
@@ -240,15 +275,73 @@ def _answering(watched: Watched) -> list[float]:
     return found
 
 
+def measured(document: dict[str, Any]) -> str:
+    """Return what was measured as it stands in the documentation."""
+    samples, frames = document["samples"], document["frames"]
+    ages, ends = quantiles(samples["age_ms"]), quantiles(samples["end_to_end_ms"])
+    gaps, answering = document["gap_between_decisions_ms"], document["answering_after_change_ms"]
+    rows = {
+        "frames": f"{frames['sent']:,} sent, {frames['found']:,} found: {frames['decided']:,} decided, "
+        f"{frames['dropped']:,} dropped for newer ones",
+        "garbage": f"{document['garbage_bytes']['sent']:,} bytes sent, "
+        f"{document['garbage_bytes']['skipped']:,} skipped",
+        "age of the frame at its line": _said(ages),
+        "from the camera's write to the line's arrival": _said(ends),
+        "bar: two frame times and an inference": f"{document['bar_ms']:.1f} ms; "
+        f"{document['ages_within_bar_share']:.2%} of ages are within",
+        "time between two decisions": f"{gaps['p50']:.1f} ms in the median, {gaps['longest']:.0f} ms at most",
+        "labels": f"{document['label_sets_that_answered']} of {1 + document['label_changes']} sets answered, "
+        f"{min(answering) / 1e3:.1f} to {max(answering) / 1e3:.1f} s after the file changed",
+        "resident memory": f"{max(samples['rss_kb']) * _MB:.0f} MB at most; {document['growth_mb']:.2f} MB "
+        "more at the end than after a minute",
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in rows.items())])
+    failed = [name for name, passed in document["checks"].items() if not passed]
+    return (
+        f"A camera of {document['frames_a_second']} frames a second ({SIZE_PX[0]} × {SIZE_PX[1]}, MJPEG) for "
+        f"{document['seconds'] / 60:.3g} minutes, with {document['garbage_bytes']['sent'] / 1e6:.1f} MB of "
+        f"garbage and {document['frames_cut_off_sent']} frames that break off in its stream, the embedded "
+        "bundle, and a label file with ten new labels replaced or written over "
+        f"{document['label_changes']} times:\n\n{table}\n\n"
+        f"*{document['variant']} on {document['backend']} with {document['threads']} threads; "
+        f"{document['host']['cpu_model']}, {document['host']['cores']} cores, load average "
+        f"{document['load_average'][2]:.1f} over the last quarter of an hour; one run; intervals of 95 %; "
+        f"bars failed: {', '.join(failed) or 'none'}. "
+        "[Data](../benchmarks/results/camera.json), [method](../benchmarks/camera.py).*\n"
+    )
+
+
+def _said(found: dict[str, Any]) -> str:
+    cells = [
+        f"{found[name]:.1f} ms [{found[f'{name}_interval'][0]:.1f}, {found[f'{name}_interval'][1]:.1f}]"
+        for name in ("p50", "p99")
+    ]
+    return f"{cells[0]} in the median, {cells[1]} at the 99th percentile, {found['longest']:.0f} ms at most"
+
+
+def documented(text: str, said: str) -> str:
+    """Return a page with what stands between the marks replaced."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}{said}{MARKS[1]}{after}"
+
+
 def main() -> None:
     """Run camera and command side by side, judge, and write."""
     parser = arguments(__doc__.partition("\n")[0], "camera.json")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--changes", type=int, default=20)
     parser.add_argument("--play", type=Path, help="be the camera, and write what was sent here")
+    parser.add_argument("--docs", action="store_true", help="only write what was measured into the docs")
     given = parser.parse_args()
+    is_documented = given.output == parser.get_default("output")
+    if given.docs:
+        said = measured(json.loads(given.output.read_text(encoding="utf-8")))
+        DOCS.write_text(documented(DOCS.read_text(encoding="utf-8"), said), encoding="utf-8")
+        return
     if given.play is not None:
-        camera(given.seconds, given.play)
+        with contextlib.suppress(KeyboardInterrupt):
+            camera(given.seconds, given.play)
         return
     with ZeroShotClassifier.open(given.bundle, variant=given.variant) as classifier:
         ran = model(classifier)
@@ -269,10 +362,16 @@ def main() -> None:
         source.stdout.close()  # type: ignore[union-attr]  # the other process reads it
         between_s = (given.seconds - 3 * _FIRST_CHANGE_S) / max(given.changes, 1)
         watched = Watched(process, labels, between_s, given.changes)
-        watched.watch()
-        source.wait()
-        if not watched.lines:
-            sys.exit("no decision was made: " + " ".join(watched.remarks))
+        try:
+            watched.watch()
+            source.wait()
+        except KeyboardInterrupt:
+            for child in (source, process):
+                with contextlib.suppress(ProcessLookupError):
+                    child.terminate()
+            sys.exit("stopped")
+        if not watched.lines or not watched.rss_kb:
+            sys.exit("too few decisions were made: " + " ".join(watched.remarks))
         result = judged(watched, json.loads(log.read_text(encoding="utf-8")), each_ms, process.returncode)
     document = {
         "what": "camera",
@@ -282,8 +381,14 @@ def main() -> None:
         **result,
     }
     write(given.output, document, show=False)
-    shown = {name: value for name, value in result.items() if name != "samples"}
-    print(json.dumps(shown, indent=1))
+    said = measured(json.loads(given.output.read_text(encoding="utf-8")))
+    if is_documented:
+        DOCS.write_text(documented(DOCS.read_text(encoding="utf-8"), said), encoding="utf-8")
+    print(
+        said,
+        *(f"{'passed' if passed else 'FAILED'}: {name}" for name, passed in result["checks"].items()),
+        sep="\n",
+    )
     sys.exit(not all(result["checks"].values()))
 
 
