@@ -49,7 +49,7 @@ class Answers:
 
     Raises:
         ConfigError: both ``reject`` and ``multi``, a threshold without either or that is no number, or a
-            context that is empty, repeated or has more than one ``{}``.
+            context that is empty, repeated, no more than ``{}`` or has more than one of these.
     """
 
     reject: bool = False
@@ -71,9 +71,12 @@ class Answers:
             raise ConfigError(f"context: {len(self.context)} phrases, at most {MAX_CONTEXTS} are allowed.")
         for number, phrase in enumerate(self.context, start=1):
             _check_context(phrase, number)
-        if len(set(self.context)) != len(self.context):
+        # Nothing is a context, too: one that is there twice would count twice.
+        patterns = [" ".join(_pattern(phrase).split()) for phrase in self.context]
+        if len({"{}", *patterns}) <= len(patterns):
             raise ConfigError(
-                f"context: a phrase is repeated in {', '.join(self.context)!r}; give each once."
+                f"context: a phrase is repeated or says nothing in {', '.join(self.context)!r}; give each "
+                "once."
             )
 
     @property

@@ -18,6 +18,7 @@ from edgeclip.answers import MAX_CONTEXTS, Answers, InForce, Rejection, crossed,
 from edgeclip.bundle_labels import BundleLabels
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import BackendError, ConfigError, InputError
+from edgeclip.few_shot import FewShotHead
 from edgeclip.few_shot_fit import fit_head
 from edgeclip.heads import ContextHead, LinearHead, TemperatureHead, cosines
 from edgeclip.label_sets import LabelSet, Templates
@@ -69,6 +70,8 @@ def _bank(seed: int, names: int) -> LabelBank:
         ({"context": ("on } snow",)}, "at most one {}"),
         ({"context": ("on\nsnow",)}, "printable"),
         ({"context": ("on snow", "on snow")}, "repeated"),
+        ({"context": ("on snow", "{} on  snow")}, "repeated"),
+        ({"context": ("{}",)}, "says nothing"),
         ({"context": tuple(map(str, range(MAX_CONTEXTS + 1)))}, "at most 100"),
     ],
 )
@@ -309,21 +312,31 @@ def test_in_force_is_what_it_was_made_of() -> None:
 
 
 def test_sixteen_threads_get_the_answers_of_one_set_of_labels(repo: Path) -> None:
-    """A gate, its rows and its labels change together, whatever the other threads do meanwhile."""
+    """A gate, its rows and its labels or head change together, whatever the other threads do meanwhile."""
     photos = repo / "edgeclip/assets/photos"
-    sets = [("cat", "dog"), ("teapot",), ("castle", "crab", "sheep")]
     with ZeroShotClassifier.open(options=ONE_THREAD, answers=Answers(reject=True)) as classifier:
         embeddings = classifier.embed_images([photos / f"{name}.jpg" for name in ("cat", "castle", "koala")])
+        model = classifier.bundle.manifest.model
+        head = fit_head(np.repeat(embeddings, 2, axis=0), [0, 0, 1, 1, 2, 2], ("x", "y", "z"),
+                        space=model.embedding_space)  # fmt: skip
+        sets = [("cat", "dog"), head, ("teapot",), ("castle", "crab", "sheep")]
+
+        def offer(labels: tuple[str, ...] | FewShotHead) -> None:
+            if isinstance(labels, tuple):
+                classifier.set_labels(labels)
+            else:
+                classifier.set_head(labels)
+
         expected = []
         for labels in sets:
-            classifier.set_labels(labels)
+            offer(labels)
             expected.append(classifier.answer(embeddings))
         done = threading.Event()
 
         def swap() -> None:
             try:
                 for turn in range(60):
-                    classifier.set_labels(sets[turn % len(sets)])
+                    offer(sets[turn % len(sets)])
             finally:
                 done.set()
 
