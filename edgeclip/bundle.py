@@ -373,7 +373,8 @@ def _read_manifest(directory: Path) -> bytes:
     try:
         if not directory.is_dir():
             kind = "is a file" if directory.exists() else "does not exist"
-            raise BundleError(f"{where}: {kind}, expected a directory with a {MANIFEST_NAME}.")
+            embedded = " or ".join(map(repr, EMBEDDED))
+            raise BundleError(f"{where}: {kind}, expected a directory with a {MANIFEST_NAME}, or {embedded}.")
         _, stream = open_inside(os.path.realpath(directory), MANIFEST_NAME)
         with stream:
             data = bytearray()

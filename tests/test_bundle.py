@@ -293,7 +293,10 @@ def test_a_bundle_may_not_set_what_makes_an_engine_touch_files(tiny_bundle: Path
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda path: None, "does not exist, expected a directory"),
+        (
+            lambda path: None,
+            r"does not exist, expected a directory with a manifest\.json, or 'default' or 'nano'\.",
+        ),
         (lambda path: path.write_text("x"), "is a file, expected a directory"),
         (lambda path: path.mkdir(), r"has no manifest\.json, so it is not a bundle"),
     ],
