@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ def search(
 
     QUERY is a picture where it is the path of one, else words; synonyms after '|'. Words bring what is
     relevant, nearest first: nothing, if the folder has nothing of it. A picture brings the nearest, itself
-    left out. In a pipe, paths come one a line.
+    left out. A folder without an index of its own is searched in that of a folder above it. In a pipe, paths
+    come one a line.
 
     Example: edgeclip search "a red car" photos/ -0 | xargs -0 cp -t cars/
     """
@@ -95,24 +97,39 @@ def search(
         raise click.UsageError(f"the query comes first: edgeclip search {str(where)!r} {query!r}")
     model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.bundle import Bundle
-    from edgeclip.index_file import PictureIndex, index_path
+    from edgeclip.index_file import PictureIndex
 
     prepare_stdout()
     notes = Notes()
-    opened_index = PictureIndex(index_path(where))
+    path, below = _indexed(where)
+    opened_index = PictureIndex(path)
     base = where if where.is_dir() else _near(opened_index.root)
     picture = _picture(query, base)
     if picture is not None and (templates or language):
         raise click.UsageError("--templates and --language are for words; the query is a picture.")
     opened = Bundle.open(bundle_directory(model.bundle, notes))
-    asked = _Asked(query, picture, top_k, everything, min_score)
+    asked = _Asked(query, picture, top_k, everything, min_score, below)
     found = _find(asked, opened_index, opened, model, notes, templates, language)
-    result = _Result(asked, opened_index, found, [base / each.path for each in found.matches])
+    paths = [base / each.path.removeprefix(below) for each in found.matches]
+    result = _Result(asked, opened_index, found, paths)
     try:
         result.write(form or ("table" if sys.stdout.isatty() else "paths"))
     except BrokenPipeError:
         quiet_broken_pipe()
     result.remark(notes)
+
+
+def _indexed(where: Path) -> tuple[Path, str]:
+    """Return the index for a folder or of a file, and how the paths that are meant begin."""
+    from edgeclip.index_file import index_path
+
+    path = index_path(where)
+    if where.is_dir() and not path.exists():
+        whole = where.resolve()
+        for folder in whole.parents:
+            if (above := index_path(folder)).is_file():
+                return above, f"{whole.relative_to(folder).as_posix()}/"
+    return path, ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,7 @@ class _Asked:
     top_k: int
     everything: bool
     min_score: float | None
+    below: str
 
     @property
     def cut(self) -> bool:
@@ -169,6 +187,7 @@ def _find(
 
     variant = indexed_variant(index.path, bundle, model.variant)
     options = model.options()
+    top_k = max(len(index), 1) if asked.below else asked.top_k
     with Searcher(index, bundle, variant=variant, options=options) as searcher:
         if asked.picture is not None:
             embedding = index.embedding_of(asked.picture)
@@ -177,17 +196,17 @@ def _find(
 
                 with ZeroShotClassifier.open(bundle, variant=variant, options=options) as classifier:
                     embedding = classifier.embed_images(asked.picture)
-            found = searcher.by_embedding(embedding, top_k=asked.top_k, leave_out=asked.picture)
+            found = searcher.by_embedding(embedding, top_k=top_k, leave_out=asked.picture)
         else:
             chosen = None if templates is None else templates_of(templates)
             words = searcher.encode(asked.query, templates=chosen, language=language)
             for warning in searcher.warnings(words):
                 notes.say(warning)
-            found = searcher.by_text(words, top_k=asked.top_k, cut=asked.cut)
-    least = asked.min_score
-    if least is None:
-        return found
-    return type(found)(tuple(each for each in found.matches if each.similarity >= least))
+            found = searcher.by_text(words, top_k=top_k, cut=asked.cut)
+    least = -math.inf if asked.min_score is None else asked.min_score
+    kept = [each for each in found.matches if each.path.startswith(asked.below) and each.similarity >= least]
+    more = found.more or (asked.cut and len(kept) > asked.top_k)
+    return replace(found, matches=tuple(kept[: asked.top_k]), more=more)
 
 
 def _near(folder: Path) -> Path:
@@ -239,10 +258,10 @@ class _Result:
         gone = sum(not os.path.lexists(path) for path in self.paths)
         if gone:
             notes.say(f"{gone} of these are no longer there: run `edgeclip index` again")
-        if not len(self.index):
-            notes.say("the index holds no pictures")
+        if not self._considered:
+            notes.say("the index holds no pictures" + (f" of {asked.below}" if asked.below else ""))
         elif not count:
-            what = f"nothing in {len(self.index):,} pictures"
+            what = f"nothing in {self._considered:,} picture{'' if self._considered == 1 else 's'}"
             if asked.cut:
                 notes.say(f"{what} shows {asked.query!r} by its cut-off; --all gives the nearest")
             else:
@@ -254,6 +273,11 @@ class _Result:
             )
         elif self.found.more:
             notes.say("more pictures are relevant than these: --top-k gives them")
+
+    @property
+    def _considered(self) -> int:
+        """How many pictures were looked at."""
+        return sum(path.startswith(self.asked.below) for path in self.index.paths)
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -277,7 +301,7 @@ class _Result:
             "model": made.model,
             "embedding_space": made.space,
             "variant": made.variant,
-            "pictures": len(self.index),
+            "pictures": self._considered,
             "cutoff": None if cutoff is None else {"method": cutoff.method, "least": _rounded(cutoff.least)},
             "results": self._rows(),
         }

@@ -227,6 +227,25 @@ def test_a_picture_of_the_index_is_found_by_its_path_there_without_the_image_tow
     assert run("search", "red.png", photos, "-k", 3).out == here.out != ""
 
 
+def test_a_folder_below_is_searched_in_the_index_above(run, photos: Path, monkeypatch) -> None:
+    inner = photos / "2024" / "inner"
+    inner.mkdir(parents=True)
+    for name in ("red", "blue"):
+        (photos / f"{name}.png").rename(inner / f"{name}.png")
+    (photos / "empty").mkdir()
+    run("index", photos)
+    found = run("search", "red", inner.parent, "--json")
+    document = json.loads(found.out)
+    assert [row["path"] for row in document["results"]] == [f"{inner}/red.png", f"{inner}/blue.png"]
+    assert (document["pictures"], document["index"]) == (2, f"{photos}/.edgeclip-index")
+    assert [row["rank"] for row in document["results"]] == [1, 2]
+    monkeypatch.chdir(inner)
+    assert run("search", "red", "-k", 1).out == "red.png\n"
+    assert run("search", "red.png").out == "blue.png\n"
+    assert "no pictures of empty/" in run("search", "red", photos / "empty").err
+    assert "has a cosine of 1" in run("search", "red", "--min-score", 1).err
+
+
 def test_more_is_said_only_where_more_is_relevant(run, repo: Path, tmp_path: Path, capsys) -> None:
     command, index = Command(capsys), tmp_path / "index"
     assert command("index", repo / "edgeclip" / "assets" / "photos", "-o", index).code == 0
