@@ -32,7 +32,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
@@ -58,6 +58,7 @@ __all__ = [
     "Rejecting",
     "Settings",
     "Statistics",
+    "check_names",
     "gate_of",
     "read_head",
 ]
@@ -253,6 +254,20 @@ def _factor(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(np.linalg.qr(rows.astype(np.float64), mode="r"), np.float32)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that no class can have.
+
+    Raises:
+        InputError: one is empty, too long, or holds what terminals would obey.
+    """
+    for name in names:
+        if not name.strip() or not name.isprintable() or len(name) > MAX_LABEL_CHARS:
+            raise InputError(
+                f"few-shot head: got the class name {name[:80]!r}, expected up to {MAX_LABEL_CHARS} "
+                "printable characters; name it otherwise and fit it again."
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class FewShotHead:
     """A linear layer for classes of one's own.
@@ -291,12 +306,7 @@ class FewShotHead:
                 f"few-shot head: weights of shape {self.weights.shape} and bias of {self.bias.shape} for "
                 f"{len(self.names)} classes, expected float32 (C, E) and (C,) with at least two classes."
             )
-        for name in self.names:
-            if not name.strip() or not name.isprintable() or len(name) > MAX_LABEL_CHARS:
-                raise InputError(
-                    f"few-shot head: got the class name {name[:80]!r}, expected up to {MAX_LABEL_CHARS} "
-                    "printable characters; name it otherwise and fit it again."
-                )
+        check_names(self.names)
         if len(set(self.names)) < len(self.names):
             raise InputError("few-shot head: a class name is repeated; fit it again.")
         if not (np.isfinite(self.weights).all() and np.isfinite(self.bias).all()):

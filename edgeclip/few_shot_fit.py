@@ -689,8 +689,8 @@ def _checked(
         )
     if len(names) < least:
         raise ConfigError(
-            f"few-shot head: got {len(names)} classes ({', '.join(map(repr, names)) or 'none'}), expected at "
-            f"least {least}: one class is told from nothing."
+            f"few-shot head: got the classes {', '.join(map(repr, names)) or '(none)'}, expected at least "
+            f"{least}: one class is told from nothing."
         )
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)

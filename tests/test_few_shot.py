@@ -313,7 +313,7 @@ def test_input_that_is_none_is_refused(world: World) -> None:
     ) -> None:
         fit_head(embeddings, wanted, names, space=SPACE)
 
-    with pytest.raises(ConfigError, match=r"got 1 classes \('class 0'\), expected at least 2"):
+    with pytest.raises(ConfigError, match=r"got the classes 'class 0', expected at least 2"):
         fit(rows[:1], targets[:1], NAMES[:1])
     with pytest.raises(InputError, match="class 'class 4' has no pictures"):
         fit(rows[:4], targets[:4])

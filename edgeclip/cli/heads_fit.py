@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeclip.bundle import Bundle
-    from edgeclip.evaluate.picture_sets import Picture, PictureSet
     from edgeclip.few_shot import FewShotHead, Method
+    from edgeclip.few_shot_fit import HeldOut
 
 __all__ = ["add", "fit", "remove"]
 
-_MAX_NAMES_BYTES = 1 << 24
 _FITTED_ON_CHARS = 120
 _CHANCE = 0.05
+_SAME = 1 - 1e-6  # cosine
 _WORD = re.compile(r"[^\W\d_]{3}|[^\x00-\u024f\W]")  # three letters, or one of a script without spaces
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -63,6 +63,15 @@ def _data_options(command: _Command) -> _Command:
     return command
 
 
+_changed_output = click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="HEAD",
+    help="Write the new head here.  [default: in place of the old one]",
+)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What :func:`_data_options` were given."""
@@ -89,7 +98,6 @@ class _Labelled:
     rows: NDArray[np.float32]
     targets: NDArray[np.intp]
     zero_shot: NDArray[np.float32] | None
-    scale: float
     left_out: int
 
 
@@ -156,34 +164,18 @@ def fit(
     if write is not None:
         _check_writable(opened, asked.bundle_path, write)
     labelled = _labelled(opened, data, asked, words, notes, least=2)
-    what: dict[str, Any] = {
-        "zero_shot": labelled.zero_shot,
-        "scale": labelled.scale,
-        "method": method or ("blend" if words else "gda"),
-    }
-    space = opened.manifest.model.embedding_space
-    head = fit_head(labelled.rows, labelled.targets, labelled.names, space=space, **what)
-    outside = held_out(labelled.rows, labelled.targets, labelled.names, folds=folds, seed=asked.seed, **what)
+    model = opened.manifest.model
+    given = labelled.rows, labelled.targets, labelled.names
+    what: dict[str, Any] = {"zero_shot": labelled.zero_shot, "scale": model.scale, "method": method}
+    head = fit_head(*given, space=model.embedding_space, **what)
+    outside = held_out(*given, folds=folds, seed=asked.seed, **what)
     if output is not None:
         head.save(output)
     if write is not None:
         _store(
             opened, write, head, f"{Path(data).name}: {len(labelled.rows)} pictures of {len(head)} classes"
         )
-    worth = None
-    if outside is not None:
-        worth = _worth(outside.logits, labelled.targets[outside.places], outside.zero_shot)
-        worth["accepted"] = float(outside.accepted.mean()) if len(outside.accepted) else None
-    document = {
-        **_about(head, "fit", output, opened),
-        "left_out": labelled.left_out,
-        "folds": folds,
-        "held_out": worth,
-        "stored": write,
-    }
-    if as_json:
-        click.echo(json.dumps(document, ensure_ascii=False, indent=2))
-        return
+    worth = None if outside is None else _worth(outside, labelled.targets)
     lines = [_counts(head, labelled.left_out), *_worth_lines(worth, folds)]
     if output is not None:
         lines.append(_written(output, head))
@@ -191,7 +183,14 @@ def fit(
         lines.append(f"stored as {write!r} in {shown(opened.path)}")
     if output is None and write is None:
         lines.append("nothing is written without -o or --write")
-    click.echo("\n".join(lines))
+    said = {
+        "bundle": str(opened.path),
+        "left_out": labelled.left_out,
+        "folds": folds,
+        "held_out": worth,
+        "stored": write,
+    }
+    _print("fit", head, output, said, lines, as_json)
 
 
 @click.command()
@@ -199,13 +198,7 @@ def fit(
 @click.option(
     "--to", "source", type=click.Path(path_type=Path), required=True, metavar="HEAD", help="Head to extend."
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="HEAD",
-    help="Write the new head here.  [default: in place of the old one]",
-)
+@_changed_output
 @_data_options
 def add(*, data: str, source: Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Add classes, or further pictures of known classes, to a head.
@@ -214,16 +207,13 @@ def add(*, data: str, source: Path, output: Path | None, as_json: bool, **option
 
     Example: edgeclip heads add more/ --to parts.head
     """
-    import numpy as np
-
     from edgeclip.bundle import Bundle
     from edgeclip.errors import ConfigError
     from edgeclip.few_shot import FewShotHead
     from edgeclip.few_shot_fit import extended
 
     prepare_stdout()
-    notes, asked = Notes(), _Asked(**options)
-    target = output or source
+    notes, asked, target = Notes(), _Asked(**options), output or source
     _check_output(target)
     head = FewShotHead.open(source)
     opened = Bundle.open(bundle_directory(asked.bundle_path, notes))
@@ -234,21 +224,20 @@ def add(*, data: str, source: Path, output: Path | None, as_json: bool, **option
             f"{asked.bundle_path!r} has {space[:12]!r}: name the bundle it was fitted with by --bundle."
         )
     labelled = _labelled(opened, data, asked, head.zero_shot is not None, notes, least=1)
+    again = _known(head, labelled)
+    if again:
+        pictures = f"{again:,} of these pictures seem" if again > 1 else "one of these pictures seems"
+        notes.say(f"{pictures} to be in {str(source)!r} already and will count twice")
     longer = extended(head, labelled.rows, labelled.targets, labelled.names, zero_shot=labelled.zero_shot)
     longer.save(target)
     fresh = [name for name in labelled.names if name not in head.names]
-    if as_json:
-        document = {**_about(longer, "add", target, opened), "left_out": labelled.left_out, "added": fresh}
-        click.echo(json.dumps(document, ensure_ascii=False, indent=2))
-        return
-    pictures = np.bincount(labelled.targets)
-    said = [
-        f"{name!r} {count} picture{'s' if count > 1 else ''}{' (new)' if name in fresh else ''}"
-        for name, count in zip(labelled.names, pictures.tolist(), strict=True)
-    ]
-    click.echo(
-        "\n".join(["added: " + ", ".join(said), _counts(longer, labelled.left_out), _written(target, longer)])
-    )
+    added = []
+    for place, name in enumerate(labelled.names):
+        count = int((labelled.targets == place).sum())
+        added.append(f"{name!r} {count} picture{'s' if count > 1 else ''}{' (new)' if name in fresh else ''}")
+    lines = ["added: " + ", ".join(added), _counts(longer, labelled.left_out), _written(target, longer)]
+    said = {"bundle": str(opened.path), "left_out": labelled.left_out, "added": fresh}
+    _print("add", longer, target, said, lines, as_json)
 
 
 @click.command()
@@ -261,13 +250,7 @@ def add(*, data: str, source: Path, output: Path | None, as_json: bool, **option
     metavar="HEAD",
     help="Head to shorten.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="HEAD",
-    help="Write the new head here.  [default: in place of the old one]",
-)
+@_changed_output
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def remove(*, name: str, source: Path, output: Path | None, as_json: bool) -> None:
     """Take the class NAME out of a head. It becomes the one that the pictures of the others give.
@@ -282,12 +265,8 @@ def remove(*, name: str, source: Path, output: Path | None, as_json: bool) -> No
     _check_output(target)
     shorter = without_class(FewShotHead.open(source), name)
     shorter.save(target)
-    if as_json:
-        click.echo(
-            json.dumps({**_about(shorter, "remove", target), "removed": name}, ensure_ascii=False, indent=2)
-        )
-    else:
-        click.echo("\n".join([f"removed: {name!r}", _counts(shorter, 0), _written(target, shorter)]))
+    lines = [f"removed: {name!r}", _counts(shorter, 0), _written(target, shorter)]
+    _print("remove", shorter, target, {"removed": name}, lines, as_json)
 
 
 # --- pictures ----------------------------------------------------------------------------------------------
@@ -299,107 +278,31 @@ def _labelled(
     """Embed what a set holds, after everything about its classes has been checked."""
     import numpy as np
 
-    from edgeclip.errors import ConfigError, InputError
-    from edgeclip.evaluate.picture_sets import open_set
-
-    pictures = open_set(data)
-    renamed = {} if asked.names is None else _read_names(asked.names)
-    numbers: dict[str, list[int]] = {}
-    for number, picture in enumerate(pictures):
-        if picture.label is not None:
-            numbers.setdefault(_said(pictures, picture.label), []).append(number)
-    _check_folders(Path(data), pictures, numbers)
-    unknown = next((label for label in renamed if label not in numbers), None)
-    if unknown is not None:
-        raise InputError(
-            f"{str(asked.names)!r} names {unknown!r}, but {data!r} has no pictures of it; it has "
-            f"{', '.join(map(repr, list(numbers)[:20])) or 'none with a label'}."
-        )
-    named = {
-        label: renamed.get(label, label.replace("_", " ").strip() if words else label) for label in numbers
-    }
-    names = tuple(dict.fromkeys(named.values()))
-    if len(names) < least:
-        found = ", ".join(map(repr, names)) or "no picture has a label"
-        raise ConfigError(
-            f"{data!r} holds {len(names)} classes ({found}), expected at least {least}: a folder for each."
-        )
-    texts, scale = (
-        (_texts(opened, names, asked, notes), opened.manifest.model.scale) if words else (None, 1.0)
-    )
-    if asked.shots is not None:
-        pictures = _drawn(pictures, named, numbers, asked.shots, asked.seed)
-    places = {label: names.index(name) for label, name in named.items()}
-
-    def usable(picture: Picture) -> int | str:
-        if picture.label is None:
-            return "has no label; expected a column 'label' or a folder a class."
-        return places[_said(pictures, picture.label)]
-
-    rows, uses, left_out = embed_labelled(
-        opened, pictures, usable, asked.model, None, asked.max_left_out, notes
-    )
-    targets = np.array(uses, np.intp)
-    missing = np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)
-    if len(missing):
-        raise InputError(
-            f"{data!r}: no picture of the class {names[int(missing[0])]!r} can be read; give it others."
-        )
-    return _Labelled(names, rows, targets, texts, scale, left_out)
-
-
-def _said(pictures: PictureSet, label: str) -> str:
-    """Return the name of a label; sets of numbered classes bring their names."""
-    if not pictures.numbered or pictures.labels is None:
-        return label
-    names = pictures.labels.names
-    return names[int(label)] if label.isdecimal() and int(label) < len(names) else label
-
-
-def _check_folders(path: Path, pictures: PictureSet, numbers: Mapping[str, list[int]]) -> None:
-    """Refuse folders without a picture: somebody meant them to be classes."""
     from edgeclip.errors import InputError
+    from edgeclip.evaluate.own_classes import OwnClasses, read_names
 
-    if pictures.parts != (path,) or not path.is_dir():
-        return
-    for folder in sorted(path.iterdir()):
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in numbers:
-            raise InputError(
-                f"{str(folder)!r} holds no pictures, expected some of the class {folder.name!r}; "
-                "give it some, or remove the folder."
-            )
+    renamed = {} if asked.names is None else read_names(asked.names)
+    found = OwnClasses.of(data, renamed, as_words=words, shots=asked.shots, seed=asked.seed, least=least)
+    texts = _texts(opened, found.names, asked, notes) if words else None
+    rows, places, left_out = embed_labelled(
+        opened, found.pictures, found.place, asked.model, None, asked.max_left_out, notes
+    )
+    missing = set(range(len(found.names))).difference(places)
+    if missing:
+        raise InputError(
+            f"{data!r}: no picture of the class {found.names[min(missing)]!r} can be read; give it others."
+        )
+    return _Labelled(found.names, rows, np.array(places, np.intp), texts, left_out)
 
 
-def _drawn(
-    pictures: PictureSet,
-    named: Mapping[str, str],
-    numbers: Mapping[str, list[int]],
-    shots: int,
-    seed: int,
-) -> PictureSet:
-    """Return so many pictures of each class at most, drawn at random."""
-    import numpy as np
-
-    from edgeclip.evaluate.picture_sets import PictureSet
-
-    @dataclass(frozen=True)
-    class Some(PictureSet):
-        numbers: frozenset[int] = frozenset()
-
-        def __iter__(self) -> Iterator[Picture]:
-            for number, picture in enumerate(super().__iter__()):
-                if number in self.numbers:
-                    yield picture
-
-    random = np.random.default_rng(seed)
-    of_class: dict[str, list[int]] = {}
-    for label, found in numbers.items():
-        of_class.setdefault(named[label], []).extend(found)
-    kept: set[int] = set()
-    for found in of_class.values():
-        kept.update(random.permutation(found)[:shots].tolist())
-    given = {each.name: getattr(pictures, each.name) for each in fields(pictures)}
-    return Some(**given, numbers=frozenset(kept))
+def _known(head: FewShotHead, labelled: _Labelled) -> int:
+    """Return how many pictures are as like one of their class in the head as a picture is like itself."""
+    count = 0
+    for place, name in enumerate(labelled.names):
+        if name in head.names:
+            alike = labelled.rows[labelled.targets == place] @ head.statistics.rows[head.names.index(name)].T
+            count += int((alike.max(axis=1) > _SAME).sum())
+    return count
 
 
 def _texts(opened: Bundle, names: tuple[str, ...], asked: _Asked, notes: Notes) -> NDArray[np.float32]:
@@ -425,42 +328,6 @@ def _texts(opened: Bundle, names: tuple[str, ...], asked: _Asked, notes: Notes) 
         for warning in classifier.label_warnings():
             notes.say(warning)
         return classifier.bank.embeddings
-
-
-def _read_names(path: Path) -> dict[str, str]:
-    """Return names by folder.
-
-    Raises:
-        InputError: unreadable, not of one of the two forms, or a folder is named twice.
-    """
-    from edgeclip.errors import InputError
-
-    try:
-        if path.stat().st_size > _MAX_NAMES_BYTES:
-            raise InputError(f"{str(path)!r}: larger than {_MAX_NAMES_BYTES} bytes, expected names.")
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise InputError(f"{str(path)!r} cannot be read: {reason}.") from error
-    if text.lstrip().startswith("{"):
-        try:
-            pairs = json.loads(text, object_pairs_hook=list)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{str(path)!r}: not JSON ({error}).") from error
-    else:
-        lines = [line for line in text.splitlines() if line.strip()]
-        wrong = next((line for line in lines if "=" not in line), None)
-        if wrong is not None:
-            raise InputError(f"{str(path)!r}: got the line {wrong[:80]!r}, expected 'folder=name'.")
-        pairs = [tuple(line.split("=", 1)) for line in lines]
-    names: dict[str, str] = {}
-    for folder, name in pairs:
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{str(path)!r}: folder {folder!r} is named {name!r}, expected a text.")
-        if folder.strip() in names:
-            raise InputError(f"{str(path)!r}: folder {folder.strip()!r} is named twice.")
-        names[folder.strip()] = " ".join(name.split())
-    return names
 
 
 # --- output ------------------------------------------------------------------------------------------------
@@ -507,53 +374,53 @@ def _store(opened: Bundle, name: str, head: FewShotHead, fitted_on: str) -> None
         writer.commit()
 
 
-def _about(head: FewShotHead, kind: str, path: Path | None, opened: Bundle | None = None) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    said: dict[str, Any] = {"schema": SCHEMA, "kind": f"few-shot {kind}"}
-    if opened is not None:
-        said["bundle"] = str(opened.path)
+def _print(
+    kind: str, head: FewShotHead, path: Path | None, said: dict[str, Any], lines: list[str], as_json: bool
+) -> None:
+    if not as_json:
+        click.echo("\n".join(lines))
+        return
     counts = head.statistics.counts.tolist()
-    return {
-        **said,
+    document = {
+        "schema": SCHEMA,
+        "kind": f"few-shot {kind}",
         "head": None if path is None else str(path),
         "classes": [
             {"name": name, "pictures": count} for name, count in zip(head.names, counts, strict=True)
         ],
         "settings": asdict(head.settings),
+        **said,
     }
+    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
 
 
-def _worth(
-    logits: NDArray[np.float32], targets: NDArray[np.intp], zero_shot: NDArray[np.float32] | None
-) -> dict[str, Any]:
+def _worth(outside: HeldOut, targets: NDArray[np.intp]) -> dict[str, Any]:
     """Return how often a head is right on pictures that it has not seen, and words alone on the same."""
     import numpy as np
 
     from edgeclip.evaluate.metrics import expected_calibration_error, share
     from edgeclip.evaluate.paired import paired
 
-    scores = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
-    scores /= scores.sum(axis=1, keepdims=True)
-    right = logits.argmax(axis=1) == targets
-    accuracy = share(right)
-    said: dict[str, Any] = {
-        "pictures": len(targets),
-        "accuracy": accuracy.value,
-        "interval": [accuracy.low, accuracy.high],
-        "calibration_error": expected_calibration_error(scores.max(axis=1), right),
-        "mean_score": float(scores.max(axis=1).mean()),
-        "zero_shot": None,
+    def right_of(scores: NDArray[np.float32]) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+        right = scores.argmax(axis=1) == targets[outside.places]
+        found = share(right)
+        return right, {"accuracy": found.value, "interval": [found.low, found.high]}
+
+    logits = outside.logits.astype(np.float64)
+    highest = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    right, accuracy = right_of(outside.logits)
+    alone = None
+    if outside.zero_shot is not None:
+        before, of_words = right_of(outside.zero_shot)
+        alone = {**of_words, "mcnemar_p": paired(before, right).p_value}
+    return {
+        "pictures": len(right),
+        **accuracy,
+        "calibration_error": expected_calibration_error(highest, right),
+        "mean_score": float(highest.mean()),
+        "zero_shot": alone,
+        "accepted": float(outside.accepted.mean()) if len(outside.accepted) else None,
     }
-    if zero_shot is not None:
-        before = zero_shot.argmax(axis=1) == targets
-        alone = share(before)
-        said["zero_shot"] = {
-            "accuracy": alone.value,
-            "interval": [alone.low, alone.high],
-            "mcnemar_p": paired(before, right).p_value,
-        }
-    return said
 
 
 def _counts(head: FewShotHead, left_out: int) -> str:

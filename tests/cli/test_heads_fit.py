@@ -103,6 +103,9 @@ def test_classes_come_and_go(run: Command, tiny_bundle: Path, swapped: Path, tmp
     assert added.code == 0, added.err
     assert f"added: {last!r} 6 pictures (new)\n4 classes, 24 pictures, 6 a class" in added.out
     assert grown.read_bytes() == whole.read_bytes()
+    assert "already" not in added.err
+    twice = run("heads", "add", later, "--to", grown, "-o", tmp_path / "twice.head", "--bundle", tiny_bundle)
+    assert f"6 of these pictures seem to be in {str(grown)!r} already and will count twice" in twice.err
     kept = tmp_path / "kept.head"
     removed = run("heads", "remove", last, "--from", grown, "-o", kept, "--json")
     assert json.loads(removed.out)["removed"] == last
@@ -127,7 +130,7 @@ def test_names_say_what_folders_show(run: Command, tiny_bundle: Path, tmp_path: 
     said = json.loads(run(*asked, "--names", names).out)
     assert said["classes"] == [{"name": NAMES[0], "pictures": 3}, {"name": NAMES[1], "pictures": 6}]
     names.write_text(json.dumps({"7": "x"}), encoding="utf-8")
-    assert "names '7', but" in run(*asked, "--names", names).err
+    assert "a name is given for '7', but" in run(*asked, "--names", names).err
     names.write_text("just words\n", encoding="utf-8")
     assert "got the line 'just words', expected 'folder=name'" in run(*asked, "--names", names).err
     names.write_text('{"0": "a", "0": "b"}', encoding="utf-8")
@@ -151,7 +154,9 @@ def test_a_head_in_a_bundle(run: Command, tiny_bundle: Path, swapped: Path) -> N
     assert "bundle 'default' is part of the installation" in shared.err
 
 
-def test_data_that_cannot_be_used(run: Command, tiny_bundle: Path, swapped: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_used(
+    run: Command, tiny_bundle: Path, swapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def said(*arguments: object) -> str:
         result = run("heads", *arguments, "--bundle", tiny_bundle)
         assert result.code == 1
@@ -168,7 +173,13 @@ def test_data_that_cannot_be_used(run: Command, tiny_bundle: Path, swapped: Path
     assert "leave out --no-zero-shot" in said("fit", swapped, "--no-zero-shot", "--method", "blend")
     single = tmp_path / "single"
     draw(single / "red", "red", 3)
-    assert "holds 1 classes ('red'), expected at least 2" in said("fit", single)
+    assert "holds 1 class ('red'), expected at least 2" in said("fit", single)
+    (single / "_").mkdir()
+    Image.new("RGB", (8, 8)).save(single / "_" / "a.png")
+    monkeypatch.setattr("edgeclip.cli.heads_fit.embed_labelled", None)  # names are refused before
+    assert "got the class name '', expected" in said("fit", single)
+    monkeypatch.undo()
+    shutil.rmtree(single / "_")
     (single / "blue").mkdir()
     (single / "blue" / "a.png").write_bytes(b"no picture")
     broken = said("fit", single, "--max-left-out", "50%")
