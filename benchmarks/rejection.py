@@ -13,6 +13,8 @@ softmax, resampled in pairs.
 ``neglabel``       offered over all, both summed (Jiang et al. 2024, eq. 4), with the background that ships
 ``rank``           background rows above the best offered name, fewer being better
 ``standardised``   greatest cosine less its mean over background rows, over their deviation
+``best``           the best name alone against the background: ``s · max c − w · log Σ exp(s · d)``
+``summed``         the gate that ships, without regard to which rows are near to the first name
 ``imagenet``       the gate that ships, with the 998 ImageNet names for background
 ``gate``           the gate that ships
 ``gate, unnamed``  the same without background rows that mean what the picture shows: it is of nothing known
@@ -125,6 +127,7 @@ def scores_of(asked: Asked, head: RejectHead, sets: NDArray[np.intp]) -> dict[st
     background = np.exp(asked.bare.background(sets))
     named = sets[np.arange(len(sets)), first]
     mean, deviation = asked.texts
+    weight, near, most = head.weight, head.nearness, head.offered[-1]
     return {
         "softmax": shown.softmax(sets),
         "cosine": best,
@@ -133,10 +136,12 @@ def scores_of(asked: Asked, head: RejectHead, sets: NDArray[np.intp]) -> dict[st
         "neglabel": np.log(sums) - np.log(background),
         "rank": -((shown.others > best[:, None]) & kept).sum(axis=1).astype(np.float64),
         "standardised": ((own - mean[sets]) / deviation[sets]).max(axis=1),
-        "imagenet": asked.imagenet.negatives(head.weight)(sets),
-        "gate": shown.negatives(head.weight)(sets),
-        "gate, unnamed": scale * shown.best(sets) - head.weight * shown.background(sets, unnamed=True),
-        "gate without kinds": asked.bare.negatives(head.weight)(sets),
+        "best": shown.negatives(weight)(sets),
+        "summed": shown.together(weight, 0.0)(sets),
+        "imagenet": asked.imagenet.together(weight, near, most=most)(sets),
+        "gate": shown.together(weight, near, most=most)(sets),
+        "gate, unnamed": shown.together(weight, near, most=most, unnamed=True)(sets),
+        "gate without kinds": asked.bare.together(weight, near, most=most)(sets),
         "no": scale * (best - asked.denials[np.arange(len(sets)), named]),
     }
 
@@ -197,7 +202,8 @@ def _figure(found: tuple[NDArray[np.float32], NDArray[np.float32]]) -> Figure:
 def accepts(shown: Shown, head: RejectHead, sets: NDArray[np.intp]) -> NDArray[np.bool_]:
     """Return which pictures ``(P,)`` the shipped gate accepts, for the names offered ``(P, n)``."""
     least = np.array([head.least(each) for each in shown.counted(sets)])
-    return np.asarray(shown.negatives(head.weight)(sets) >= least)
+    score = shown.together(head.weight, head.nearness, most=head.offered[-1])
+    return np.asarray(score(sets) >= least)
 
 
 def rates(
@@ -262,11 +268,10 @@ def asked_of(
     scale = head.scale or subject.scale
 
     def shown(rows: LabelBank) -> Shown:
-        same = meaning(bank, rows, head.overlap)
-        return Shown(cosines, own, pictures @ rows.embeddings.T, same, scale)
+        same, of_texts = meaning(bank, rows, head.overlap), bank.embeddings @ rows.embeddings.T
+        return Shown(cosines, own, pictures @ rows.embeddings.T, same, scale, of_texts)
 
     bare = shown(background)
-
     of_texts = bank.embeddings @ background.embeddings.T
     return Asked(
         title, language, bank, pictures, own,
@@ -289,6 +294,7 @@ def mixed(english: Asked, chinese: Asked, head: RejectHead) -> dict[str, Any]:
         english.shown.others[first],
         np.concatenate([english.shown.same, chinese.shown.same]),
         english.shown.scale,
+        np.concatenate([_texts(english), _texts(chinese)]),
         kinds=np.concatenate([_kinds(english), _kinds(chinese)]),
     )
 
@@ -306,13 +312,18 @@ def _kinds(asked: Asked) -> NDArray[np.bool_]:
     return asked.shown.kinds
 
 
+def _texts(asked: Asked) -> NDArray[np.float32]:
+    assert asked.shown.texts is not None
+    return asked.shown.texts
+
+
 def unrelated(
     asked: Asked, images: NDArray[np.float32], background: LabelBank, head: RejectHead
 ) -> dict[str, Any]:
     """Return the share of landscapes and other photographs of nothing offered that is accepted, in %."""
     shown = Shown(
         images @ asked.bank.embeddings.T, np.zeros(len(images), np.intp), images @ background.embeddings.T,
-        asked.shown.same, asked.shown.scale, kinds=asked.shown.kinds,
+        asked.shown.same, asked.shown.scale, asked.shown.texts, kinds=asked.shown.kinds,
     )  # fmt: skip
     random = np.random.default_rng(_SEED)
     said: dict[str, Any] = {}
@@ -508,8 +519,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "bundle": {"name": bundle.manifest.model.name, "digest": bundle.digest},
             "head": {
                 "method": head.method, "scale": head.scale, "weight": head.weight, "overlap": head.overlap,
-                "threshold": list(head.threshold),
-                "offered": list(head.offered), "background": len(background),
+                "threshold": list(head.threshold), "together": list(head.together),
+                "nearness": head.nearness, "offered": list(head.offered), "background": len(background),
             },
             "draws": {"names below 500": _DRAWS, "others": _DRAWS // 10},
             "seed": _SEED,

@@ -5,14 +5,19 @@ is given two kinds of cosines, with the offered labels and with rows of its own,
 which more means "one of the labels". It never changes which label is first.
 
 *Method* ``negatives``. General names, encoded once, stand for everything that was not offered. With ``c``
-the cosine of a label, ``d`` those of the background rows and ``s``, ``w`` two numbers of the head, the
-score of a label is ``s · c − w · log Σ exp(s · d)``, and that of a picture is its best label's. With ``w =
-1`` these are the log odds of the label against the background: NegLabel (Jiang et al. 2024, eq. 4, all
-negatives in one group) of one label. A smaller ``w`` trusts the cosine itself more, as a model needs whose
-first guess is often wrong. Background rows that mean an offered label are left out: those with one of its
-names or synonyms, and those whose text is closer to it than ``overlap``. *Kinds* of a label (breeds, for
-dog) stand on its side: a picture of a kind is one of the label, whose own cosine is small because it is the
-mean of many. Each counts as a twentieth of a label where the threshold is chosen.
+the cosines of the N labels offered, ``d`` those of the background rows, ``t`` the cosines of these rows with
+the text of the first label, and numbers ``s``, ``w``, ``k`` of the head, the score of a picture is::
+
+    log Σ exp(s · c) − w · log Σ exp(s · (d + k · ln N · t))
+
+With ``w = 1`` and ``k = 0`` these are the log odds of the labels against the background: NegLabel (Jiang et
+al. 2024, eq. 4, all negatives in one group). A smaller ``w`` trusts the cosine itself more, as a model needs
+whose first guess is often wrong. What is accepted wrongly of many labels is a near miss, a deer for an
+antelope: the more are offered, the more count rows near to the first one. A label by itself has the score
+``s · c − w · log Σ exp(s · d)``, the same for N = 1. Background rows that mean an offered label are left out:
+those with one of its names or synonyms, and those whose text is closer to it than ``overlap``. *Kinds* of a
+label (breeds, for dog) stand on its side: a picture of a kind is one of the label, whose own cosine is small
+because it is the mean of many. Each counts as a twentieth of a label.
 
 *Method* ``no`` (the idea of CLIPN, Wang et al. 2023, without its second text tower). The rows are texts
 that deny each label ("a photo without {}"), ``n`` their cosines; the score is ``s · (c − n)`` of the first
@@ -24,12 +29,14 @@ pictures without a right label; between them it is interpolated along ``ln N``, 
 
 **Head file.** Safetensors with float tensors ``scale`` (s), ``threshold`` ``(K,)`` with integers
 ``offered`` ``(K,)``, rising, for ``negatives`` also ``weight`` (w) and ``overlap``; metadata ``method``,
-and ``templates`` (JSON list) for ``no``. The background is the bank that the manifest names as
-``background_bank``: only its rows ``bank_rows`` (integers), where the head lists some, and ``more`` rows of
-the head's own, named by the metadata ``labels`` (JSON, as label files), in four bits a number: ``(M, ⌈E /
-2⌉)`` uint8, the lower four bits first, each holding the number plus 8, times ``more_scales`` ``(M,)``.
-``kinds``, where there are any, is uint8: JSON compressed by zlib, for each name in lower case the
-background rows that are kinds of it.
+and ``templates`` (JSON list) for ``no``. ``threshold`` is that of the best of so many labels by themselves;
+that of all of them is ``together`` ``(K,)``, with ``nearness`` (k). A head of ``negatives`` without these,
+as they were written before, judges pictures by their best label alone. The background is the bank that the
+manifest names as ``background_bank``: only its rows ``bank_rows`` (integers), where the head lists some, and
+``more`` rows of the head's own, named by the metadata ``labels`` (JSON, as label files), in four bits a
+number: ``(M, ⌈E / 2⌉)`` uint8, the lower four bits first, each holding the number plus 8, times
+``more_scales`` ``(M,)``. ``kinds``, where there are any, is uint8: JSON compressed by zlib, for each name in
+lower case the background rows that are kinds of it.
 """
 
 from __future__ import annotations
@@ -77,7 +84,9 @@ METHODS = ("negatives", "no")
 KIND_COUNTS = 0.05
 """What a kind counts as where the threshold is chosen by the number of labels; docs/rejection.md."""
 _MOST_KINDS_BYTES = 1 << 24
+_MOST_NEARNESS = 5.0  # of a row that is the first label: sums of exponentials stay doubles
 _ARTICLES = ("a", "an", "the")
+_PLURALS = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("men", "man"), ("es", ""), ("s", ""))
 
 
 class Gate(Protocol):
@@ -128,6 +137,10 @@ class NegativesGate:
         scale: multiplier of the cosines.
         weight: of the background.
         kinds: for a label that has kinds its column, and their rows; these are the first of ``rows``.
+        handicaps: ``(N,)`` taken off the score of each label by itself: ``threshold_alone`` is that of the
+            label with most kinds, and others need less.
+        texts: ``(N, E)`` embeddings of the labels; ``None`` judges a picture by its best label alone.
+        nearness: ``k · ln N``: of the cosines of background rows and the first label.
     """
 
     rows: NDArray[np.float32]
@@ -137,24 +150,41 @@ class NegativesGate:
     weight: float
     method: str = "negatives"
     kinds: tuple[tuple[int, NDArray[np.intp]], ...] = ()
+    handicaps: NDArray[np.float64] | float = 0.0
+    texts: NDArray[np.float32] | None = None
+    nearness: float = 0.0
 
     def scores(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``scale · max own − weight · log Σ exp(scale · others)``, ``(B,)``."""
-        if self.kinds:
-            return np.asarray(self.alone(own, others).max(axis=1))
-        return self.alone(own.max(axis=1, keepdims=True), others)[:, 0]
+        """Return the score of all labels together, ``(B,)``."""
+        own, others, lifting = self._lifted(own, others)
+        if self.texts is None:
+            return np.asarray(own.max(axis=1) * self.scale - self.weight * self._sum(others))
+        if self.nearness:
+            first = self.texts[own.argmax(axis=1)]
+            others = others + self.nearness * cosines(first, self.rows[lifting:])
+        return self._sum(own) - self.weight * self._sum(others)
 
     def alone(self, own: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return ``scale · own − weight · log Σ exp(scale · others)``, ``(B, N)``."""
-        if self.kinds:
-            own, first = own.copy(), 0
-            for column, rows in self.kinds:
-                own[:, column] = np.maximum(own[:, column], others[:, rows].max(axis=1))
-                first = max(first, int(rows.max()) + 1)
-            others = others[:, first:]
+        own, others, _ = self._lifted(own, others)
+        return np.asarray(own * self.scale - self.weight * self._sum(others)[:, None] - self.handicaps)
+
+    def _lifted(
+        self, own: NDArray[np.float32], others: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+        """Return the cosines of labels or their kinds, of the background, and how many rows are kinds."""
+        if not self.kinds:
+            return own, others, 0
+        own, first = own.copy(), 0
+        for column, rows in self.kinds:
+            own[:, column] = np.maximum(own[:, column], others[:, rows].max(axis=1))
+            first = max(first, int(rows.max()) + 1)
+        return own, others[:, first:], first
+
+    def _sum(self, cosines: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return ``log Σ exp(scale · cosines)``, ``(B,)``."""
         # Cosines times a scale of at most 100: in double precision nothing need be taken off first.
-        background = np.log(np.exp(others * self.scale, dtype=np.float64).sum(axis=1, keepdims=True))
-        return np.asarray(own * self.scale - self.weight * background)
+        return np.asarray(np.log(np.exp(cosines * self.scale, dtype=np.float64).sum(axis=1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +222,7 @@ class RejectHead:
     Attributes:
         method: one of :data:`METHODS`.
         scale: multiplier of the cosines, above 0 and at most 100; ``None`` is that of the labels' own head.
-        threshold: least score that is accepted, for each number of labels in ``offered``.
+        threshold: least score of the best label by itself, for each number of labels in ``offered``.
         offered: numbers of labels, rising.
         weight: of the background (``negatives``).
         overlap: text-text cosine above which a background row means an offered label (``negatives``).
@@ -200,6 +230,9 @@ class RejectHead:
         bank_rows: rows of the background bank that are used; ``None`` for all.
         more: labels and rows beside the background bank's.
         kinds: for names in lower case the background rows that are kinds of them.
+        together: least score of all labels together, as ``threshold`` is (``negatives``); empty for a head
+            that judges pictures by their best label.
+        nearness: how much background rows near to the first label count, for each e-fold of labels.
     """
 
     method: str = "negatives"
@@ -212,10 +245,22 @@ class RejectHead:
     bank_rows: NDArray[np.integer[Any]] | None = None
     more: tuple[LabelSet, NDArray[np.float32]] | None = None
     kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    together: tuple[float, ...] = ()
+    nearness: float = 0.0
 
-    def least(self, labels: float) -> float:
-        """Return the threshold of so many labels, interpolated along the logarithm of their number."""
-        return float(np.interp(math.log(labels), np.log(self.offered), self.threshold))
+    def least(self, labels: float, *, alone: bool = False) -> float:
+        """Return the threshold of so many labels, interpolated along the logarithm of their number.
+
+        Args:
+            labels: how many; kinds count a little.
+            alone: that of the best of them by itself, rather than of what the gate's ``scores`` are.
+        """
+        table = self.threshold if alone or not self.together else self.together
+        return float(np.interp(math.log(labels), np.log(self.offered), table))
+
+    def near(self, labels: float) -> float:
+        """Return how much rows near to the first of so many labels count; thresholds know no more of them."""
+        return self.nearness * math.log(min(labels, self.offered[-1]))
 
     def background(self, bank: LabelBank, *, where: str = "background") -> LabelBank:
         """Return the rows of a background bank that are used, and those of the head behind them.
@@ -275,6 +320,7 @@ class RejectHead:
                 bank_rows=_integers(tensors, "bank_rows", where),
                 more=_more(tensors, metadata, embed_dim, where),
                 kinds=_kinds(tensors, where),
+                **_together(tensors, counts, where),
             )
         except (InputError, ConfigError) as error:
             raise BundleError(f"{where}: {error}") from error
@@ -293,6 +339,9 @@ class RejectHead:
             return write_tensors(tensors, said)
         tensors["weight"] = np.array(self.weight, np.float32)
         tensors["overlap"] = np.array(self.overlap, np.float32)
+        if self.together:
+            tensors["together"] = np.array(self.together, np.float32)
+            tensors["nearness"] = np.array(self.nearness, np.float32)
         if self.bank_rows is not None:
             tensors["bank_rows"] = self.bank_rows.astype(np.int32)
         if self.kinds:
@@ -335,11 +384,10 @@ def open_gate(
     if threshold is not None and not math.isfinite(threshold):
         raise ConfigError(f"rejection threshold: got {threshold!r}, expected a finite number.")
     head = read_reject_head(bundle)
-    least_alone = head.least(1) if threshold is None else threshold
     if head.method == "no":
-        least = head.least(len(labels)) if threshold is None else threshold
         rows = _denials(bundle, head, labels, background, encode)
-        return NoGate(rows, least, least_alone, head.scale or scale)
+        least, alone = (head.least(len(labels)), head.least(1)) if threshold is None else (threshold,) * 2
+        return NoGate(rows, least, alone, head.scale or scale)
     own = _background(bundle, background)
     same = meaning(labels, own, head.overlap)
     of_label = kinds_of(head, labels, own) & ~same
@@ -350,39 +398,43 @@ def open_gate(
             f"{bundle.where}: the {len(labels)} labels offered cover all {len(own)} names of its "
             "background, so nothing is left to reject them for: offer fewer, or do without rejection."
         )
+    counts = of_label.sum(axis=1)
+    offered = len(labels) + KIND_COUNTS * float(counts.sum())
     if threshold is None:
-        counts = of_label.sum(axis=1)
-        least = head.least(len(labels) + KIND_COUNTS * counts.sum())
-        least_alone = head.least(1 + KIND_COUNTS * counts.max())
+        least = head.least(offered)
+        different, which = np.unique(counts, return_inverse=True)
+        of_each = np.array([head.least(1 + KIND_COUNTS * count, alone=True) for count in different.tolist()])
+        of_each = of_each[which]
     else:
-        least = threshold
+        least, of_each = threshold, np.full(len(labels), threshold)
+    alone = float(of_each.max())
     return NegativesGate(
         np.concatenate([own.embeddings[lifted], own.embeddings[kept]]),
         least,
-        least_alone,
+        alone,
         head.scale or scale,
         head.weight,
         kinds=tuple(
             (column, np.searchsorted(lifted, np.flatnonzero(of_label[column])))
-            for column in np.flatnonzero(of_label.any(axis=1)).tolist()
+            for column in np.flatnonzero(counts).tolist()
         ),
+        handicaps=of_each - alone,
+        texts=labels.embeddings if head.together else None,
+        nearness=head.near(offered),
     )
 
 
 def meaning(labels: LabelBank, background: LabelBank, overlap: float) -> NDArray[np.bool_]:
     """Return which background rows mean which label, ``(N, M)``.
 
-    They do where they share a name or synonym in any language, without regard to case and Unicode form, or
-    where the cosine of their embeddings is above ``overlap``.
+    They do where they share a name or synonym in any language, without regard to case, Unicode form and an
+    English plural of the label, or where the cosine of their embeddings is above ``overlap``.
     """
     same: NDArray[np.bool_] = cosines(labels.embeddings, background.embeddings) > overlap
-    rows: dict[str, list[int]] = {}
-    for row, label in enumerate(background.labels.labels):
-        for phrase in _phrases(label):
-            rows.setdefault(phrase, []).append(row)
+    rows = _rows_by_phrase(background)
     for column, label in enumerate(labels.labels.labels):
         for phrase in _phrases(label):
-            same[column, rows.get(phrase, [])] = True
+            same[column, _of_phrase(phrase, rows)] = True
     return same
 
 
@@ -425,7 +477,7 @@ def kinds_of(head: RejectHead, labels: LabelBank, background: LabelBank) -> NDAr
     """
     kinds = np.zeros((len(labels), len(background)), np.bool_)
     for column, label in enumerate(labels.labels.labels if head.kinds else ()):
-        rows = [row for phrase in _phrases(label) for row in head.kinds.get(phrase, ())]
+        rows = [row for phrase in _phrases(label) for row in _of_phrase(phrase, head.kinds)]
         if rows and max(rows) >= len(background):
             raise BundleError(
                 f"the `reject` head names kinds of {label.name!r} beyond the {len(background)} rows of the "
@@ -447,7 +499,22 @@ class _Kept:
 
 
 _KEPT: weakref.WeakKeyDictionary[Bundle, _Kept] = weakref.WeakKeyDictionary()
+_BY_PHRASE: weakref.WeakKeyDictionary[LabelBank, dict[str, list[int]]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
+
+
+def _rows_by_phrase(background: LabelBank) -> dict[str, list[int]]:
+    """Return the rows of a background by what they are called: made once, kept as long as it is."""
+    with _LOCK:
+        known = _BY_PHRASE.get(background)
+    if known is None:
+        known = {}
+        for row, label in enumerate(background.labels.labels):
+            for phrase in _phrases(label):
+                known.setdefault(phrase, []).append(row)
+        with _LOCK:
+            known = _BY_PHRASE.setdefault(background, known)
+    return known
 
 
 def _kept(bundle: Bundle) -> _Kept:
@@ -486,7 +553,8 @@ def _entry(manifest: Manifest) -> tuple[str, HeadEntry] | None:
 def _nothing_there(bundle: Bundle, what: str) -> str:
     return (
         f"{bundle.where}: has no {what}, so it cannot tell that no label fits: fit one with "
-        "`edgeclip heads reject BUNDLE --data DIR --write`, or do without rejection."
+        "`edgeclip heads reject BUNDLE --data DIR --write`, take a bundle that has one, as 'default' does, or "
+        "do without rejection."
     )
 
 
@@ -517,6 +585,18 @@ def _integers(tensors: dict[str, NDArray[Any]], key: str, where: str) -> NDArray
     return values.astype(np.intp)
 
 
+def _together(tensors: dict[str, NDArray[Any]], offered: Sequence[int], where: str) -> dict[str, Any]:
+    if "together" not in tensors:
+        return {}
+    nearness = _numbers(tensors, "nearness", 1, where)[0]
+    if not 0 <= nearness * math.log(offered[-1]) <= _MOST_NEARNESS:
+        raise BundleError(
+            f"{where}: nearness is {nearness:g} for up to {offered[-1]} labels, expected 0 to "
+            f"{_MOST_NEARNESS / max(math.log(offered[-1]), 1):g}: write the head again."
+        )
+    return {"together": tuple(_numbers(tensors, "together", len(offered), where)), "nearness": nearness}
+
+
 def _kinds(tensors: dict[str, NDArray[Any]], where: str) -> dict[str, tuple[int, ...]]:
     packed = tensors.get("kinds")
     if packed is None:
@@ -538,9 +618,9 @@ def _kinds(tensors: dict[str, NDArray[Any]], where: str) -> dict[str, tuple[int,
 def _more(
     tensors: dict[str, NDArray[Any]], metadata: dict[str, str], embed_dim: int, where: str
 ) -> tuple[LabelSet, NDArray[np.float32]] | None:
-    packed, scales = tensors.get("more"), tensors.get("more_scales")
-    if packed is None or scales is None:
+    if "more" not in tensors and "more_scales" not in tensors:
         return None
+    packed, scales = tensors.get("more", np.empty(0)), tensors.get("more_scales", np.empty(0))
     labels = labels_from_bytes(
         metadata.get("labels", "").encode("utf-8", "replace"), source=where, as_json=True
     )
@@ -579,7 +659,7 @@ def _denials(
     """Return the embeddings of the denied labels ``(N, E)``: of a bank that holds them, or encoded."""
     if bank is None and encode is None and bundle.manifest.background_bank is not None:
         bank = read_background(bundle)
-    if bank is not None:
+    if bank is not None and bank.templates.texts == head.templates:  # else it holds the names themselves
         rows = {name: row for row, name in enumerate(bank.names)}
         if all(name in rows for name in labels.names):
             return np.ascontiguousarray(bank.embeddings[[rows[name] for name in labels.names]])
@@ -605,3 +685,12 @@ def _phrases(label: Label) -> Iterator[str]:
         yield rest if rest and first in _ARTICLES else same
     for _, alias in label.aliases:
         yield from _phrases(alias)
+
+
+def _of_phrase(phrase: str, table: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    """Return what a table has for a phrase, else for its singular: people offer "dogs" as well as "dog"."""
+    found = table.get(phrase)
+    if found is not None:
+        return found
+    singulars = (phrase[: -len(end)] + single for end, single in _PLURALS if phrase.endswith(end))
+    return next((table[each] for each in singulars if each in table), ())

@@ -8,6 +8,8 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,36 @@ def test_negatives_are_the_weighted_log_odds_of_the_best_label() -> None:
     assert gate.alone(own, others).shape == (4, 3)
 
 
+def test_labels_together_stand_against_what_is_near_to_the_first() -> None:
+    """Against the formula written out: with nearness, without it, and with kinds."""
+    random = np.random.default_rng(1)
+    rows, texts = unit(random.normal(size=(30, 8))), unit(random.normal(size=(3, 8)))
+    own, others = (random.uniform(-1, 1, (4, n)).astype(np.float32) for n in (3, 30))
+    for nearness in (0.0, 0.45):
+        gate = NegativesGate(rows, 0.0, 0.0, 20.0, 0.3, texts=texts, nearness=nearness)
+        expected = []
+        for row, rest in zip(own.astype(np.float64), others.astype(np.float64), strict=True):
+            near = rows.astype(np.float64) @ texts[row.argmax()]
+            background = sum(math.exp(20 * (d + nearness * t)) for d, t in zip(rest, near, strict=True))
+            expected.append(math.log(sum(math.exp(20 * c) for c in row)) - 0.3 * math.log(background))
+        assert gate.scores(own, others) == pytest.approx(expected, abs=1e-4)
+    kinds = ((1, np.array([0, 1])),)
+    lifted = own.copy()
+    lifted[:, 1] = np.maximum(own[:, 1], others[:, :2].max(axis=1))
+    gate = NegativesGate(rows, 0.0, 0.0, 20.0, 0.3, kinds=kinds, texts=texts, nearness=0.45)
+    bare = NegativesGate(rows[2:], 0.0, 0.0, 20.0, 0.3, texts=texts, nearness=0.45)
+    assert gate.scores(own, others) == pytest.approx(bare.scores(lifted, others[:, 2:]), abs=1e-9)
+
+
+def test_one_label_together_is_that_label_alone() -> None:
+    random = np.random.default_rng(2)
+    own, others = (random.uniform(-1, 1, (4, n)).astype(np.float32) for n in (1, 30))
+    gate = NegativesGate(
+        unit(random.normal(size=(30, 8))), 0.0, 0.0, 20.0, 0.3, texts=unit(random.normal(size=(1, 8)))
+    )
+    assert gate.scores(own, others) == pytest.approx(gate.alone(own, others)[:, 0], abs=1e-6)
+
+
 def test_with_weight_one_two_labels_are_told_apart_by_their_odds() -> None:
     gate = NegativesGate(np.zeros((1, 8), np.float32), 0.0, 0.0, scale=10.0, weight=1.0)
     score = gate.scores(np.array([[0.3]], np.float32), np.array([[0.1]], np.float32))[0]
@@ -109,7 +141,12 @@ def test_no_is_the_log_odds_of_the_first_label_against_its_denial() -> None:
 @pytest.mark.parametrize("extreme", [-1.0, 1.0])
 def test_scores_are_finite_at_the_ends(extreme: float) -> None:
     rows = np.zeros((1000, 8), np.float32)
-    gates: list[Gate] = [NegativesGate(rows, 0.0, 0.0, 100.0, 1.0), NoGate(rows, 0.0, 0.0, 100.0)]
+    texts = np.eye(1000, 8, dtype=np.float32)
+    gates: list[Gate] = [
+        NegativesGate(rows, 0.0, 0.0, 100.0, 1.0),
+        NegativesGate(texts, 0.0, 0.0, 100.0, 1.0, texts=texts, nearness=5.0),
+        NoGate(rows, 0.0, 0.0, 100.0),
+    ]
     own = np.full((2, 1000), -extreme, np.float32)
     for gate in gates:
         assert np.isfinite(gate.scores(own, np.full((2, 1000), extreme, np.float32))).all()
@@ -119,6 +156,13 @@ def test_thresholds_between_those_known_lie_along_the_logarithm() -> None:
     head = RejectHead(threshold=(-4.0, -1.0, 2.0), offered=(1, 5, 20))
     assert [head.least(labels) for labels in (1, 5, 20, 5000)] == pytest.approx([-4.0, -1.0, 2.0, 2.0])
     assert head.least(10) == pytest.approx(-1 + 3 * math.log(2) / math.log(4))
+    assert head.near(20) == 0
+    several = replace(head, together=(-4.0, -2.0, 0.0), nearness=0.1)
+    assert [several.least(labels) for labels in (1, 5, 20)] == [-4.0, -2.0, 0.0]
+    assert [several.least(labels, alone=True) for labels in (1, 5, 20)] == [-4.0, -1.0, 2.0]
+    assert [several.near(labels) for labels in (1, 5, 20, 5000)] == pytest.approx(
+        [0, 0.1 * math.log(5), 0.1 * math.log(20), 0.1 * math.log(20)]
+    )
 
 
 # --- what means the same -----------------------------------------------------------------------------------
@@ -143,6 +187,7 @@ def test_names_synonyms_and_names_in_other_languages_mean_the_same() -> None:
     assert rows_of("couch") == rows_of(Label("settee", synonyms=("Sofa",))) == [1]
     assert rows_of(Label("chien", aliases=(("en", Label("dog")),))) == [2]
     assert rows_of("cat", "teapot") == [0, 3]
+    assert rows_of("teapots", "couches", "Dogs") == [0, 1, 2]
     assert rows_of("tea") == []
 
 
@@ -185,6 +230,8 @@ def test_a_head_comes_back_from_its_file() -> None:
         0.5,
         bank_rows=np.array([4, 0, 2]),
         more=(labels, rows),
+        together=(-3.5, 0.25),
+        nearness=0.125,
     )
     content = head.to_bytes({"false_accepts": "0.05"})
     assert content == head.to_bytes({"false_accepts": "0.05"})
@@ -192,6 +239,7 @@ def test_a_head_comes_back_from_its_file() -> None:
     assert (back.method, back.scale, back.threshold, back.offered, back.weight, back.overlap) == (
         "negatives", 20.0, (-3.5, 1.25), (1, 20), 0.75, 0.5,
     )  # fmt: skip
+    assert (back.together, back.nearness) == ((-3.5, 0.25), 0.125)
     assert back.bank_rows is not None
     assert back.bank_rows.tolist() == [4, 0, 2]
     assert back.more is not None
@@ -224,8 +272,9 @@ def damaged(**change: Any) -> bytes:
     """Return a sound head with some tensors or metadata replaced; ``None`` takes one out."""
     rows = unit(np.ones((1, 48)))
     content = RejectHead(
-        "negatives", 20.0, (0.0, 1.0), (1, 5), 0.7, 0.6, more=(LabelSet.of(["x"]), rows)
-    ).to_bytes()
+        "negatives", 20.0, (0.0, 1.0), (1, 5), 0.7, 0.6, more=(LabelSet.of(["x"]), rows),
+        together=(0.0, 0.5), nearness=0.1,
+    ).to_bytes()  # fmt: skip
     tensors, metadata = read_tensors(content)
     everything: Mapping[str, Any] = {**tensors, **metadata, **change}
     return write_tensors(
@@ -253,6 +302,12 @@ def damaged(**change: Any) -> bytes:
         ({"more": np.zeros((1, 23), np.uint8)}, r"'more' is uint8 \(1, 23\).*expected uint8 \(1, 24\)"),
         ({"more": np.full((1, 24), 0x88, np.uint8)}, "has a row without direction"),
         ({"more_scales": np.array([np.nan], np.float32)}, "has a row without direction"),
+        ({"more": None}, r"'more' is float64 \(0,\) with scales \(1,\), expected uint8"),
+        ({"more_scales": None}, r"'more' is uint8 \(1, 24\) with scales \(0,\), expected uint8"),
+        ({"together": np.zeros(3, np.float32)}, "expected a finite float tensor 'together' of 2"),
+        ({"nearness": None}, "expected a finite float tensor 'nearness' of 1"),
+        ({"nearness": np.array(-0.1, np.float32)}, "nearness is -0.1 for up to 5 labels, expected 0 to 3.1"),
+        ({"nearness": np.array(4, np.float32)}, "nearness is 4 for up to 5 labels, expected 0 to 3.1"),
         ({"labels": "["}, "line 1: not JSON"),
         ({"labels": None}, "line 1: not JSON"),
         ({"method": "no", "templates": "[]"}, "got an empty list"),
@@ -328,6 +383,69 @@ def test_files_are_read_once_and_forgotten_with_the_bundle(
     assert len(reject._KEPT) == kept - 1
 
 
+def test_heads_from_before_judge_by_the_best_label(tiny_bundle: Path) -> None:
+    head = RejectHead(scale=20.0, threshold=(-2.0, 1.0), offered=(1, 2), weight=0.5)
+    bundle = with_head(tiny_bundle, head.to_bytes())
+    labels = bank_of(["x", "y"], dim=bundle.manifest.model.embed_dim)
+    gate = open_gate(bundle, labels, scale=20.0)
+    random = np.random.default_rng(3)
+    own, others = (random.uniform(-1, 1, (4, n)).astype(np.float32) for n in (2, len(gate.rows)))
+    assert gate.scores(own, others) == pytest.approx(gate.alone(own, others).max(axis=1), abs=1e-6)
+    assert gate.threshold == 1.0
+
+
+def test_a_label_with_kinds_asks_no_more_of_the_others(tiny_bundle: Path) -> None:
+    """The threshold of a label by itself is that of its own kinds, whoever else is offered."""
+    head = RejectHead(
+        scale=20.0, threshold=(-2.0, 3.0), offered=(1, 2), kinds={"many": (0, 1, 2, 3)}, overlap=1.1
+    )
+    bundle = with_head(tiny_bundle, head.to_bytes())
+    labels = bank_of(["many", "few"], dim=bundle.manifest.model.embed_dim)
+    gate = open_gate(bundle, labels, scale=20.0)
+    assert isinstance(gate, NegativesGate)
+    random = np.random.default_rng(3)
+    own, others = (random.uniform(-1, 1, (4, n)).astype(np.float32) for n in (2, len(gate.rows)))
+    bare = replace(gate, handicaps=0.0).alone(own, others)
+    asked = [head.least(1 + reject.KIND_COUNTS * 4), head.least(1)]
+    assert asked[1] < asked[0] == gate.threshold_alone
+    assert gate.alone(own, others) - gate.threshold_alone == pytest.approx(bare - asked, abs=1e-9)
+    given = open_gate(bundle, labels, scale=20.0, threshold=0.5)
+    assert given.alone(own, others) == pytest.approx(bare, abs=1e-9)
+
+
+def test_the_names_of_a_background_are_read_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = with_head(tiny_bundle, RejectHead(scale=20.0).to_bytes())
+    labels = bank_of(["x"], dim=bundle.manifest.model.embed_dim)
+    read: list[str] = []
+    phrases = reject._phrases
+    monkeypatch.setattr(reject, "_phrases", lambda label: (read.append(label.name), phrases(label))[1])
+    for _ in range(3):
+        open_gate(bundle, labels, scale=20.0)
+    assert len([name for name in read if name != "x"]) == len(read_background(bundle))
+    kept = len(reject._BY_PHRASE)
+    del bundle
+    gc.collect()
+    assert len(reject._BY_PHRASE) == kept - 1
+
+
+def test_many_threads_read_the_names_of_one_background() -> None:
+    background = bank_of([f"name {row}" for row in range(2000)])
+    labels = bank_of([f"NAME {row}" for row in range(5)])
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: meaning(labels, background, 1.1), range(64)))
+    assert all((np.argwhere(same) == [[row, row] for row in range(5)]).all() for same in found)
+
+
+def test_a_bank_of_names_is_no_bank_of_denials(tiny_bundle: Path) -> None:
+    """A background of general names holds the labels themselves; only their denials stand against them."""
+    head = RejectHead("no", 20.0, templates=("a photo without {}.",))
+    bundle = with_head(tiny_bundle, head.to_bytes())
+    background = read_background(bundle)
+    labels = bank_of(background.names[:2], dim=background.embeddings.shape[1])
+    with pytest.raises(ConfigError, match="judges labels against their denials"):
+        open_gate(bundle, labels, scale=9.0, background=background)
+
+
 def test_denials_are_encoded_or_found_in_a_bank(tiny_bundle: Path) -> None:
     head = RejectHead("no", 20.0, (0.5, 0.75), (1, 2), templates=("a photo without {}.", "no {} here"))
     bundle = with_head(tiny_bundle, head.to_bytes(), background=None)
@@ -346,7 +464,7 @@ def test_denials_are_encoded_or_found_in_a_bank(tiny_bundle: Path) -> None:
     assert gate.rows == pytest.approx(expected, abs=1e-6)
     assert (gate.scale, gate.threshold_alone) == (20.0, 0.5)
     assert gate.threshold == 0.75
-    stored = bank_of(["sky", "sea", "red"], dim=dim)
+    stored = replace(bank_of(["sky", "sea", "red"], dim=dim), templates=Templates.of(head.templates))
     carried = open_gate(bundle, labels, scale=9.0, background=stored)
     assert (carried.rows == stored.embeddings[[2, 0]]).all()
     with pytest.raises(ConfigError, match="judges labels against their denials, and nothing here can encode"):
@@ -381,8 +499,11 @@ def test_the_default_background_is_general_names_in_both_languages(default: Bund
     assert {"teapot", "umbrella", "castle"} <= set(background.names)
     assert all(dict(label.aliases)["zh"] for label in background.labels.labels)
     assert head.method == "negatives"
-    assert head.offered == (1, 2, 5, 10, 20, 50)
+    assert head.offered == (1, 2, 5, 10, 20, 50, 100)
     assert list(head.threshold) == sorted(head.threshold)
+    assert list(head.together) == sorted(head.together)
+    assert head.together[0] == pytest.approx(head.threshold[0], abs=1e-4)  # one label is one label
+    assert head.nearness > 0
     entry = default.manifest.heads["reject"]
     _, metadata = read_tensors(default.read(entry.file))
     assert metadata["false_accepts"] == "0.05"
@@ -396,7 +517,9 @@ def test_committed_figures_are_of_the_head_that_ships(default: Bundle, repo: Pat
         head.weight,
         head.overlap,
     )
-    assert (measured["threshold"], measured["offered"]) == (list(head.threshold), list(head.offered))
+    for key in ("threshold", "together", "offered"):
+        assert measured[key] == list(getattr(head, key))
+    assert measured["nearness"] == head.nearness
     goals = result["goals"]["least"]
     for shown in ("stamps report en", "stamps report zh", "twitter en", "twitter zh"):
         for offered in ("of 5", "of 20"):
@@ -439,7 +562,9 @@ def test_kinds_survive_the_file_and_damaged_ones_are_named() -> None:
             RejectHead.from_bytes(write_tensors(tensors, metadata), embed_dim=4)
 
 
-@pytest.mark.parametrize(("label", "other"), [("dog", "bird"), ("a dog", "the bird"), ("狗", "鸟")])
+@pytest.mark.parametrize(
+    ("label", "other"), [("dog", "bird"), ("a dog", "the bird"), ("dogs", "birds"), ("狗", "鸟")]
+)
 def test_a_german_shepherd_is_a_dog_and_no_bird(label: str, other: str, photos: Path) -> None:
     picture = photos / "dog.jpg"
     with ZeroShotClassifier.open(answers=Answers(reject=True)) as classifier:

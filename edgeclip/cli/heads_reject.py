@@ -115,6 +115,8 @@ def reject(
     notes = Notes()
     if denials and method != "no":
         raise ConfigError("--denial: only --method no has denials; give it too, or leave --denial out.")
+    if background is not None and method == "no":
+        raise ConfigError("--background: --method no compares labels with their denials; leave it out.")
     templates = Templates.of(list(denials or _DENIALS)).texts
     pictures = open_set(data)
     opened = Bundle.open(bundle_directory(bundle_path, notes))
@@ -262,7 +264,8 @@ def _summary(fit: RejectFit, *, write: bool, path: Path) -> str:
         f"{fit.pictures:,} pictures of {fit.names:,} labels",
         "threshold "
         + ", ".join(
-            f"{least:.2f} for {offered}" for least, offered in zip(fit.threshold, fit.offered, strict=True)
+            f"{least:.2f} for {offered}"
+            for least, offered in zip(fit.together or fit.threshold, fit.offered, strict=True)
         )
         + " labels",
     ]

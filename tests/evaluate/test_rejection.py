@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from edgeclip.evaluate import rejection
 from edgeclip.evaluate.rejection import Shown, draw_sets, fit_no, fit_reject, rates_at
 from edgeclip.label_sets import LabelSet, Templates
 from edgeclip.labels import LabelBank
-from edgeclip.reject import NegativesGate, NoGate, meaning
+from edgeclip.reject import KIND_COUNTS, NegativesGate, NoGate, meaning
 
 
 def unit(rows: NDArray[Any]) -> NDArray[np.float32]:
@@ -57,6 +59,11 @@ def test_scores_are_those_of_the_gates(world: Any) -> None:
     gate = NegativesGate(general.embeddings[kept], 0.0, 0.0, 20.0, 0.4)
     expected = gate.scores(shown.cosines[:, [1, 5, 30]], pictures @ gate.rows.T)
     assert shown.negatives(0.4)(sets) == pytest.approx(expected, abs=1e-4)
+    together = replace(shown, texts=labels.embeddings @ general.embeddings.T)
+    gate = replace(gate, texts=labels.embeddings[[1, 5, 30]], nearness=0.2 * math.log(3))
+    expected = gate.scores(shown.cosines[:, [1, 5, 30]], pictures @ gate.rows.T)
+    assert together.together(0.4, 0.2)(sets) == pytest.approx(expected, abs=1e-4)
+    assert together.together(0.4, 0.2, most=2)(sets) != pytest.approx(expected, abs=1e-4)
     denials = Shown(shown.cosines, own, shown.cosines[:, ::-1], same, 20.0)
     no = NoGate(labels.embeddings, 0.0, 0.0, 20.0)
     others = denials.others[:, [1, 5, 30]]
@@ -85,8 +92,41 @@ def test_a_fit_holds_its_share_on_other_names(world: Any) -> None:
     for rates in fit.rates:
         assert rates.false_accepts == pytest.approx(0.1, abs=0.05)
     assert fit.rates[0].true_accepts > 0.9
-    assert fit.head().least(5) == pytest.approx(fit.threshold[2])
+    assert fit.head().least(5) == pytest.approx(fit.together[2])
+    assert fit.head().least(5, alone=True) == pytest.approx(fit.threshold[2])
     assert fit.to_dict()["threshold"] == list(fit.threshold)
+
+
+def test_scores_with_kinds_are_those_of_the_gate(world: Any) -> None:
+    labels, general, pictures, own = world
+    same = meaning(labels, general, 0.6)
+    kinds = np.zeros_like(same)
+    kinds[1, 60:63] = kinds[5, 62:70] = True
+    texts = labels.embeddings @ general.embeddings.T
+    others = pictures @ general.embeddings.T
+    shown = Shown(pictures @ labels.embeddings.T, own, others, same, 20.0, texts, kinds=kinds)
+    names = [1, 5, 30]
+    sets = np.tile(names, (len(own), 1))
+    lifted = np.flatnonzero(kinds[names].any(axis=0))
+    kept = np.flatnonzero(~(same[names] | kinds[names]).any(axis=0))
+    rows = np.concatenate([lifted, kept])
+    gate = NegativesGate(
+        general.embeddings[rows], 0.0, 0.0, 20.0, 0.4,
+        kinds=((0, np.arange(3)), (1, np.arange(2, 10))),
+        texts=labels.embeddings[names], nearness=0.2 * math.log(3 + 11 * KIND_COUNTS),
+    )  # fmt: skip
+    expected = gate.scores(shown.cosines[:, names], others[:, rows])
+    assert shown.counted(sets) == pytest.approx(3 + 11 * KIND_COUNTS)
+    assert shown.together(0.4, 0.2)(sets) == pytest.approx(expected, abs=1e-4)
+
+
+def test_folds_hold_whole_names_of_like_number(world: Any) -> None:
+    """Six names fill all five folds, however the draw falls, and no name is on both sides."""
+    own = np.arange(60) % 6
+    scores = np.stack([own, own]).astype(np.float64)
+    for seed in range(20):
+        rates = rejection._held_out({5: (scores, scores)}, own, 0.2, seed)
+        assert np.isfinite([rates[0].threshold, rates[0].true_accepts]).all()
 
 
 def test_denials_that_say_nothing_are_no_improvement(world: Any) -> None:
@@ -109,8 +149,8 @@ def test_rates_count_what_reaches_the_threshold() -> None:
 @pytest.mark.parametrize(
     ("pictures", "names", "share", "said"),
     [
-        (49, 40, 0.1, "got 49 pictures and 40 names, expected at least 50 and 6"),
-        (60, 5, 0.1, "got 60 pictures and 5 names"),
+        (49, 40, 0.1, "got 49 pictures of 40 names, expected at least 50 and 6"),
+        (60, 5, 0.1, "got 60 pictures of 5 names"),
         (60, 40, 1.0, "got 1 false accepts, expected a share above 0, below 1"),
     ],
 )

@@ -46,3 +46,15 @@ def test_what_covers_most_names_says_nothing() -> None:
     kinds = kinds_of_names(["dog", "poodle", "tiger"], _wordnet(), {})
     assert "animal" not in kinds
     assert kinds == {}  # dog covers two of three, poodle and tiger are themselves
+
+
+def test_the_id_of_a_class_says_what_its_name_means() -> None:
+    """Not the most common meaning, unless both are things of one sort."""
+    names = ["tiger", "Toy Poodle", "dog", *["x"] * 10]
+    kinds = kinds_of_names(names, _wordnet(), {}, {"tiger": POODLE})
+    assert kinds["animal"] == (0, 1, 2)
+    assert kinds["poodle"] == (0, 1)
+    assert "tiger" not in kinds
+    person = kinds_of_names(names, _wordnet(), {}, {"dog": FIERCE})
+    assert person["animal"] == (0, 1)
+    assert person["person"] == (2,)
