@@ -553,8 +553,8 @@ def _entry(manifest: Manifest) -> tuple[str, HeadEntry] | None:
 def _nothing_there(bundle: Bundle, what: str) -> str:
     return (
         f"{bundle.where}: has no {what}, so it cannot tell that no label fits: fit one with "
-        "`edgeclip heads reject BUNDLE --data DIR --write`, take a bundle that has one, as 'default' does, or "
-        "do without rejection."
+        "`edgeclip heads reject BUNDLE --data DIR --write`, take a bundle that has one, as 'default' has, "
+        "or do without rejection."
     )
 
 
