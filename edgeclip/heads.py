@@ -103,8 +103,8 @@ class TemperatureHead:
         # Cosines times the scale stay below 100: in double precision nothing need be taken off first.
         if not abs(scale * best[0]) < _LARGEST_EXPONENT:
             return [math.nan] * len(best)
-        total = float(np.exp(similarity * scale, dtype=np.float64).sum())
-        return [math.exp(scale * each) / total for each in best]
+        total = float(np.exp(np.multiply(similarity, scale, dtype=np.float64)).sum())
+        return [min(math.exp(scale * each) / total, 1.0) for each in best]  # the two exp() may round apart
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,13 @@ def test_scores_are_finite_at_the_ends(scale: float) -> None:
     assert similarity.tolist() == [[1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]]
 
 
+@settings(deadline=None)
+@given(st.floats(-1, 1, width=32), st.floats(0.01, 100))
+def test_the_score_of_a_single_label_is_one_and_no_more(similarity: float, scale: float) -> None:
+    (score,) = TemperatureHead(scale)(np.array([similarity], np.float32), [similarity])
+    assert 1 - 1e-15 <= score <= 1
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, 100.5, float("nan"), float("inf")])
 def test_a_scale_out_of_range_is_refused(scale: float) -> None:
     with pytest.raises(BundleError, match=f"scale is {scale!r}"):
