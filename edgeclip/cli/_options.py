@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -48,6 +48,7 @@ __all__ = [
     "prepare_stdout",
     "quiet_broken_pipe",
     "shown",
+    "stdout_of_results",
     "templates_of",
     "together",
     "workload_options",
@@ -612,20 +613,26 @@ def shown(path: object) -> str:
 
 
 def prepare_stdout() -> None:
-    """Let names that the terminal's encoding lacks be escaped instead of ending the program.
-
-    Raises:
-        InputError: standard output is closed.
-    """
-    if sys.stdout is None:
-        from edgeclip.errors import InputError
-
-        raise InputError(
-            "standard output is closed, expected a terminal, pipe or file for results. To throw them away, "
-            f"write to {os.devnull}."
-        )
+    """Let names that the terminal's encoding lacks be escaped instead of ending the program."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def stdout_of_results() -> TextIO:
+    """Return standard output, prepared, where results are all that a command is for.
+
+    Raises:
+        InputError: it is closed.
+    """
+    prepare_stdout()
+    if sys.stdout is not None:
+        return sys.stdout
+    from edgeclip.errors import InputError
+
+    raise InputError(
+        "standard output is closed, expected a terminal, pipe or file for results. To throw them away, "
+        f"write to {os.devnull}."
+    )
 
 
 def quiet_broken_pipe() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import stat
-import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
@@ -178,6 +177,7 @@ class Shown:
 def run_stream(
     classifier: ZeroShotClassifier,
     choice: StreamChoice,
+    results: TextIO,
     notes: Notes,
     *,
     shown: Shown,
@@ -189,6 +189,7 @@ def run_stream(
     Args:
         classifier: open, its labels or head set.
         choice: how the stream is read.
+        results: where decisions go.
         notes: where remarks and the summary go.
         shown: what of a decision is shown.
         watch: offers labels or a head again while the stream runs.
@@ -201,7 +202,7 @@ def run_stream(
     from edgeclip.stream import FrameReader, decide
 
     splitter = PictureSplitter() if choice.raw is None else RawSplitter(RawFormat.parse(choice.raw))
-    writer = (_JsonLines if shown.form == "jsonl" else _Lines)(sys.stdout, classifier, shown.min_confidence)
+    writer = (_JsonLines if shown.form == "jsonl" else _Lines)(results, classifier, shown.min_confidence)
     told = _Told(writer, notes)
     tally = _Tally(told)
     version = 1
@@ -373,11 +374,17 @@ class _Lines:
         said = "  ".join(labels) or why_none(decision.answer)
         line = f"{counts.frames:>6}  {said}  ({aside})"
         if self._changing:
-            line = f"\r{_cut(line, _columns() - 1)}\x1b[K"
+            line = f"\r{_cut(line, self._columns() - 1)}\x1b[K"
         self._stream.write(line if self._changing else line + "\n")
         self._stream.flush()
         self._open_line = self._changing
         return age_ms
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS
+        except OSError:
+            return _COLUMNS
 
     def pause(self) -> None:
         """End the line that changes, so that others may write."""
@@ -391,10 +398,3 @@ def _cut(line: str, columns: int) -> str:
     """Return a line that fits into so many columns of a terminal; Chinese takes two a character."""
     ends = list(accumulate(2 if east_asian_width(each) in "WF" else 1 for each in line))
     return line if not ends or ends[-1] <= columns else line[: bisect_right(ends, columns - 1)] + "…"
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or _COLUMNS
-    except OSError:
-        return _COLUMNS

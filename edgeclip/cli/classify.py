@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from ._options import (
     bundle_directory,
     label_options,
     model_options,
-    prepare_stdout,
     quiet_broken_pipe,
+    stdout_of_results,
 )
 from ._results import Summary, Writer, kept_of, open_writer, timing_table
 from ._stream import Shown, StreamChoice, is_stream, run_stream, stream_options
@@ -132,7 +131,7 @@ def classify(
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.runtime.latency import NO_CLOCK, StageClock
 
-    prepare_stdout()
+    results = stdout_of_results()
     clock = StageClock() if not stream and (timing or form in ("json", "jsonl")) else None
     if clock is not None:
         clock.record("import", began_ns, time.perf_counter_ns())
@@ -155,9 +154,9 @@ def classify(
             classifier.set_head(asked.head)
         if stream:
             shown = Shown(form, top_k, min_confidence)
-            run_stream(classifier, frames, notes, shown=shown, watch=watch, strict=strict)
+            run_stream(classifier, frames, results, notes, shown=shown, watch=watch, strict=strict)
             return
-        writer = open_writer(form, sys.stdout, classifier, clock)
+        writer = open_writer(form, results, classifier, clock)
         run = _Run(classifier, writer, notes, top_k, min_confidence, batch_size, strict)
         try:
             summary = run.over(Pictures(paths, paths_from, notes))
