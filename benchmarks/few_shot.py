@@ -451,8 +451,8 @@ def bars(sets: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def timed(pictures: Pictures) -> dict[str, Any]:
-    """Return what fitting 100 classes of 16 pictures takes, and what the head costs a picture."""
+def timed(pictures: Pictures, parts: Sequence[str]) -> dict[str, Any]:
+    """Return what fitting 100 classes of 16 pictures takes (part "fit"), and the head a picture ("cost")."""
     random = np.random.default_rng(0)
     count = _TIMED_CLASSES * _TIMED_SHOTS
     rows = pictures.rows[random.choice(len(pictures.rows), count, replace=len(pictures.rows) < count)]
@@ -464,30 +464,32 @@ def timed(pictures: Pictures) -> dict[str, Any]:
     def fit() -> object:
         return fit_head(rows, targets, names, space="", zero_shot=texts, scale=pictures.scale)
 
-    taken = measure(fit, warmup=2, min_samples=20, min_duration_s=5)
+    said: dict[str, Any] = {}
     head = fit_head(rows, targets, names, space="", zero_shot=texts, scale=pictures.scale)
-    linear, plain, picture = LinearHead(head.bias), TemperatureHead(pictures.scale), rows[:1]
-    found = compare_interleaved(
-        lambda: rank(picture, head.weights, linear),
-        lambda: rank(picture, texts, plain),
-        min_blocks=400,
-        min_duration_s=5,
-        repeat=50,
-        warmup=50,
-    )
-    whole = _classified(pictures, head, texts, names)
-    return {
-        "fit": {
+    if "fit" in parts:
+        taken = measure(fit, warmup=2, min_samples=20, min_duration_s=5)
+        said["fit"] = {
             "classes": _TIMED_CLASSES,
             "pictures_a_class": _TIMED_SHOTS,
             "embed_dim": rows.shape[1],
             "median_s": round(taken.median_ms / 1e3, 3),
             "samples_s": [round(each / 1e3, 3) for each in taken.samples_ms.tolist()],
             "head_bytes": len(head.to_bytes()),
-        },
-        "rank": {"labels": _TIMED_CLASSES, "a": "few-shot head", "b": "label bank", **ratio(found)},
-        "classify": {"labels": _TIMED_CLASSES, "a": "few-shot head", "b": "label bank", **whole},
-    }
+        }
+    if "cost" in parts:
+        linear, plain, picture = LinearHead(head.bias), TemperatureHead(pictures.scale), rows[:1]
+        found = compare_interleaved(
+            lambda: rank(picture, head.weights, linear),
+            lambda: rank(picture, texts, plain),
+            min_blocks=400,
+            min_duration_s=5,
+            repeat=50,
+            warmup=50,
+        )
+        what = {"labels": _TIMED_CLASSES, "a": "few-shot head", "b": "label bank"}
+        said["rank"] = {**what, **ratio(found)}
+        said["classify"] = {**what, **_classified(pictures, head, texts, names)}
+    return said
 
 
 def _classified(pictures: Pictures, head: FewShotHead, texts: Rows, names: Sequence[str]) -> dict[str, Any]:
@@ -516,7 +518,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--parts", default="sets,cost", help="what to measure; what is there of others stays")
+    parser.add_argument(
+        "--parts", default="sets,fit,cost", help="what to measure; what is there of others stays"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/few_shot.json")
     asked = parser.parse_args()
     parts = asked.parts.split(",")
@@ -525,8 +529,7 @@ def main() -> None:
     if asked.output.is_file():
         known = json.loads(asked.output.read_text("utf-8"))
         made = {key: known[key] for key in ("sets", "bars", "cost") if key in known}
-        of_part = known.get("commits", {})
-        commits = {part: of_part.get(part, known["commit"]) for part in ("sets", "cost") if part in known}
+        commits = known["commits"]
     sources: Sequence[Callable[[], Iterable[Pictures]]] = (pictograms_and_stamps, shapes)
     if "sets" in parts:
         sets = {each.name: measured(each, asked.draws) for source in sources for each in source()}
@@ -534,9 +537,9 @@ def main() -> None:
         for name, found in made["bars"].items():
             for what, said in found.items():
                 print(f"{'ok  ' if said['passed'] else 'MISS'} {name:24} {what}: {said['reached']}")
-    if "cost" in parts:
+    if {"fit", "cost"}.intersection(parts):
         largest = max(pictograms_and_stamps(), key=lambda each: len(each.rows))
-        made["cost"] = timed(largest)
+        made["cost"] = {**made.get("cost", {}), **timed(largest, parts)}
         print(json.dumps({**made["cost"], "fit": {**made["cost"]["fit"], "samples_s": "…"}}, indent=1))
     commits |= dict.fromkeys(parts, commit())
     write(asked.output, {"benchmark": "few_shot", **made, "commits": commits}, show=False)
