@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
+import json
 import os
 import sys
 import threading
@@ -613,9 +615,17 @@ def shown(path: object) -> str:
 
 
 def prepare_stdout() -> None:
-    """Let names that the terminal's encoding lacks be escaped instead of ending the program."""
+    """Let names that the encoding of stdout lacks be escaped instead of ending the program."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        codecs.register_error("edgeclip-json", _as_json)
+        sys.stdout.reconfigure(errors="edgeclip-json")
+
+
+def _as_json(error: UnicodeError) -> tuple[str, int]:
+    """Escape as JSON does, which is what most of it is: \\xe9 and \\U0001f600 are no JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def stdout_of_results() -> TextIO:

@@ -329,6 +329,14 @@ def test_output_survives_a_terminal_without_chinese(tiny_bundle_session: Path, p
     assert "Traceback" not in err
 
 
+def test_json_stays_json_on_any_terminal(tiny_bundle_session: Path, photos: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    more = ("--labels", "café,猫,😀", "--jsonl")
+    with _start(tiny_bundle_session, photos / "blue.png", *more, env=environment) as process:
+        out, _ = process.communicate(timeout=30)
+    assert {each["label"] for each in json.loads(out)["predictions"]} == {"café", "猫", "😀"}
+
+
 def test_a_lifted_guard_is_a_line_on_stderr(tiny_bundle: Path) -> None:
     with BundleWriter(tiny_bundle) as writer:
         writer.manifest["variants"]["onnx-int8"]["requires"] = {"isa_any": ["amx_fp16"]}
