@@ -622,7 +622,7 @@ def prepare_stdout() -> None:
 
 
 def _as_json(error: UnicodeError) -> tuple[str, int]:
-    """Escape as JSON does, which is what most of it is: \\xe9 and \\U0001f600 are no JSON."""
+    """Escape as JSON does, which is what most of it is; Python's own escapes are none of JSON's."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end

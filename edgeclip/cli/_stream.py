@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
@@ -113,6 +114,7 @@ class StreamChoice:
             click.UsageError: an option that does not go with a stream, or only with one; or standard input is
                 a terminal.
             ConfigError: raw frames that cannot be.
+            InputError: standard input is closed.
         """
         if not stream:
             given = {
@@ -130,6 +132,8 @@ class StreamChoice:
         for name, was_given in (others or {}).items():
             if was_given:
                 raise click.UsageError(f"{name} does not go with a stream.")
+        if sys.stdin is None:  # descriptor 0 may be any file that is opened from now on
+            raise InputError("standard input is closed, expected a pipe or a file of pictures. Connect one.")
         if self.raw is not None:
             from edgeclip.frames import RawFormat
 
@@ -161,7 +165,7 @@ def _is_terminal() -> bool:
 def _is_file() -> bool:
     try:
         return stat.S_ISREG(os.fstat(_STDIN).st_mode)
-    except OSError:  # there is no standard input; said where it is read
+    except OSError:  # said where it is read
         return False
 
 
