@@ -28,7 +28,7 @@ from edgeclip.index_file import Entry, Journal, MadeWith, PictureIndex, Stat, wr
 from edgeclip.reject import NegativesGate, open_gate, read_background
 from edgeclip.search import LEAST_PICTURES, LEAST_RELEVANCE, Searcher, nearest
 
-TOOL = Path(__file__).parent / "tools" / "kill_index.py"
+TOOLS = Path(__file__).parent / "tools"
 OLD_NS = 1_700_000_000_000_000_000
 
 
@@ -506,13 +506,21 @@ def test_a_full_disk_is_one_sentence_and_the_old_index_stays(update, photos: Pat
     assert report.pictures == 38
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_ended_at_any_call_the_index_is_whole(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / "kill_index_calls.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 80
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_killed_at_random_moments_the_index_is_whole(tiny_bundle_session: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     for seed in range(400):
         put(folder, f"{seed:03}.png", list(COLOURS)[seed % 8], seed=seed)
-    command = [sys.executable, TOOL, folder, tmp_path / "index", tiny_bundle_session, 8, 0]
+    command = [sys.executable, TOOLS / "kill_index.py", folder, tmp_path / "index", tiny_bundle_session, 8, 0]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
