@@ -11,10 +11,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import click
 
@@ -45,6 +46,7 @@ __all__ = [
     "int8_options",
     "is_there",
     "label_options",
+    "model_choice",
     "model_options",
     "output_options",
     "prepare_stdout",
@@ -323,6 +325,18 @@ class ModelChoice:
             cache_dir=self.cache_dir,
             allow=frozenset(self.allow),
         )
+
+
+def model_choice(command: _Command) -> _Command:
+    """Add :func:`model_options`, and hand what they were given to the command as one, ``model``."""
+    names = [each.name for each in fields(ModelChoice)]
+
+    @wraps(command)
+    def with_model(*arguments: Any, **options: Any) -> Any:
+        model = ModelChoice(**{name: options.pop(name) for name in names})
+        return command(*arguments, model=model, **options)
+
+    return model_options(cast("_Command", with_model))
 
 
 @dataclass(frozen=True)

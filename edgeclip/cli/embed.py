@@ -15,7 +15,7 @@ from ._options import (
     Pictures,
     batch_size_option,
     bundle_directory,
-    model_options,
+    model_choice,
     prepare_stdout,
     shown,
 )
@@ -39,7 +39,7 @@ _FORMATS = (".npy", ".safetensors", ".jsonl")
     type=click.Path(path_type=Path),
     help="File to write: .npy (keys in a .json beside it), .safetensors or .jsonl.",
 )
-@model_options
+@model_choice
 @batch_size_option
 @click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be read; write nothing.")
 @click.option(
@@ -51,13 +51,7 @@ def embed(
     *,
     paths: tuple[Path, ...],
     output: Path,
-    bundle: str,
-    variant: str,
-    backend: str,
-    device: str,
-    threads: int | None,
-    cache_dir: Path | None,
-    allow: tuple[str, ...],
+    model: ModelChoice,
     batch_size: int | None,
     strict: bool,
     paths_from: str | None,
@@ -76,7 +70,6 @@ def embed(
         raise click.BadParameter(
             f"{str(output)!r} ends in {form!r}, expected {', '.join(_FORMATS)}.", param_hint="--output"
         )
-    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.classify import ZeroShotClassifier
 
     prepare_stdout()

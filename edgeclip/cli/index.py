@@ -15,7 +15,7 @@ from ._options import (
     batch_size_option,
     bundle_directory,
     duration,
-    model_options,
+    model_choice,
     prepare_stdout,
     shown,
 )
@@ -36,7 +36,7 @@ __all__ = ["index", "indexed_variant"]
     metavar="FILE",
     help="Write the index here, where DIR is read-only.  [default: DIR/.edgeclip-index]",
 )
-@model_options
+@model_choice
 @batch_size_option
 @click.option("--verify", is_flag=True, help="Compare contents, not times; try broken pictures again.")
 @click.option("--rebuild", is_flag=True, help="Embed everything anew, as with another bundle or variant.")
@@ -47,13 +47,7 @@ def index(
     *,
     folder: Path,
     output: Path | None,
-    bundle: str,
-    variant: str,
-    backend: str,
-    device: str,
-    threads: int | None,
-    cache_dir: Path | None,
-    allow: tuple[str, ...],
+    model: ModelChoice,
     batch_size: int | None,
     verify: bool,
     rebuild: bool,
@@ -68,7 +62,6 @@ def index(
 
     Example: edgeclip index photos/
     """
-    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.bundle import Bundle
     from edgeclip.classify import ZeroShotClassifier
     from edgeclip.index import made_with, update_index

@@ -18,7 +18,7 @@ from ._options import (
     ModelChoice,
     Notes,
     bundle_directory,
-    model_options,
+    model_choice,
     prepare_stdout,
     quiet_broken_pipe,
     shown,
@@ -37,7 +37,7 @@ __all__ = ["search"]
 @click.command()
 @click.argument("query")
 @click.argument("where", metavar="[DIR|INDEX]", default=".", type=click.Path(path_type=Path))
-@model_options
+@model_choice
 @click.option(
     "--templates",
     metavar="NAME|FILE",
@@ -66,13 +66,7 @@ def search(
     *,
     query: str,
     where: Path,
-    bundle: str,
-    variant: str,
-    backend: str,
-    device: str,
-    threads: int | None,
-    cache_dir: Path | None,
-    allow: tuple[str, ...],
+    model: ModelChoice,
     templates: str | None,
     language: str | None,
     top_k: int,
@@ -95,7 +89,6 @@ def search(
         raise click.UsageError("--templates and --language cannot be given together.")
     if os.path.isdir(query) and not where.exists():  # noqa: PTH112  # Path.is_dir raises for long names
         raise click.UsageError(f"the query comes first: edgeclip search {str(where)!r} {query!r}")
-    model = ModelChoice(bundle, variant, backend, device, threads, cache_dir, allow)
     from edgeclip.bundle import Bundle
     from edgeclip.index_file import PictureIndex
 
