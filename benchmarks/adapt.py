@@ -38,6 +38,7 @@ import csv
 import itertools
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -576,6 +577,19 @@ def _gates(accepted: Sequence[bool], gains: Sequence[float]) -> dict[str, int]:
     return found
 
 
+def witnessed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what gates write and refuse of all drawings with a witness and without."""
+    total: dict[str, Any] = {}
+    for how, key in itertools.product(("transductive", "inductive"), ("gates", "gates_without_a_witness")):
+        of_them = Counter[str]()
+        for task, methods in found.items():
+            figure = methods["vectors"][how]
+            if "gates_without_a_witness" in figure and not task.startswith("superclasses"):
+                of_them.update(figure[key])
+        total.setdefault(how, {})[key] = dict(of_them)
+    return total
+
+
 def _difference(values: NDArray[np.float64], clusters: Sequence[str]) -> dict[str, float]:
     mean = clustered_mean(values, clusters, seed=0)
     return {"value": _percent(mean.value), "low": _percent(mean.low), "high": _percent(mean.high)}
@@ -652,6 +666,7 @@ def main() -> None:
         "pictures": {"each": PICTURES, "adapted_on": ADAPTED},
         "draws_of_ten": DRAWS,
         "kinds": KINDS,
+        "witnessed": witnessed(said),
         "figures": said,
         "cases": [compact(row) for row in rows],
     }
