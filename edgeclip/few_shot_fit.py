@@ -60,7 +60,7 @@ _ONE_PICTURE_LIKENESS: Final = 0.5
 _ONE_PICTURE_TOTAL: Final = 0.5
 _DISCRIMINANT_SCALE: Final = 0.15  # where temperatures of discriminants are searched from
 _LEAST_DEVIATION: Final = 0.01  # of cosines
-_MOST_SCORES: Final = 1 << 22  # that choices are made by: some gigabyte
+_MOST_SCORES: Final = 1 << 20  # that choices are made by: some hundred megabytes
 _STEPS: Final = 60
 _UNIT_TOLERANCE: Final = 1e-3
 
@@ -331,35 +331,34 @@ class _Moments:
         length = np.einsum("ne,ne->n", solved, deviation)
         gain = step / (1 - step * length)  # of the rank-one update
         spread = float(np.mean(factor * step * (length + gain * length**2)))
-        # From here on all is made of products P of the deviation and the means with the inverse.
+        # All the rest is made of two products with the inverse: of means and means, deviations and means.
         gram, along = means @ inverse @ means.T, solved @ means.T
         along_own = along[np.arange(len(rows)), wanted]
         gained = gain * (length + along_own)
         fewer, found = 1 / others - 1 / self.counts, []
         for likeness in likenesses:
             smoothing, inner = self.smoothing(likeness)
-            # Without picture i of class c, mean k moves by -smoothing[k, c] * (turned[c] @ means + moved[i] *
-            # deviation[i]): the mean of c is another, and has more noise.
+            # Without picture i of class c the mean of c is another, and has more noise: expected mean k moves
+            # by -smoothing[k, c] * (turned[c] @ means + moved[i] * deviation[i]).
             less = 1 / (1 + fewer * np.diag(inner))
             turned, moved = (fewer * less)[:, None] * inner, (less / others)[wanted]
-            mean_mean, turned_mean = gram @ smoothing.T, turned @ gram @ smoothing.T
+            mean_mean, turned_gram = gram @ smoothing.T, turned @ gram
             along_means, along_turned = along @ smoothing.T, np.einsum("nc,nc->n", along, turned[wanted])
             along_moved = along_turned + moved * length
             picture_moved = (
-                along_moved
-                + np.einsum("cd,cd->c", turned, gram)[wanted]
-                + moved * along_own
-                + gained * along_moved
+                along_moved + np.diag(turned_gram)[wanted] + moved * along_own + gained * along_moved
             )
             moved_moved = (
-                np.einsum("cd,de,ce->c", turned, gram, turned)[wanted]
+                np.einsum("cd,cd->c", turned_gram, turned)[wanted]
                 + moved * (2 * along_turned + moved * length)
                 + gain * along_moved**2
             )
             logits = mean_mean[wanted] + along_means * (1 + gained)[:, None]
             logits -= 0.5 * (np.einsum("cd,dc->c", smoothing, mean_mean) + gain[:, None] * along_means**2)
             share = smoothing.T[wanted]
-            moved_mean = turned_mean[wanted] + along_means * (moved + gain * along_moved)[:, None]
+            moved_mean = (turned_gram @ smoothing.T)[wanted] + along_means * (moved + gain * along_moved)[
+                :, None
+            ]
             logits += share * (moved_mean - picture_moved[:, None] - 0.5 * share * moved_moved[:, None])
             # What noise adds to the square of mean k, by the class that the picture is left out of.
             noise = (
