@@ -164,12 +164,13 @@ def update_index(
         on_progress: called after each picture that was looked at.
         on_failure: called with the path of a picture that cannot be read, and the reason.
         on_skipped: called with a folder that cannot be listed, and the reason; without it that is an error.
-            What the index knows of pictures in it stays.
+            What the index knows of pictures in it stays, but not with ``rebuild``.
 
     Raises:
         InputError: the folder cannot be read, holds no pictures any more, or the index cannot be written.
             The old index is as it was, and the next call goes on.
-        ConfigError: the index was made with something else, or another process is making it.
+        ConfigError: the index was made with something else, of another folder or by a newer edgeclip, or
+            another process is making it.
         BackendError: the tower failed.
     """
     root = Path(folder)

@@ -92,7 +92,8 @@ def index(
                 on_progress=on_progress,
                 on_failure=lambda name, reason: notes.say(f"error: '{shown(folder / name)}': {reason}"),
                 on_skipped=lambda path, reason: notes.say(
-                    f"warning: folder '{shown(path)}' cannot be listed ({reason}); its index stays"
+                    f"warning: folder '{shown(path)}' cannot be listed ({reason})"
+                    + ("" if rebuild else "; what the index has of it stays")
                 ),
             )
         except KeyboardInterrupt:

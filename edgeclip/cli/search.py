@@ -296,6 +296,7 @@ class _Result:
             "variant": made.variant,
             "pictures": self._considered,
             "cutoff": None if cutoff is None else {"method": cutoff.method, "least": _rounded(cutoff.least)},
+            "more": self.found.more,
             "results": self._rows(),
         }
 

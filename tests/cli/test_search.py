@@ -84,6 +84,28 @@ def test_a_broken_picture_is_said_once(run, photos: Path) -> None:
     assert run("index", photos, "--verify").code == 1
 
 
+def test_a_folder_that_cannot_be_listed_is_a_warning(
+    run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "inner").mkdir()
+    (photos / "red.png").rename(photos / "inner" / "red.png")
+    run("index", photos)
+    listed = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "inner":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("edgeclip.data.os.scandir", refuse)
+    said = f"edgeclip: warning: folder '{photos}/inner' cannot be listed (Permission denied)"
+    kept, rebuilt = run("index", photos), run("index", photos, "--rebuild")
+    assert (kept.code, kept.err) == (0, f"{said}; what the index has of it stays\n")
+    assert kept.out.startswith("8 pictures")
+    assert (rebuilt.code, rebuilt.err) == (0, f"{said}\n")
+    assert rebuilt.out.startswith("7 pictures")
+
+
 def test_index_keeps_the_variant_it_was_made_with(run, photos: Path) -> None:
     assert run("index", photos, "--variant", "onnx-fp32").code == 0
     assert run("index", photos).code == 0  # auto would be int8
@@ -250,6 +272,8 @@ def test_more_is_said_only_where_more_is_relevant(run, repo: Path, tmp_path: Pat
     command, index = Command(capsys), tmp_path / "index"
     assert command("index", repo / "edgeclip" / "assets" / "photos", "-o", index).code == 0
     assert command("search", "cat", index, "-k", 1).err == ""
+    assert json.loads(command("search", "animal", index, "-k", 1, "--json").out)["more"] is True
+    assert json.loads(command("search", "cat", index, "-k", 1, "--json").out)["more"] is False
     said = command("search", "animal", index, "-k", 1)
     assert said.err == "edgeclip: more pictures are relevant than these: --top-k gives them\n"
 
