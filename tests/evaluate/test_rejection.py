@@ -129,6 +129,20 @@ def test_folds_hold_whole_names_of_like_number(world: Any) -> None:
         assert np.isfinite([rates[0].threshold, rates[0].true_accepts]).all()
 
 
+def test_nearness_is_for_names_that_are_near_to_each_other(world: Any) -> None:
+    """Of names drawn at random none is near to another; of breeds and species all are."""
+    labels, general, pictures, own = world
+    assert fit_reject(labels, general, pictures, own, scale=20.0).nearness == 0
+    random = np.random.default_rng(1)
+    sorts = unit(random.normal(size=(15, 32)))
+    names = unit(np.repeat(sorts, 4, axis=0) + 0.15 * random.normal(size=(60, 32)))
+    own = np.arange(240) % 60
+    shown = unit(names[own] + random.normal(size=(240, 32)) * random.uniform(0.1, 0.5, (240, 1)))
+    clusters = unit(np.concatenate([names, random.normal(size=(60, 32))]))
+    fit = fit_reject(bank("name", names), bank("general", clusters), shown, own, scale=20.0)
+    assert fit.nearness > 0
+
+
 def test_denials_that_say_nothing_are_no_improvement(world: Any) -> None:
     labels, _, pictures, own = world
     denials = np.roll(labels.embeddings, 7, axis=0)
