@@ -425,7 +425,7 @@ def _adapted(
     )
     return found, {
         "method": asked.method,
-        "strength": strength,
+        "strength": None if tower is not None and taught is not None else strength,
         "seed": asked.seed,
         "pictures": found.judgement.pictures,
         "pictures_sha256": seen.digest,

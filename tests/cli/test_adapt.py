@@ -440,7 +440,14 @@ def test_prompts_of_the_default_model_make_a_bank(
     assert result.code == 0, result.err
     about = read_about(out.read_bytes())
     assert about is not None
-    assert about["method"] == "prompts"
+    assert (about["method"], about["strength"]) == ("prompts", 0.3)
+    result = run(
+        "adapt", "default", "--images", tmp_path, *asked, "--checkpoint", checkpoint, "--teacher", "nano"
+    )
+    assert result.code == 0, result.err
+    about = read_about(out.read_bytes())
+    assert about is not None
+    assert (about["teacher"]["name"], about["strength"]) == (Bundle.open("nano").manifest.model.name, None)
     other = repo / "tests/data/probes/vit"
     result = run("adapt", "default", "--images", tmp_path, *asked, "--checkpoint", other)
     assert result.code == 1
