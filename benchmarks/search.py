@@ -13,6 +13,8 @@ The pictures are small JPEGs, made here: 8,000 of shapes and 2,000 crops of the 
   with most kinds, which cost most. Cold: the command in a fresh process, from start to end.
 * ``exact``: the answers against a matrix product of float32, and of 16 threads at once.
 * ``rows``: what float16 and int8 rows change in the ten best, and what they cost to search.
+* ``made_up``: indexes of 10,000 and 200,000 made-up rows of 512 numbers: opening, the first query (which
+  reads and checks all rows), further ones, and memory that is not the mapped file.
 * ``bars``: what was asked for, what was reached, and whether that passes; exit code 1 where one does not.
 
     edgeclip data fetch photos
@@ -48,7 +50,7 @@ from edgeclip.errors import EdgeClipError
 from edgeclip.fetch import photos
 from edgeclip.heads import cosines
 from edgeclip.index import IndexReport, made_with, update_index
-from edgeclip.index_file import BLOCK_ROWS, PictureIndex
+from edgeclip.index_file import BLOCK_ROWS, Entry, MadeWith, PictureIndex, Stat, write_index
 from edgeclip.reject import read_reject_head
 from edgeclip.runtime.latency import LatencySamples, measure
 from edgeclip.runtime.session import RuntimeOptions
@@ -60,6 +62,7 @@ KILLS, FIRST_KILLS, WRITING_KILLS = 20, 10, 5
 _SHAPE_PX, _CROP_PX, _QUALITY = 96, 224, 85
 _QUERIES, _TOP, _PROCESSES, _THREADS, _CHECKED = 200, 10, 21, 16, 500
 _CHANGED = 0.06  # share of the pictures between kills, once the folder is indexed
+_MADE_UP, _MADE_UP_DIM = (10_000, 200_000), 512
 _BARRED = ("words, cached", "words, new", "embedding", "picture file")
 _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 OPTIONS = RuntimeOptions(threads=1)
@@ -138,18 +141,19 @@ def in_child(work: Callable[[], object]) -> int:
     return child
 
 
-def finished(folder: Path, path: Path, work: Path, bundle: str, variant: str) -> dict[str, Any]:
-    """Bring an index up to date in a child, and return what it says of it."""
-    said = work / "report.json"
-
-    def run() -> None:
-        report = index(folder, path, bundle, variant)
-        names = ("pictures", "embedded", "resumed", "recognised", "removed", "unchanged")
-        said.write_text(json.dumps({name: getattr(report, name) for name in names}), encoding="utf-8")
-
-    assert os.waitpid(in_child(run), 0)[1] == 0
+def told_by_child(work: Callable[[], dict[str, Any]], directory: Path) -> dict[str, Any]:
+    """Return what something returns in a fork."""
+    said = directory / "said.json"
+    child = in_child(lambda: said.write_text(json.dumps(work()), encoding="utf-8"))
+    assert os.waitpid(child, 0)[1] == 0
     told: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
     return told
+
+
+def counted(report: IndexReport) -> dict[str, int]:
+    """Return what an update counted."""
+    names = ("pictures", "embedded", "resumed", "recognised", "removed", "unchanged")
+    return {name: getattr(report, name) for name in names}
 
 
 def state(path: Path) -> dict[str, str]:
@@ -213,7 +217,10 @@ def kills(folder: Path, work: Path, bundle: str, variant: str, whole_s: float) -
             }
         )
         before = found
-    reports = [finished(folder, target, work, bundle, variant) for target in (path, work / "at-once")]
+    reports = [
+        told_by_child(lambda target=target: counted(index(folder, target, bundle, variant)), work)
+        for target in (path, work / "at-once")
+    ]
     last, at_once = state(path), state(work / "at-once")
     return {
         "kills": sum(each["killed"] for each in told),
@@ -367,6 +374,36 @@ def rows(index: PictureIndex) -> dict[str, Any]:
     return told
 
 
+def made_up(number: int, path: Path) -> dict[str, Any]:
+    """Write an index of random rows, and query it."""
+    draw = np.random.default_rng(0)
+    embeddings = draw.standard_normal((number, _MADE_UP_DIM), np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    rows = {f"{row:06}": Entry(Stat(row, 0, 0), b"", each) for row, each in enumerate(embeddings)}
+    write_index(path, ".", MadeWith("", "", "", "", _MADE_UP_DIM), rows)
+    query = np.array(embeddings[number // 2])
+    del embeddings, rows
+    before_mb = _own_mb()
+    began = time.perf_counter()
+    opened = PictureIndex(path)
+    opened_s = time.perf_counter()
+    assert int(nearest(opened, query).argmax()) == number // 2
+    first_s = time.perf_counter()
+    return {
+        "bytes": path.stat().st_size,
+        "open_ms": round((opened_s - began) * 1e3, 3),
+        "first_query_ms": round((first_s - opened_s) * 1e3, 3),
+        "query": said(measure(lambda: nearest(opened, query), min_samples=100, max_duration_s=20)),
+        "memory_beside_the_file_mb": round(_own_mb() - before_mb, 1),
+    }
+
+
+def _own_mb() -> float:
+    """Return the memory of this process that is no file."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
 def bars(document: dict[str, Any], pictures: int, bar_ms: float) -> dict[str, dict[str, Any]]:
     """Return what was asked for, what was reached, and whether that passes."""
     killed, exactly = document["kills"], document["exact"]
@@ -429,6 +466,10 @@ def main() -> int:
         moved = work / "for-kills"
         subprocess.run(["cp", "-r", str(folder), str(moved)], check=True)
         killed = kills(moved, work, chosen.bundle, chosen.variant, whole_s)
+        rows_made_up = {
+            f"{number:,}": told_by_child(lambda number=number: made_up(number, work / "made-up"), work)
+            for number in _MADE_UP
+        }
         print("queries …", file=sys.stderr)
         opened = PictureIndex(path)
         picture = folder / opened.paths[0]
@@ -455,6 +496,7 @@ def main() -> int:
                     "warm": warm(searcher, classifier, picture),
                     "cold": cold(path, chosen.bundle, picture, work),
                 },
+                "made_up": rows_made_up,
                 "exact": exact(searcher, classifier, folder),
                 "rows": rows(opened),
             }

@@ -132,6 +132,8 @@ def nearest(index: PictureIndex, query: NDArray[np.float32]) -> NDArray[np.float
 def _best(similarity: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """Return the rows of the ``count`` largest, largest first, equal ones in the order of rows.
 
+    Minus infinity stands for what is left out.
+
     Raises:
         InputError: ``count`` is below 1.
     """
@@ -142,6 +144,7 @@ def _best(similarity: NDArray[np.float32], count: int) -> NDArray[np.intp]:
         rows = np.flatnonzero(similarity >= least)
     else:
         rows = np.arange(len(similarity))
+    rows = rows[np.isfinite(similarity[rows])]
     order: NDArray[np.intp] = rows[np.argsort(-similarity[rows], kind="stable")][:count]
     return order
 
@@ -217,18 +220,20 @@ class Searcher:
         phrases = [phrase for label in query.labels.labels for phrase in (label.name, *label.synonyms)]
         return label_warnings(phrases, self.bundle.manifest.model.languages, _Knows(words))
 
-    def by_text(self, query: LabelBank, *, top_k: int = 20, cut: bool = True) -> Found:
+    def by_text(self, query: LabelBank, *, top_k: int = 20, cut: bool = True, below: str = "") -> Found:
         """Return the pictures that a text is about, nearest first.
 
         Args:
             query: as :meth:`encode` returns it.
             top_k: at most so many.
             cut: leave out what is not relevant; without it the nearest come back, whatever they show.
+            below: only pictures whose path begins so, as ``2024/``.
 
         Raises:
-            InputError: the index is damaged.
+            InputError: the index is damaged, or ``top_k`` below 1.
         """
-        similarity = nearest(self.index, query.embeddings[0])
+        whole = nearest(self.index, query.embeddings[0])
+        similarity = self._below(below, whole)
         best = _best(similarity, top_k)
         gate = self._gate(query) if cut else None
         if gate is not None:
@@ -236,7 +241,7 @@ class Searcher:
             good = list(islice(self._relevant(gate, similarity), top_k + 1))
         elif cut and len(similarity) >= LEAST_PICTURES:
             cutoff = Cutoff("deviations", COSINE_DEVIATIONS)
-            wide = similarity.astype(np.float64)
+            wide = whole.astype(np.float64)
             deviations = (wide - wide.mean()) / (wide.std() or 1.0)
             rows = _best(similarity, top_k + 1)
             good = [(row, float(deviations[row])) for row in rows[deviations[rows] >= cutoff.least].tolist()]
@@ -246,7 +251,12 @@ class Searcher:
         return Found(matches, cutoff, len(good) > top_k)
 
     def by_embedding(
-        self, query: NDArray[np.float32], *, top_k: int = 20, leave_out: Path | None = None
+        self,
+        query: NDArray[np.float32],
+        *,
+        top_k: int = 20,
+        leave_out: Path | None = None,
+        below: str = "",
     ) -> Found:
         """Return the pictures nearest to the embedding ``(E,)`` of another one; there is no cut-off.
 
@@ -254,11 +264,12 @@ class Searcher:
             query: unit embedding.
             top_k: at most so many.
             leave_out: a file that is not to be among them, as the one that was asked with.
+            below: only pictures whose path begins so, as ``2024/``.
 
         Raises:
-            InputError: the index is damaged, or the query has other dimensions.
+            InputError: the index is damaged, the query has other dimensions, or ``top_k`` is below 1.
         """
-        similarity = nearest(self.index, query)
+        similarity = self._below(below, nearest(self.index, query))
         rows = _best(similarity, top_k + (leave_out is not None)).tolist()
         if leave_out is not None:
             rows = [row for row in rows if not self._is_file(row, leave_out)]
@@ -278,6 +289,13 @@ class Searcher:
 
     def _match(self, row: int, similarity: NDArray[np.float32], relevance: float | None = None) -> Match:
         return Match(self.index.paths[row], float(similarity[row]), relevance)
+
+    def _below(self, below: str, similarity: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return cosines, minus infinity for pictures whose path does not begin so."""
+        if not below:
+            return similarity
+        inside = [path.startswith(below) for path in self.index.paths]
+        return np.where(np.array(inside, np.bool_), similarity, np.float32(-np.inf))
 
     def _is_file(self, row: int, path: Path) -> bool:
         try:
@@ -307,7 +325,7 @@ class Searcher:
         floor = nearest(self.index, others.mean(axis=0)) * gate.scale + (
             np.log(len(others)) + least - _ROUNDING
         )
-        rows = np.arange(len(similarity)) if kinds else np.flatnonzero(similarity * gate.scale >= floor)
+        rows = np.flatnonzero(np.isfinite(similarity) if kinds else similarity * gate.scale >= floor)
         rows = rows[np.argsort(-similarity[rows], kind="stable")]
         for start in range(0, len(rows), _JUDGED):
             judged = rows[start : start + _JUDGED]

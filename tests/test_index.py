@@ -684,6 +684,30 @@ def test_all_that_is_relevant_is_found_whatever_top_k(tmp_path: Path, words: str
         assert each.more == (len(expected) > top_k)
 
 
+@pytest.mark.parametrize("words", ["animal", "cat"])
+def test_only_pictures_below_a_folder(tmp_path: Path, words: str) -> None:
+    bundle = Bundle.open("default")
+    rows = read_background(bundle).embeddings
+    made = MadeWith(bundle.manifest.model.embedding_space, "onnx-int8", "", "", rows.shape[1])
+    entries = {
+        f"{row % 7}/{row:04}": Entry(Stat(row, 0, 0), b"", np.ascontiguousarray(each))
+        for row, each in enumerate(rows)
+    }
+    write_index(tmp_path / "index", ".", made, entries)
+    with Searcher(PictureIndex(tmp_path / "index"), bundle) as searcher:
+        query = searcher.encode(words)
+        for ask in (
+            lambda **more: searcher.by_text(query, **more),
+            lambda **more: searcher.by_text(query, cut=False, **more),
+            lambda **more: searcher.by_embedding(rows[5], **more),
+        ):
+            expected = [each for each in ask(top_k=len(rows)).matches if each.path.startswith("3/")]
+            found = ask(top_k=len(rows), below="3/")
+            assert found.matches == tuple(expected)
+            assert ask(top_k=1, below="3/").matches == tuple(expected[:1])
+            assert ask(below="none/").matches == ()
+
+
 def test_words_find_their_colour_and_nothing_else(
     update, classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -180,7 +179,6 @@ def _find(
 
     variant = indexed_variant(index.path, bundle, model.variant)
     options = model.options()
-    top_k = max(len(index), 1) if asked.below else asked.top_k
     with Searcher(index, bundle, variant=variant, options=options) as searcher:
         if asked.picture is not None:
             embedding = index.embedding_of(asked.picture)
@@ -189,17 +187,19 @@ def _find(
 
                 with ZeroShotClassifier.open(bundle, variant=variant, options=options) as classifier:
                     embedding = classifier.embed_images(asked.picture)
-            found = searcher.by_embedding(embedding, top_k=top_k, leave_out=asked.picture)
+            found = searcher.by_embedding(
+                embedding, top_k=asked.top_k, leave_out=asked.picture, below=asked.below
+            )
         else:
             chosen = None if templates is None else templates_of(templates)
             words = searcher.encode(asked.query, templates=chosen, language=language)
             for warning in searcher.warnings(words):
                 notes.say(warning)
-            found = searcher.by_text(words, top_k=top_k, cut=asked.cut)
-    least = -math.inf if asked.min_score is None else asked.min_score
-    kept = [each for each in found.matches if each.path.startswith(asked.below) and each.similarity >= least]
-    more = found.more or (asked.cut and len(kept) > asked.top_k)
-    return replace(found, matches=tuple(kept[: asked.top_k]), more=more)
+            found = searcher.by_text(words, top_k=asked.top_k, cut=asked.cut, below=asked.below)
+    least = asked.min_score
+    if least is None:
+        return found
+    return replace(found, matches=tuple(each for each in found.matches if each.similarity >= least))
 
 
 def _near(folder: Path) -> Path:
