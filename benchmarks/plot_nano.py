@@ -97,7 +97,14 @@ def draw(result: dict[str, Any]) -> str:
     for ms in (0.1, 0.3, 1.0, 3.0, 10.0):
         parts.append(f'<path d="M{_x(ms):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{LINE}"/>')
         parts.append(_text(_x(ms), HEIGHT - BOTTOM + 20, f"{ms:g} ms", "middle"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "image tower, one thread (log)", "middle"))
+    parts.append(
+        _text(
+            (LEFT + WIDTH - RIGHT) / 2,
+            HEIGHT - 12,
+            "image tower, one thread (log; points of one model stand side by side)",
+            "middle",
+        )
+    )
     for place, (subject, figure, said, chance, colour) in enumerate(ASKED):
         groups = points(result, subject, figure)
         shift = 7 * (2 * place - 1)
