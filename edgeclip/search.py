@@ -133,12 +133,7 @@ def _best(similarity: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """Return the rows of the ``count`` largest, largest first, equal ones in the order of rows.
 
     Minus infinity stands for what is left out.
-
-    Raises:
-        InputError: ``count`` is below 1.
     """
-    if count < 1:
-        raise InputError(f"top_k is {count}, expected at least 1.")
     if count < len(similarity):
         least = np.partition(similarity, len(similarity) - count)[len(similarity) - count]
         rows = np.flatnonzero(similarity >= least)
@@ -147,6 +142,11 @@ def _best(similarity: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     rows = rows[np.isfinite(similarity[rows])]
     order: NDArray[np.intp] = rows[np.argsort(-similarity[rows], kind="stable")][:count]
     return order
+
+
+def _check(top_k: int) -> None:
+    if top_k < 1:
+        raise InputError(f"top_k is {top_k}, expected at least 1.")
 
 
 class Searcher:
@@ -232,9 +232,9 @@ class Searcher:
         Raises:
             InputError: the index is damaged, or ``top_k`` below 1.
         """
+        _check(top_k)
         whole = nearest(self.index, query.embeddings[0])
         similarity = self._below(below, whole)
-        best = _best(similarity, top_k)
         gate = self._gate(query) if cut else None
         if gate is not None:
             cutoff = Cutoff("background", LEAST_RELEVANCE)
@@ -246,7 +246,7 @@ class Searcher:
             rows = _best(similarity, top_k + 1)
             good = [(row, float(deviations[row])) for row in rows[deviations[rows] >= cutoff.least].tolist()]
         else:
-            return Found(tuple(self._match(row, similarity) for row in best.tolist()))
+            return Found(tuple(self._match(row, similarity) for row in _best(similarity, top_k).tolist()))
         matches = tuple(self._match(row, similarity, said) for row, said in good[:top_k])
         return Found(matches, cutoff, len(good) > top_k)
 
@@ -269,6 +269,7 @@ class Searcher:
         Raises:
             InputError: the index is damaged, the query has other dimensions, or ``top_k`` is below 1.
         """
+        _check(top_k)
         similarity = self._below(below, nearest(self.index, query))
         rows = _best(similarity, top_k + (leave_out is not None)).tolist()
         if leave_out is not None:
