@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-import select
+import selectors
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -178,7 +178,9 @@ class FrameReader:
                 while not self._closed:
                     count = stream.readinto(self.splitter.space())
                     if count is None:  # whoever shares the pipe made it non-blocking
-                        select.select([own], [], [])
+                        with selectors.DefaultSelector() as ready:  # select() takes no number above 1023
+                            ready.register(own, selectors.EVENT_READ)
+                            ready.select()
                         continue
                     if count == 0:
                         break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -239,6 +240,25 @@ def test_a_pipe_that_does_not_block_is_waited_for(classifier: ZeroShotClassifier
             assert _best([next(decisions)]) == [name]
         os.close(writing)
         assert list(decisions) == []
+
+
+def test_a_pipe_of_a_high_number_is_waited_for(classifier: ZeroShotClassifier) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with _pipe() as (reading, writing), FrameReader(reading, PictureSplitter()) as frames:
+            assert reading > 1024  # more than select() takes
+            os.set_blocking(reading, False)
+            decisions = decide(classifier, frames)
+            time.sleep(0.05)
+            os.write(writing, _png("red"))
+            assert _best([next(decisions)]) == ["red"]
+            os.close(writing)
+    finally:
+        for each in others:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_stream_that_cannot_be_read(classifier: ZeroShotClassifier, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import stat
 import sys
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +26,7 @@ from ._results import SHARES, answer_object, kept_of, why_none
 
 if TYPE_CHECKING:
     from edgeclip.classify import ZeroShotClassifier
-    from edgeclip.stream import Ages, Counts, Decision, Frame
+    from edgeclip.stream import Ages, Counts, Decision, Frame, FrameReader
 
     from ._options import Notes
     from ._watch import Watch
@@ -37,6 +37,7 @@ _STDIN: Final = 0
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "": 1.0}
 _MOST_SMOOTHED: Final = 1000  # their embeddings are kept
 _SHOWN_LABELS: Final = 5
+_HINT_S, _HINT_BYTES = 5.0, 1 << 20  # a picture should have come by then
 _COLUMNS: Final = 80  # of a terminal that does not say
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -212,7 +213,7 @@ def run_stream(
     version = 1
     reader = FrameReader(_STDIN, splitter, every_frame=choice.sees_all)
     watching = nullcontext() if watch is None else watch.running(told.say)
-    with watching, reader as frames:
+    with watching, reader as frames, _hint(frames, told):
         try:
             for decision in decide(
                 classifier,
@@ -236,6 +237,27 @@ def run_stream(
         if not tally.ages.n:
             raise InputError(_why_nothing(frames.counts, tally.broken, choice.raw))
         told.say(tally.summary(frames.counts))
+
+
+@contextmanager
+def _hint(frames: FrameReader, told: _Told) -> Iterator[None]:
+    """Say once that there is much on standard input and no picture, in place of waiting in silence."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_HINT_S):
+            counts = frames.counts
+            if counts.frames:
+                return
+            if counts.read_bytes >= _HINT_BYTES:
+                told.say(f"so far, {_why_nothing(counts, 0, None)}")
+                return
+
+    threading.Thread(target=look, name="edgeclip-hint", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class _Told:

@@ -24,7 +24,7 @@ __all__ = ["Watch", "watch_of"]
 _POLL_S: Final = 0.5
 # What could not be used is tried again after so long, unless it changes: the reason may lie elsewhere.
 _AGAIN_S: Final = 5.0
-_NO_FILE: Final = "a pipe or device"
+_NO_FILE: Final = "no file"
 
 
 class _StoppedError(Exception):
@@ -97,7 +97,7 @@ class Watch:
         """Offer what is in the file; ``False`` where that is to be tried again."""
         try:
             if state == _NO_FILE:
-                raise InputError(f"{str(self._path)!r} is {_NO_FILE}, expected a file.")
+                raise InputError(f"{str(self._path)!r} is no file any more, expected one.")
             remarks = self._offer(self._heed)
         except _StoppedError:
             return False

@@ -200,6 +200,16 @@ def test_a_stream_that_ends_inside_a_frame(run) -> None:
     assert b"the stream ended inside a frame" in result.stderr
 
 
+def test_a_stream_of_something_else_is_not_waited_for_in_silence(arguments: list[str]) -> None:
+    live = Live([*arguments, "--jsonl"])
+    live.send_until(b"\0\0\0\1video" * 7_000, lambda: "so far" in live.said)
+    assert "so far, standard input: " in live.said
+    assert "bytes hold no whole picture, expected JPEG or PNG" in live.said
+    live.send_until(_png("red"), lambda: live.lines)
+    assert live.end() == 0
+    assert live.said.count("so far") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "more", "said"),
     [

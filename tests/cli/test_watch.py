@@ -129,7 +129,7 @@ def test_a_pipe_in_its_place_is_not_opened(offered: Offered) -> None:
     with _watch_of(offered).running(said.append):
         offered.path.unlink()
         os.mkfifo(offered.path)
-        _until(lambda: said and "is a pipe or device, expected a file" in said[-1])
+        _until(lambda: said and "is no file any more, expected one" in said[-1])
     assert not offered.seen
 
 
