@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edgeclip.runtime.session import RuntimeOptions
 
 __all__ = [
+    "BANK_SUFFIXES",
     "SCHEMA",
     "AnswerChoice",
     "Int8Choice",
@@ -60,7 +61,7 @@ __all__ = [
 
 SCHEMA = 1
 BACKENDS = ("auto", "ort", "openvino", "tensorrt", "tensorrt_rtx", "eager")
-_BANK_SUFFIXES = (".safetensors", ".npy")
+BANK_SUFFIXES = (".safetensors", ".npy")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -410,7 +411,7 @@ class LabelChoice:
     @property
     def is_bank(self) -> bool:
         """Whether the label file is a finished bank."""
-        return self.label_file is not None and self.label_file.suffix.lower() in _BANK_SUFFIXES
+        return self.label_file is not None and self.label_file.suffix.lower() in BANK_SUFFIXES
 
     def read(self) -> LabelSet | LabelBank | None:
         """Return the labels, a finished bank, or ``None`` where none were given."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._options import (
+    BANK_SUFFIXES,
     SCHEMA,
     AnswerChoice,
     LabelChoice,
@@ -29,7 +30,7 @@ from ._options import (
 if TYPE_CHECKING:
     from edgeclip.answers import Answers
     from edgeclip.evaluate.comparison import Settings
-    from edgeclip.evaluate.offered import Offered
+    from edgeclip.evaluate.offered import Instead, Offered
     from edgeclip.evaluate.picture_sets import PictureSet
     from edgeclip.evaluate.results import Comparison
     from edgeclip.evaluate.subjects import Subject
@@ -59,7 +60,8 @@ class _Recorded(click.Command):
     "--labels",
     multiple=True,
     metavar="[LANG=]FILE|A,B,…",
-    help="Labels offered; one file for each language, or one with aliases.  [default: those of the data]",
+    help="Labels offered; one file for each language, one with aliases, or a bank from 'labels build' or "
+    "'adapt'.  [default: those of the data]",
 )
 @click.option("--language", "languages", multiple=True, metavar="LANG", help="Aliases to offer; repeat it.")
 @click.option(
@@ -186,12 +188,17 @@ def eval_(
         raise click.UsageError(
             "--own-labels are the bundles'; leave out head, labels, templates and language."
         )
+    bank = next((said for said in labels if Path(said).suffix.lower() in BANK_SUFFIXES), None)
+    if bank is not None and (len(labels) > 1 or languages or templates or context):
+        raise click.UsageError(
+            "a label bank brings its own templates and language, and has no texts to put into a context."
+        )
     answers = asked.answers()
     chosen, levels = _corruptions(corruptions), _severities(severities)
     settings = _settings(limit, batch_size, max_left_out, notes)
     # What is cheap to find wrong is looked at before a model is opened.
-    offered = None
-    if task != "retrieval" and head is None and not own_labels:
+    offered, instead = None, _instead(bank, head, own_labels)
+    if task != "retrieval" and instead is None:
         offered = _offered(pictures, labels, languages, templates, multi, notes)
     others = None if ood is None else open_set(ood)
     opened = _Models(notes, variants, device, threads, cache_dir, answers)
@@ -199,11 +206,12 @@ def eval_(
         for said in models:
             opened.add(said)
         from edgeclip.evaluate.comparison import compare_retrieval, compare_zero_shot
-        from edgeclip.evaluate.offered import offer_own
+        from edgeclip.evaluate.offered import offer_instead
 
-        if head is not None or own_labels:
-            first = opened.subjects[0].in_force(head, None)
-            offered = offer_own(first, head, numbered=pictures.labels if pictures.numbered else None)
+        if instead is not None:
+            names = opened.subjects[0].in_force(instead.asked, None).names
+            brought = pictures.labels if pictures.numbered else None
+            offered = offer_instead(instead, names, numbered=brought)
         if offered is None:
             comparison = compare_retrieval(opened.subjects, pictures, kinds=captions, settings=settings)
         else:
@@ -283,6 +291,17 @@ class _Watch:
         rate = (now - self._began) / max(1, done - self._at)
         left = f", {rate * (total - done):.0f} s left" if done > self._at else ""
         self._notes.progress(f"{what}: {done:,} of {total:,}{left}")
+
+
+def _instead(bank: str | None, head: str | None, own_labels: bool) -> Instead | None:
+    from edgeclip.evaluate.offered import Instead
+    from edgeclip.labels import LabelBank
+
+    if bank is not None:
+        return Instead("bank", bank, LabelBank.open(bank))
+    if head is not None:
+        return Instead("head", head)
+    return Instead("own") if own_labels else None
 
 
 def _offered(

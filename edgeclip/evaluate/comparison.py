@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -36,6 +36,7 @@ from edgeclip.evaluate.zero_shot import Ranking, ranking_of, report_of
 from edgeclip.few_shot import FewShotHead
 from edgeclip.few_shot_fit import without_class
 from edgeclip.label_sets import LabelSet, Templates
+from edgeclip.labels import LabelBank
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -151,10 +152,7 @@ def compare_zero_shot(
             if far is not None:
                 row.ood[language] = OutOfDistribution.of(ranking, far.rankings[key])
             if force.gate is not None:
-                held_out = None
-                # A bundle's own labels are judged together: less one of them, they are other labels.
-                if force.fitted is not None or not offered.own:
-                    held_out = _held_out(subject, force, templates[language], found, settings)
+                held_out = _held_out(subject, force, offered, templates[language], found, settings)
                 threshold = force.gate.threshold_alone if force.multi else force.gate.threshold
                 row.rejections[language] = Rejections.of(ranking, targets, threshold, held_out)
             if force.multi:
@@ -170,8 +168,7 @@ def compare_zero_shot(
         ood=None if outside is None else _counts(outside, unread_far, settings),
         seed=seed if conditions else None,
         answers=answers,
-        own=offered.own,
-        head=offered.head,
+        instead=offered.instead,
     )
 
 
@@ -211,9 +208,9 @@ def _forces(
     for language, labels in offered.languages.items():
         templates = offered.templates[language]
         for subject in subjects:
-            asked = offered.head if offered.own else labels
+            asked = labels if offered.instead is None else offered.instead.asked
             force = subject.in_force(asked, templates, settings.on_encoding)
-            if len(force.names) != len(offered.names) or (offered.own and force.names != offered.names):
+            if offered.instead is not None and force.names != offered.names:
                 raise InputError(
                     f"{subject.name}: offers {len(force.names):,} labels, first {force.names[0]!r}; expected "
                     f"the {len(offered.names):,} of the first model, first {offered.names[0]!r}."
@@ -225,7 +222,12 @@ def _forces(
 
 
 def _held_out(
-    subject: Subject, force: InForce, templates: Templates | None, found: _Found, settings: Settings
+    subject: Subject,
+    force: InForce,
+    offered: Offered,
+    templates: Templates | None,
+    found: _Found,
+    settings: Settings,
 ) -> Ranking | None:
     """Return what is said of pictures without their own labels among those offered, in no certain order."""
     of_label: dict[_Right, list[int]] = {}
@@ -233,7 +235,7 @@ def _held_out(
         of_label.setdefault(tuple(sorted(numbers)), []).append(row)
     images, parts = np.concatenate(found.images[subject.name]), []
     for done, (numbers, members) in enumerate(of_label.items(), start=1):
-        others = _without(force, numbers)
+        others = _without(force, offered, numbers)
         if others is not None:
             left = subject.in_force(others, templates, settings.on_encoding)
             parts.append(ranking_of(left, images[members]).cut())
@@ -241,18 +243,22 @@ def _held_out(
     return Ranking.joined(parts) if parts else None
 
 
-def _without(force: InForce, numbers: _Right) -> LabelSet | FewShotHead | None:
+def _without(force: InForce, offered: Offered, numbers: _Right) -> LabelSet | LabelBank | FewShotHead | None:
     """Return what is offered less some labels; ``None`` where nothing could be offered."""
-    head = force.fitted
+    head, bank = force.fitted, force.bank
     if head is not None:
         if len(head) - len(numbers) < 2:
             return None
         for number in numbers:
             head = without_class(head, force.names[number], choose=False)
         return head
-    labels = () if force.bank is None else force.bank.labels.labels
-    kept = tuple(label for number, label in enumerate(labels) if number not in numbers)
-    return LabelSet(kept) if kept else None
+    kept = [number for number in range(len(force.names)) if number not in numbers]
+    kind = None if offered.instead is None else offered.instead.kind
+    # A bundle's own labels are judged together: less one of them, they are other labels.
+    if bank is None or not kept or kind == "own":
+        return None
+    labels = LabelSet(tuple(bank.labels.labels[number] for number in kept))
+    return replace(bank, labels=labels, embeddings=bank.embeddings[kept], truncated=()) if kind else labels
 
 
 @dataclass

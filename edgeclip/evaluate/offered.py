@@ -10,12 +10,37 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from edgeclip.answers import InForce
 from edgeclip.errors import InputError
 from edgeclip.label_sets import Label, LabelSet, Templates
+from edgeclip.labels import LabelBank
 
-__all__ = ["Offered", "offer", "offer_own", "repeated_names"]
+__all__ = ["Instead", "Offered", "offer", "offer_instead", "repeated_names"]
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What answers in place of labels that models encode.
+
+    Attributes:
+        kind: ``"bank"``, finished; ``"head"``, fitted on pictures; ``"own"``, the labels that bundles bring.
+        name: file of the bank, file or name of the head.
+        bank: the bank itself.
+    """
+
+    kind: Literal["bank", "head", "own"]
+    name: str = ""
+    bank: LabelBank | None = None
+
+    @property
+    def asked(self) -> LabelBank | str | None:
+        """What subjects are asked for: the bank, the head's name, or nothing."""
+        return self.bank if self.kind == "bank" else self.name or None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"own_labels": True} if self.kind == "own" else {self.kind: self.name}
 
 
 @dataclass(frozen=True)
@@ -28,9 +53,7 @@ class Offered:
         names: of the labels, distinct; how reports call them.
         numbers: number of each name a picture may carry.
         numbered: whether labels of pictures are numbers.
-        own: whether these are what models bring, which are asked for that: the labels of bundles, or the
-            classes of a head.
-        head: name or file of that head.
+        instead: what models are asked for in place of the labels, which are then named as these.
     """
 
     languages: Mapping[str, LabelSet]
@@ -38,8 +61,7 @@ class Offered:
     names: tuple[str, ...]
     numbers: Mapping[str, int] = field(repr=False)
     numbered: bool = False
-    own: bool = False
-    head: str | None = None
+    instead: Instead | None = None
 
     def right(self, label: str, *, several: bool = False) -> tuple[int, ...] | str:
         """Return the numbers of the labels that are right for a picture, or the one that is not offered.
@@ -123,19 +145,19 @@ def offer(
     )
 
 
-def offer_own(force: InForce, head: str | None, *, numbered: LabelSet | None = None) -> Offered:
-    """Return the labels that bundles bring, or the classes of a head that answers in their place.
+def offer_instead(instead: Instead, names: Sequence[str], *, numbered: LabelSet | None = None) -> Offered:
+    """Return what answers in place of labels as if it were labels.
 
     Args:
-        force: what makes the answers of the first model.
-        head: the head's name in bundles, or its file; ``None`` for the labels.
+        instead: what answers.
+        names: of its labels or classes.
         numbered: labels that pictures have the numbers of.
     """
-    numbers = {name: number for number, name in enumerate(force.names)}
+    numbers = {name: number for number, name in enumerate(names)}
     if numbered is not None:
         numbers = {str(row): numbers[name] for row, name in enumerate(numbered.names) if name in numbers}
-    labels = LabelSet(tuple(map(Label, force.names)))
-    return Offered({"": labels}, {"": None}, force.names, numbers, own=True, head=head)
+    labels = LabelSet(tuple(map(Label, names)))
+    return Offered({"": labels}, {"": None}, tuple(names), numbers, instead=instead)
 
 
 def repeated_names(labels: LabelSet) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeclip.answers import Answers
 from edgeclip.evaluate.metrics import Share, auroc, bootstrap_interval, false_positive_rate, share
+from edgeclip.evaluate.offered import Instead
 from edgeclip.evaluate.passes import LeftOut
 from edgeclip.evaluate.retrieval import RetrievalReport
 from edgeclip.evaluate.zero_shot import Ranking, ZeroShotReport
@@ -305,8 +306,7 @@ class Comparison:
         ood: the pictures without a label.
         seed: of the corruptions' chance; ``None`` where there are none.
         answers: what was asked of each picture, beside which label fits best.
-        own: whether the labels were the bundles' own, or the classes of a head.
-        head: the head that answered in place of labels, as it was named; ``None`` for labels.
+        instead: what answered in place of labels that models encode; ``None`` for these.
     """
 
     task: str
@@ -319,20 +319,16 @@ class Comparison:
     ood: Counts | None = None
     seed: int | None = None
     answers: Answers = _PLAIN
-    own: bool = False
-    head: str | None = None
+    instead: Instead | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         said: dict[str, Any] = {"task": self.task, "data": self.data.to_dict()}
         if self.task == "zero-shot":
             said |= {"labels": self.labels, "languages": list(self.columns)}
-            said["asked"] = {
-                "own_labels": self.own and self.head is None,
-                "head": self.head,
-                **asdict(self.answers),
-                "context": list(self.answers.context),
-            }
+            instead: dict[str, Any] = {"bank": None, "head": None, "own_labels": False}
+            instead |= {} if self.instead is None else self.instead.to_dict()
+            said["asked"] = {**instead, **asdict(self.answers), "context": list(self.answers.context)}
             said["templates"] = {language: list(texts) for language, texts in self.templates.items()}
         else:
             said |= {"captions": list(self.columns), "without_caption": dict(self.without)}

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "BundleSubject", "Subject", "force_of_labels", "open_bundle"]
 
 OnProgress = Callable[[BankProgress], None]
-Asked = LabelSet | FewShotHead | str | None
-"""What is offered: labels, a head fitted on pictures, the file or name of one, or a bundle's own labels."""
+Asked = LabelSet | LabelBank | FewShotHead | str | None
+"""What is offered: labels, encoded or not; a head fitted on pictures, its file or its name; ``None`` is what
+a bundle offers by itself."""
 _PLAIN = Answers()
 
 
@@ -151,6 +152,8 @@ class BundleSubject:
         """
         if asked is None:
             self._classifier.set_bundle_labels()
+        elif isinstance(asked, LabelBank):
+            self._classifier.set_labels(asked)
         elif isinstance(asked, LabelSet):
             self._classifier.set_labels(asked, templates=templates, on_progress=on_progress)
         else:
@@ -174,7 +177,8 @@ def force_of_labels(
     if answers.gated or not isinstance(asked, LabelSet):
         raise ConfigError(
             f"{subject.name!r} is no bundle: it has nothing to reject by, no labels of its own, and no "
-            "embedding space that a head belongs to. Export it first, or give labels and ask which is best."
+            "embedding space that heads and banks belong to. Export it first, or give labels and "
+            "ask which is best."
         )
     bank = subject.bank(asked, templates, on_progress)
     contexts = [

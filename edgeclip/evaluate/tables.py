@@ -89,7 +89,10 @@ def _heading(comparison: Comparison) -> str:
         f"{f'{language} ' if language else ''}{_cut(repr(texts[0]), 30) if len(texts) == 1 else len(texts)}"
         for language, texts in comparison.templates.items()
     ]
-    asked = f"head: {_cut(comparison.head, 60)}" if comparison.head else f"prompts: {', '.join(prompts)}"
+    instead = comparison.instead
+    asked = f"prompts: {', '.join(prompts)}"
+    if instead is not None and instead.name:
+        asked = f"{instead.kind}: {_cut(instead.name, 60)}"
     contexts = len(comparison.answers.context)
     if contexts:
         asked += f", in {contexts} context{'s' if contexts > 1 else ''}"

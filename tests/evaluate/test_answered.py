@@ -24,7 +24,7 @@ from edgeclip.classify import ZeroShotClassifier
 from edgeclip.errors import ConfigError, InputError
 from edgeclip.evaluate.comparison import Settings, compare_zero_shot
 from edgeclip.evaluate.metrics import expected_calibration_error
-from edgeclip.evaluate.offered import offer, offer_own
+from edgeclip.evaluate.offered import Instead, offer, offer_instead
 from edgeclip.evaluate.passes import Passes, choose
 from edgeclip.evaluate.picture_sets import open_set
 from edgeclip.evaluate.subjects import open_bundle
@@ -33,6 +33,7 @@ from edgeclip.evaluate.zero_shot import evaluate_classifier, ranking_of
 from edgeclip.few_shot import FewShotHead
 from edgeclip.few_shot_fit import fit_head, without_class
 from edgeclip.label_sets import LabelSet
+from edgeclip.labels import LabelBank
 from edgeclip.runtime.session import RuntimeOptions
 from edgeclip.tensors import write_tensors
 
@@ -73,6 +74,19 @@ def head(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def bank(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bank whose rows no text has: those of names and pictures between."""
+    path = tmp_path_factory.mktemp("bank") / "adapted.safetensors"
+    with ZeroShotClassifier.open(options=ONE_THREAD) as classifier:
+        classifier.set_labels(NAMES)
+        images = classifier.embed_images([photos / name / "2.png" for name in NAMES])
+        rows = classifier.bank.embeddings + 0.3 * images
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        path.write_bytes(replace(classifier.bank, embeddings=rows).to_bytes())
+    return path
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Command:
     return Command(capsys)
@@ -100,17 +114,21 @@ def _f1(given: list[set[str]], right: list[set[str]]) -> float:
 
 
 @pytest.mark.parametrize("asked", [[], ["--reject"], ["--multi"], ["--multi", "--threshold", "-2"]])
-@pytest.mark.parametrize("offered", ["labels", "context", "head"])
+@pytest.mark.parametrize("offered", ["labels", "context", "bank", "head"])
 def test_eval_measures_what_classify_answers(
-    run: Command, photos: Path, head: Path, asked: list[str], offered: str
+    run: Command, photos: Path, head: Path, bank: Path, asked: list[str], offered: str
 ) -> None:
     said = ["--head", head] if offered == "head" else ["--labels", ",".join(NAMES)]
+    said = ["--label-file", bank] if offered == "bank" else said
     said += ["--context", ",".join(CONTEXT)] if offered == "context" else []
     names = NAMES[:-2] if offered == "head" else NAMES
     pictures = [path for name in names for path in sorted((photos / name).glob("*.png"))]
     right = [path.parent.name for path in pictures]
     answers = _answered(run, pictures, *said, *asked)
+    if offered == "bank":
+        said[0] = "--labels"
     found = _evaluated(run, "--data", photos, *said, *asked)
+    assert found["asked"]["bank"] == (str(bank) if offered == "bank" else None)
     (row,) = found["rows"]
     assert row["zero_shot"][""]["n"] == len(pictures)
     first = [each["predictions"][0]["label"] if each["predictions"] else None for each in answers]
@@ -178,12 +196,13 @@ def test_they_agree_picture_by_picture(photos: Path, head: Path, answers: Answer
     subject.close()
 
 
-@pytest.mark.parametrize("offered", ["labels", "context", "head"])
+@pytest.mark.parametrize("offered", ["labels", "context", "bank", "head"])
 def test_held_out_pictures_are_asked_without_their_own_label(
-    run: Command, photos: Path, head: Path, offered: str
+    run: Command, photos: Path, head: Path, bank: Path, offered: str
 ) -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     said = ["--head", head] if offered == "head" else ["--labels", ",".join(NAMES)]
+    said = ["--labels", bank] if offered == "bank" else said
     said += ["--context", ",".join(CONTEXT)] if offered == "context" else []
     held_out = _evaluated(run, "--data", photos, *said, "--reject")["rows"][0]["rejection"][""]["held_out"]
     asked = Answers(reject=True, context=CONTEXT if offered == "context" else ())
@@ -197,6 +216,11 @@ def test_held_out_pictures_are_asked_without_their_own_label(
                 if offered == "head":
                     some = fitted if everything else without_class(fitted, name, choose=False)
                     classifier.set_head(some)
+                elif offered == "bank":
+                    whole = LabelBank.open(bank)
+                    kept = [row for row, each in enumerate(NAMES) if everything or each != name]
+                    labels = LabelSet.of([NAMES[row] for row in kept])
+                    classifier.set_labels(replace(whole, labels=labels, embeddings=whole.embeddings[kept]))
                 else:
                     classifier.set_labels([each for each in NAMES if everything or each != name])
                 scores += [each.rejection for each in classifier.answer(images)]
@@ -309,7 +333,7 @@ def test_contexts_are_crossed_and_named(run: Command, photos: Path) -> None:
     said = _evaluated(run, *arguments)
     wanted = crossed([["on snow", "at night"], ["a blurred {}"]])
     assert said["asked"] == {
-        "own_labels": False, "head": None, "reject": False, "multi": False, "threshold": None,
+        "own_labels": False, "head": None, "bank": None, "reject": False, "multi": False, "threshold": None,
         "context": list(wanted),
     }  # fmt: skip
     assert "prompts: 'a photo of a {}.', in 5 contexts" in run("eval", "default", *arguments).out
@@ -356,6 +380,8 @@ def test_where_no_other_label_is_left_nothing_is_held_out(run: Command, photos: 
         (["--head", "x", "--context", "on snow"], "--context needs labels"),
         (["--head", "x", "--labels", "a,b"], "--head brings its own classes"),
         (["--head", "x", "--language", "zh"], "--head brings its own classes"),
+        (["--labels", "x.safetensors", "--context", "on snow"], "a label bank brings its own templates"),
+        (["--labels", "x.npy", "--templates", "bare"], "a label bank brings its own templates"),
         (["--task", "retrieval", "--reject"], "--reject means nothing for retrieval"),
         (["--task", "retrieval", "--context", "on snow"], "--context means nothing for retrieval"),
     ],
@@ -406,7 +432,7 @@ def test_a_head_may_be_named_and_all_models_must_have_its_classes(
     gated = run("eval", tiny_bundle, "--data", colours, "--head", "own", "--reject")
     assert "fitted without words on one picture a class" in gated.err
     subjects, _ = open_bundle(str(tiny_bundle), options=ONE_THREAD)
-    turned = offer_own(replace(subjects[0].in_force("own", None), names=("blue", "red")), "own")
+    turned = offer_instead(Instead("head", "own"), ("blue", "red"))
     with pytest.raises(InputError, match=r"offers 2 labels, first 'red'; expected the 2 .* first 'blue'"):
         compare_zero_shot(subjects, open_set(colours), turned)
     for subject in subjects:
