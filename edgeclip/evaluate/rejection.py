@@ -318,8 +318,8 @@ def fit_reject(
     Weight and overlap are those with the best area under the ROC curve of the best name, over 5 and 20 names
     offered, and over a background that holds what the pictures show and one that does not: a camera sees
     both. Nearness then is that with the best area of all names together, over 20 and 50, and none where it
-    gains less than a tenth of a point. The thresholds accept ``false_accepts`` of the pictures whose name is
-    not among those offered.
+    gains less than a tenth of a point or loses with either background. The thresholds accept
+    ``false_accepts`` of the pictures whose name is not among those offered.
 
     Args:
         labels: the names.
@@ -347,17 +347,17 @@ def fit_reject(
         found += [(area, weight, overlap, shown) for weight, area in _areas_by_weight(shown, judged, seed)]
     _, weight, overlap, shown = max(found, key=lambda each: each[0])
     many = [count for count in _MANY if count < len(labels)] or judged
-    areas = [
-        np.mean(
+    areas = np.array(
+        [
             [
                 _mean_area(shown, shown.together(weight, nearness, unnamed=unnamed), many, seed)
                 for unnamed in (False, True)
             ]
-        )
-        for nearness in _NEARNESS
-    ]
-    best = int(np.argmax(areas))
-    nearness = _NEARNESS[best] if areas[best] - areas[0] >= _LEAST_GAIN else 0.0
+            for nearness in _NEARNESS
+        ]
+    )
+    gains = np.where((areas >= areas[0]).all(axis=1), (areas - areas[0]).mean(axis=1), 0.0)
+    nearness = _NEARNESS[int(gains.argmax())] if gains.max() >= _LEAST_GAIN else 0.0
     alone, together = shown.negatives(weight), shown.together(weight, nearness)
     fit = _fitted("negatives", shown, together, false_accepts, seed)
     least = tuple(
