@@ -10,6 +10,8 @@ the mean over queries that have a picture.
 * ``gate``: the score of one label by itself, as the gate gives it, at the gate's threshold and at one tuned.
 * ``gate, deviations``: that score in standard deviations of the collection.
 
+A bundle without a gate has the first two.
+
 Limits are chosen on the half ``tune`` of the stamps, English and Chinese names together, by F1. Pictograms of
 a style that nothing trains on (Twemoji, things) are another kind of pictures: they show what becomes of a
 limit there. Intervals of 95 % resample queries.
@@ -131,8 +133,10 @@ def _same(truth: Sequence[str], names: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def scores(classifier: ZeroShotClassifier, found: Collection) -> tuple[dict[str, Score], float]:
-    """Return the scores ``(n, Q)`` of each method, and the gate's own threshold."""
+    """Return the scores ``(n, Q)`` of each method, and the gate's own threshold (0 without one)."""
     cosine = (found.images @ found.queries.embeddings.T).astype(np.float64)
+    if classifier.bundle.manifest.background_bank is None:
+        return {"cosine": cosine, "deviations": _deviations(cosine)}, 0.0
     odds, alone = np.empty_like(cosine), np.empty_like(cosine)
     threshold = 0.0
     for column, label in enumerate(found.queries.labels.labels):
@@ -463,10 +467,12 @@ def main() -> int:
                     **figures(score[method], each.relevant, limit),
                     "average_precision": average_precision(score[method], each.relevant),
                 }
-            told["gate, at its threshold"] = figures(score["gate"], each.relevant, threshold)
-            told["background, as shipped"] = figures(score["background"], each.relevant, LEAST_RELEVANCE)
             told["deviations, as shipped"] = figures(score["deviations"], each.relevant, COSINE_DEVIATIONS)
             results[each.name] = told
+            if "background" not in score:
+                continue
+            told["gate, at its threshold"] = figures(score["gate"], each.relevant, threshold)
+            told["background, as shipped"] = figures(score["background"], each.relevant, LEAST_RELEVANCE)
             agreeing[each.name] = [shipped_agrees(classifier, each, score["background"]), len(each.queries)]
         styles, scale = emoji_styles(classifier), classifier.bundle.manifest.model.scale
         package = materials("stamps")["tuxpaint-stamps-default"]
