@@ -291,7 +291,8 @@ def measured(document: dict[str, Any]) -> str:
         f"{document['ages_within_bar_share']:.2%} of ages are within",
         "time between two decisions": f"{gaps['p50']:.1f} ms in the median, {gaps['longest']:.0f} ms at most",
         "labels": f"{document['label_sets_that_answered']} of {1 + document['label_changes']} sets answered, "
-        f"{min(answering) / 1e3:.1f} to {max(answering) / 1e3:.1f} s after the file changed",
+        f"{min(answering, default=0) / 1e3:.1f} to {max(answering, default=0) / 1e3:.1f} s after the file "
+        "changed",
         "resident memory": f"{max(samples['rss_kb']) * _MB:.0f} MB at most; {document['growth_mb']:.2f} MB "
         "more at the end than after a minute",
     }

@@ -241,7 +241,7 @@ def run_stream(
 
 @contextmanager
 def _hint(frames: FrameReader, told: _Told) -> Iterator[None]:
-    """Say once that there is much on standard input and no picture, in place of waiting in silence."""
+    """Say once that standard input holds something else than pictures, in place of waiting in silence."""
     ended = threading.Event()
 
     def look() -> None:
@@ -249,7 +249,7 @@ def _hint(frames: FrameReader, told: _Told) -> Iterator[None]:
             counts = frames.counts
             if counts.frames:
                 return
-            if counts.read_bytes >= _HINT_BYTES:
+            if counts.skipped_bytes >= _HINT_BYTES:
                 told.say(f"so far, {_why_nothing(counts, 0, None)}")
                 return
 
