@@ -119,7 +119,8 @@ def _indexed(where: Path) -> tuple[Path, str]:
     if where.is_dir() and not path.exists():
         whole = where.resolve()
         for folder in whole.parents:
-            if (above := index_path(folder)).is_file():
+            above = index_path(folder)
+            if os.path.isfile(above):  # noqa: PTH113  # Path.is_file raises where it may not look
                 return above, f"{whole.relative_to(folder).as_posix()}/"
     return path, ""
 
