@@ -50,7 +50,6 @@ _PICTURE_PRIORS: Final = (3.0, 10.0, 30.0, 100.0, 300.0)
 _WORD_PRIORS: Final = (0.2, 1.0, 5.0)  # times the number of classes
 _LIKENESSES: Final = (0.1, 0.5, 2.0)
 _OWN_MEAN: Final = 0.1  # of a class, beside what it has in common with those of like names
-_COMMON_MEAN: Final = 1e6  # any
 _NEAREST_MEAN: Final = 1e9  # such a prior leaves nothing but the identity
 # Found on stamps (half tune), pictograms of a style that the default model knows, and shapes.
 _TEXTS_COUNT_AS: Final = 7
@@ -285,16 +284,18 @@ class _Moments:
     def smoothing(self, likeness: float) -> tuple[_Array, _Array]:
         """Return the matrix ``(C, C)`` that makes expected means of those of the pictures, and one inside it.
 
-        The mean of a class is taken to be one for all classes plus a part with the covariance
+        The mean of a class is taken to be any one for all classes plus a part with the covariance
         ``likeness · alike`` over classes; that of its pictures has noise of ``1 / counts`` beside it, all in
-        units of the covariance within classes (Rasmussen & Williams 2006, §2.2). The second matrix is the
-        inverse of the sum. Likeness 0 takes the means as they are.
+        units of the covariance within classes (Rasmussen & Williams 2006, §2.2 and §2.7). The second matrix
+        is the inverse of the sum, less what the mean of all takes. Likeness 0 takes the means as they are.
         """
+        classes = np.eye(len(self.means))
         if not likeness or self.alike is None:
-            return np.eye(len(self.means)), np.zeros((len(self.means), len(self.means)))
-        prior = likeness * self.alike + _COMMON_MEAN
-        inverse = np.asarray(np.linalg.inv(prior + np.diag(1 / self.counts)), np.float64)
-        return prior @ inverse, inverse
+            return classes, np.zeros_like(classes)
+        inverse = np.linalg.inv(likeness * self.alike + np.diag(1 / self.counts))
+        ones = inverse.sum(axis=1)
+        inner = np.asarray(inverse - np.outer(ones, ones) / ones.sum())
+        return classes - inner / self.counts[:, None], inner
 
     def discriminant(self, part: Part) -> _Layer:
         """Return weights and bias, times the weight of the part."""
