@@ -44,6 +44,7 @@ __all__ = [
     "bundle_directory",
     "cache_dir_option",
     "duration",
+    "form_option",
     "int8_options",
     "is_there",
     "label_options",
@@ -74,6 +75,21 @@ def together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _
         return command
 
     return add
+
+
+def form_option(form: str, what: str, *more: str) -> Callable[[_Command], _Command]:
+    """Return the option ``--FORM`` (with ``more`` names) for results in that form, as the argument ``form``.
+
+    Two forms at once are an error of syntax; with none the argument is ``None``.
+    """
+
+    def take(context: click.Context, option: click.Parameter, given: bool) -> None:
+        chosen = context.params.get("form")
+        if given and chosen is not None:
+            raise click.UsageError(f"--{chosen} and --{form} ask for two forms of the results; give one.")
+        context.params["form"] = form if given else chosen
+
+    return click.option(*more, f"--{form}", is_flag=True, expose_value=False, callback=take, help=what)
 
 
 def cache_dir_option(command: _Command) -> _Command:

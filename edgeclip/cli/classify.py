@@ -17,6 +17,7 @@ from ._options import (
     Pictures,
     answer_options,
     bundle_directory,
+    form_option,
     label_options,
     model_options,
     quiet_broken_pipe,
@@ -59,9 +60,9 @@ _FAST_DECODE = False
     show_default=True,
     help="Decode large JPEGs at reduced scale: faster, scores move a little.",
 )
-@click.option("--json", "form", flag_value="json", help="Print one JSON document.")
-@click.option("--jsonl", "form", flag_value="jsonl", help="Print one JSON object a picture.")
-@click.option("--csv", "form", flag_value="csv", help="Print CSV, one row a label.")
+@form_option("json", "Print one JSON document.")
+@form_option("jsonl", "Print one JSON object a picture.")
+@form_option("csv", "Print CSV, one row a label.")
 @click.option("--timing", is_flag=True, help="Show where the time went.")
 @stream_options
 @click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be read.")

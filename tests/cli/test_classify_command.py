@@ -86,6 +86,13 @@ def test_json_is_one_document(classify, photos: Path) -> None:
     assert {"import", "open", "compile", "first_run"} <= set(document["stages"])
 
 
+def test_two_forms_of_results_are_refused(classify, photos: Path) -> None:
+    result = classify(photos / "red.png", "--csv", "--json")
+    assert result.code == 2
+    assert result.out == ""
+    assert "--csv and --json ask for two forms of the results; give one." in result.err
+
+
 def test_csv_has_a_header(classify, photos: Path) -> None:
     result = classify(photos / "red.png", photos / "blue.png", "--csv", "--top-k", 2)
     rows = list(csv.DictReader(io.StringIO(result.out)))
