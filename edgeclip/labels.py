@@ -541,8 +541,10 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except BaseException as error:  # Ctrl-C too
         with suppress(OSError, ValueError):
             temporary.unlink()
+        if not isinstance(error, (OSError, ValueError)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{str(path)!r} cannot be written: {reason}.") from error

@@ -115,13 +115,14 @@ def sync_directory(folder: Path) -> None:
     """Make renames in ``folder`` durable; does nothing where directories cannot be opened (Windows)."""
     if sys.platform == "win32":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems refuse to sync a directory
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # closed to readers, or on a network file system that refuses
         _log.debug("cannot sync %s: %s", folder, error)
-    finally:
-        os.close(descriptor)
 
 
 class FileLock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ARGUMENTS",
     "Shown",
-    "check_output",
     "command_line",
     "labels_asked",
     "pictures_of",
@@ -108,25 +106,6 @@ def sources_of(images: Path | None, offered: LabelChoice) -> tuple[str, str]:
     if offered.labels is not None:
         return pictures, "--labels"
     return pictures, "bundle" if offered.label_file is None else shown(offered.label_file.name)
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Refuse a path that cannot be written, before anything is measured.
-
-    Raises:
-        InputError: its folder is missing or closed, or it is a directory itself.
-    """
-    from edgeclip.errors import InputError
-
-    if path is None:
-        return
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise InputError(f"{option} {str(path)!r}: there is no directory {str(path.parent)!r}; make it.")
-    if path.is_dir():
-        raise InputError(f"{option} {str(path)!r}: this is a directory, expected the name of a file.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{option} {str(path)!r}: nothing can be written to {str(path.parent)!r}.")
 
 
 def show_document(found: Shown, output: Path | None, notes: Notes, *, as_json: bool) -> None:

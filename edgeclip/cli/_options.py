@@ -43,6 +43,7 @@ __all__ = [
     "batch_size_option",
     "bundle_directory",
     "cache_dir_option",
+    "check_output",
     "duration",
     "form_option",
     "int8_options",
@@ -674,6 +675,30 @@ def stdout_of_results() -> TextIO:
         "standard output is closed, expected a terminal, pipe or file for results. To throw them away, "
         f"write to {os.devnull}."
     )
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written, before the work that it is for.
+
+    Args:
+        option: that names it.
+        path: of the file; ``None`` asks for none.
+
+    Raises:
+        InputError: its folder is missing or closed, or there stands something else than a file.
+    """
+    from edgeclip.errors import InputError
+
+    if path is None:
+        return
+    where, folder = f"{option} {str(path)!r}", path.resolve().parent
+    if os.path.exists(path) and not path.is_file():  # noqa: PTH110  # Path.exists raises where a name is too long
+        what = "directory" if path.is_dir() else "device or pipe"
+        raise InputError(f"{where}: this is a {what}, expected the name of a file.")
+    if not folder.is_dir():
+        raise InputError(f"{where}: there is no directory {str(path.parent)!r}; make it.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{where}: nothing can be written to {str(path.parent)!r}.")
 
 
 def quiet_broken_pipe() -> None:

@@ -18,6 +18,7 @@ from ._options import (
     ModelChoice,
     Notes,
     bundle_directory,
+    check_output,
     label_options,
     prepare_stdout,
     shown,
@@ -228,14 +229,9 @@ def adapt(
 
 def _check_output(output: Path) -> None:
     """Refuse what cannot be written, before anything is done."""
-    from edgeclip.errors import InputError
-
     if output.suffix.lower() != ".safetensors":
         raise click.BadParameter(f"{str(output)!r} does not end in .safetensors.", param_hint="--output")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{str(output)!r} cannot be written: there is no folder {str(output.parent)!r}.")
-    if output.is_dir():
-        raise InputError(f"{str(output)!r} is a folder, expected the name of a file for the bank.")
+    check_output("--output", output)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ._bench_parts import ARGUMENTS, check_output, command_line, show_document, workload_of
+from ._bench_parts import ARGUMENTS, command_line, show_document, workload_of
 from ._options import (
     BACKENDS,
     LabelChoice,
     Notes,
     bundle_directory,
+    check_output,
     output_options,
     prepare_stdout,
     shown,

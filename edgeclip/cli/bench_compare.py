@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
-from ._bench_parts import check_output, labels_asked, pictures_of, show_document
+from ._bench_parts import labels_asked, pictures_of, show_document
 from ._options import (
     LabelChoice,
     Notes,
     bundle_directory,
+    check_output,
     output_options,
     prepare_stdout,
     workload_options,

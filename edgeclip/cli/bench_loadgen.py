@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._bench_parts import check_output, command_line, labels_asked, pictures_of, show_document, sources_of
+from ._bench_parts import command_line, labels_asked, pictures_of, show_document, sources_of
 from ._options import (
     BACKENDS,
     LabelChoice,
     Notes,
     bundle_directory,
+    check_output,
     output_options,
     prepare_stdout,
     workload_options,

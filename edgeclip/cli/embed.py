@@ -15,6 +15,7 @@ from ._options import (
     Pictures,
     batch_size_option,
     bundle_directory,
+    check_output,
     model_choice,
     prepare_stdout,
     shown,
@@ -125,14 +126,11 @@ def _check_places(output: Path) -> None:
     """
     from edgeclip.errors import InputError
 
-    if not output.parent.is_dir():
-        raise InputError(f"{str(output)!r} cannot be written: there is no such folder. Make it first.")
+    check_output("--output", output)
     beside = output.with_suffix(".json")
-    paths = (output, beside) if output.suffix.lower() == ".npy" else (output,)
-    for path in paths:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{str(path)!r} is no file, expected one to write over, or none. Name another.")
-    if beside in paths and beside.exists():
+    if output.suffix.lower() == ".npy":
+        check_output("beside --output", beside)
+    if output.suffix.lower() == ".npy" and beside.exists():
         try:
             ours = "embedding_space" in json.loads(beside.read_bytes())
         except (OSError, ValueError, TypeError):

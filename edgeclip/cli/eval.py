@@ -21,6 +21,7 @@ from ._options import (
     answer_options,
     bundle_directory,
     cache_dir_option,
+    check_output,
     is_there,
     prepare_stdout,
     quiet_broken_pipe,
@@ -180,6 +181,7 @@ def eval_(
         raise click.UsageError(f"{misplaced} means nothing for retrieval.")
     if captions and task != "retrieval":
         raise click.UsageError("--captions means nothing for zero-shot.")
+    check_output("--json", Path(json_to) if json_to not in (None, "-") else None)
     asked = AnswerChoice(head, reject, multi, threshold, context)
     asked.check(
         LabelChoice(next(iter(labels), None), None, next(iter(templates), None), next(iter(languages), None))
@@ -411,10 +413,13 @@ class _Models:
                 f"model {said!r} holds neither manifest.json (a bundle) nor config.json (a checkpoint).{hint}"
             )
         else:
+            from edgeclip.bundle import EMBEDDED
+
+            embedded = ", ".join(map(repr, EMBEDDED))
             missing = file if colon and Path(file).parent.is_dir() else said
             raise InputError(
-                f"model {said!r}: {missing!r} is not there; expected 'default', the directory of a bundle or "
-                "checkpoint, or NAME:FILE for a published file."
+                f"model {said!r}: {missing!r} is not there; expected {embedded}, the directory of a "
+                "bundle or checkpoint, or NAME:FILE for a published file."
             )
 
     def _bundle(self, said: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ._labelled import check_own, embed_labelled, labelled_options
-from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, prepare_stdout, shown
+from ._options import SCHEMA, ModelChoice, Notes, bundle_directory, check_output, prepare_stdout, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,7 +159,7 @@ def fit(
     if method == "blend" and not zero_shot:
         raise ConfigError("--method blend uses the class names as words: leave out --no-zero-shot.")
     words = zero_shot and method in (None, "blend")
-    _check_output(output)
+    check_output("-o", output)
     opened = Bundle.open(bundle_directory(asked.bundle_path, notes))
     if write is not None:
         _check_writable(opened, asked.bundle_path, write)
@@ -214,8 +214,8 @@ def add(*, data: str, source: Path, output: Path | None, as_json: bool, **option
 
     prepare_stdout()
     notes, asked, target = Notes(), _Asked(**options), output or source
-    _check_output(target)
     head = FewShotHead.open(source)
+    check_output("-o" if output else "HEAD", target)
     opened = Bundle.open(bundle_directory(asked.bundle_path, notes))
     space = opened.manifest.model.embedding_space
     if head.space != space:
@@ -262,7 +262,6 @@ def remove(*, name: str, source: Path, output: Path | None, as_json: bool) -> No
 
     prepare_stdout()
     target = output or source
-    _check_output(target)
     shorter = without_class(FewShotHead.open(source), name)
     shorter.save(target)
     lines = [f"removed: {name!r}", _counts(shorter, 0), _written(target, shorter)]
@@ -331,19 +330,6 @@ def _texts(opened: Bundle, names: tuple[str, ...], asked: _Asked, notes: Notes) 
 
 
 # --- output ------------------------------------------------------------------------------------------------
-
-
-def _check_output(output: Path | None) -> None:
-    """Refuse what cannot be written, before pictures are embedded."""
-    from edgeclip.errors import InputError
-
-    if output is None:
-        return
-    if output.exists() and not output.is_file():
-        what = "folder" if output.is_dir() else "device or pipe"
-        raise InputError(f"{str(output)!r} is a {what}, expected the name of a file for the head.")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{str(output.parent)!r}: no such folder, so {output.name!r} cannot be written.")
 
 
 def _check_writable(opened: Bundle, bundle_path: str, name: str) -> None:

@@ -17,10 +17,11 @@ from ._options import (
     ModelChoice,
     Notes,
     bundle_directory,
+    form_option,
     model_choice,
-    prepare_stdout,
     quiet_broken_pipe,
     shown,
+    stdout_of_results,
     templates_of,
 )
 from .index import indexed_variant
@@ -55,12 +56,12 @@ __all__ = ["search"]
     type=click.FloatRange(-1, 1),
     help="Give what has this cosine at least, in place of the cut-off.",
 )
-@click.option("--json", "form", flag_value="json", help="Print one JSON document.")
-@click.option("--jsonl", "form", flag_value="jsonl", help="Print one JSON object a picture.")
-@click.option("--csv", "form", flag_value="csv", help="Print CSV, one row a picture.")
-@click.option("--paths", "form", flag_value="paths", help="Print paths, one a line.  [default in a pipe]")
-@click.option("-0", "--null", "form", flag_value="null", help="Print paths, each ended by a null byte.")
-@click.option("--table", "form", flag_value="table", help="Print a table.  [default on a terminal]")
+@form_option("json", "Print one JSON document.")
+@form_option("jsonl", "Print one JSON object a picture.")
+@form_option("csv", "Print CSV, one row a picture.")
+@form_option("paths", "Print paths, one a line.  [default in a pipe]")
+@form_option("null", "Print paths, each ended by a null byte.", "-0")
+@form_option("table", "Print a table.  [default on a terminal]")
 def search(
     *,
     query: str,
@@ -91,7 +92,7 @@ def search(
     from edgeclip.bundle import Bundle
     from edgeclip.index_file import PictureIndex
 
-    prepare_stdout()
+    results = stdout_of_results()
     notes = Notes()
     path, below = _indexed(where)
     opened_index = PictureIndex(path)
@@ -105,7 +106,7 @@ def search(
     paths = [base / each.path.removeprefix(below) for each in found.matches]
     result = _Result(asked, opened_index, found, paths)
     try:
-        result.write(form or ("table" if sys.stdout.isatty() else "paths"))
+        result.write(form or ("table" if results.isatty() else "paths"))
     except BrokenPipeError:
         quiet_broken_pipe()
     result.remark(notes)

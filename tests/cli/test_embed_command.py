@@ -119,8 +119,8 @@ def test_a_full_disk_leaves_what_was_there(embed, photos: Path, tmp_path: Path, 
     ("output", "code", "message"),
     [
         ("out.txt", 2, "ends in '.txt', expected .npy"),
-        ("none/out.npy", 1, "cannot be written: there is no such folder"),
-        ("folder.npy", 1, "is no file, expected one to write over"),
+        ("none/out.npy", 1, "there is no directory"),
+        ("folder.npy", 1, "this is a directory, expected the name of a file"),
         ("mine.npy", 1, "mine.json' is there and holds no keys of embeddings, so it is not replaced"),
     ],
 )

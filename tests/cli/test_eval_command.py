@@ -348,12 +348,13 @@ def test_without_torch_a_checkpoint_says_what_to_install(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere"], 1, "model 'nowhere': 'nowhere' is not there; expected 'default', the directory of"),
+        (["nowhere"], 1, "'nowhere' is not there; expected 'default', 'nano', the directory of"),
         (["MobileCLIP-S0:nowhere.pt"], 1, "'nowhere.pt' is not there"),
         (["FOLDER"], 1, "holds neither manifest.json (a bundle) nor config.json (a checkpoint)."),
         (["RUN"], 1, "Did you mean 'RUN/model'?"),
         (["default", "default"], 1, "'default/onnx-int8' is there twice, expected every model once"),
         (["default", "--variants", "onnx-fp16"], 1, "onnx-fp16"),
+        (["default", "--json", "no-such/r.json"], 1, "'no-such/r.json': there is no directory 'no-such'"),
         (["default", "--labels", "nothing.txt"], 1, "label file 'nothing.txt' cannot be read"),
         (["default", "--templates", "nice"], 1, "templates: got 'nice'"),
         (["default", "--language", "de"], 1, "no alias in language 'de'"),
@@ -415,9 +416,9 @@ def test_labels_may_be_a_list(evaluate, tiny_bundle: Path, colours: Path) -> Non
 def test_what_was_measured_is_shown_where_it_cannot_be_written(
     evaluate, tiny_bundle: Path, colours: Path, tmp_path: Path
 ) -> None:
-    done = evaluate(tiny_bundle, "--data", colours, "--json", tmp_path / "missing" / "report.json")
+    done = evaluate(tiny_bundle, "--data", colours, "--json", tmp_path / f"{'long' * 100}.json")
     assert done.code == 1
-    assert "report.json' cannot be written: No such file or directory" in done.err
+    assert "long.json' cannot be written: File name too long" in done.err
     assert "32 pictures, 8 labels" in done.out
 
 

@@ -167,9 +167,9 @@ def test_data_that_cannot_be_used(
     (swapped / "forgotten").mkdir()
     assert "forgotten' holds no pictures, expected some of the class 'forgotten'" in said("fit", swapped)
     (swapped / "forgotten").rmdir()
-    assert "'nowhere': no such folder" in said("fit", swapped, "-o", "nowhere/my.head")
-    assert "is a folder, expected the name of a file" in said("fit", swapped, "-o", tmp_path)
-    assert "'/dev/null' is a device or pipe" in said("fit", swapped, "-o", "/dev/null")
+    assert "there is no directory 'nowhere'" in said("fit", swapped, "-o", "nowhere/my.head")
+    assert "this is a directory, expected the name of a file" in said("fit", swapped, "-o", tmp_path)
+    assert "'/dev/null': this is a device or pipe" in said("fit", swapped, "-o", "/dev/null")
     assert "leave out --no-zero-shot" in said("fit", swapped, "--no-zero-shot", "--method", "blend")
     single = tmp_path / "single"
     draw(single / "red", "red", 3)
