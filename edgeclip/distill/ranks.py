@@ -9,6 +9,7 @@ parts or parameters are frozen.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,6 +111,7 @@ def ranks(device: str) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(1, 0, place)
         return
+    _load_what_would_keep_the_group()
     try:
         store, _, _ = next(rendezvous("env://", timeout=_MEETING))
         store.set_timeout(_TIMEOUT)
@@ -128,6 +130,16 @@ def ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(world, rank, place)
     finally:
         dist.destroy_process_group()
+
+
+def _load_what_would_keep_the_group() -> None:
+    """Load modules of torch that optimizers load, before there is a group.
+
+    Loaded later, they keep the group of that moment for good, as the default of their functions'
+    arguments (``torch.distributed.nn.functional``). ``destroy_process_group`` then ends none of gloo's
+    threads, and one that lets go of its last tensor when Python has ended aborts the process.
+    """
+    importlib.import_module("torch._dynamo")
 
 
 def _check_launcher() -> None:

@@ -143,13 +143,39 @@ def test_ranks_that_see_other_files_are_refused(recipe: Path, tmp_path: Path, ki
         run(recipe.parent, tmp_path / "own-0", stop_after=3)  # as on two machines without a shared directory
     script = tmp_path / "disagree.py"
     script.write_text(_DISAGREE, encoding="utf-8")
-    # What they say counts, not how they end: once, on a busy machine, torch aborted (SIGABRT) one of them on
-    # its way out. 4,000 meetings of two processes that part at the same moment did not show it again.
-    _, _, err = finished(start(*TORCHRUN, script, recipe.parent, tmp_path, TOOL.parent, kind))
+    code, _, err = finished(start(*TORCHRUN, script, recipe.parent, tmp_path, TOOL.parent, kind))
+    assert code == 0, err
     for rank in (0, 1):
         said = tmp_path / f"{kind}-{rank}.txt"
         assert said.exists(), err
         assert f"the 2 ranks disagree about {what} (seen on rank {rank})" in said.read_text(encoding="utf-8")
+
+
+_THREADS = """
+import sys
+from pathlib import Path
+data, out, tools = sys.argv[1:]
+sys.path.insert(0, tools)
+from train_runs import run
+run(Path(data), Path(out) / "run")
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+with (Path(out) / "threads.txt").open("a") as said:
+    said.write(f"{' '.join(names)}\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for threads")
+def test_no_thread_of_gloo_outlives_training(recipe: Path, tmp_path: Path) -> None:
+    # One that does may abort the process when Python has ended: seen in one of some 20 runs of these tests.
+    script = tmp_path / "threads.py"
+    script.write_text(_THREADS, encoding="utf-8")
+    code, _, err = finished(start(*TORCHRUN, script, recipe.parent, tmp_path, TOOL.parent))
+    assert code == 0, err
+    lines = (tmp_path / "threads.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2
+    assert "python" in lines[0]
+    assert "gloo" not in "".join(lines)
 
 
 # Launchers that start something else than they were asked for
