@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from written import commit
 
 from edgeclip.classify import ZeroShotClassifier
 from edgeclip.fetch import photos
@@ -210,13 +210,6 @@ def recheck(margin: NDArray[Any], same: NDArray[Any], photo: NDArray[Any]) -> li
 def names_of_stamps(path: Path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     return sorted({row["en"] for row in rows})
-
-
-def commit() -> str:
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or "unknown"
 
 
 def study(arguments: argparse.Namespace) -> dict[str, Any]:
