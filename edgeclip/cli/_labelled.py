@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ._options import cache_dir_option
+from ._options import cache_dir_option, together
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,27 +28,23 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def labelled_options(command: _Command) -> _Command:
     """Add the options that all commands have which fit heads on labelled pictures."""
-    for option in reversed(
-        (
-            click.option(
-                "--max-left-out",
-                default="1%",
-                show_default=True,
-                metavar="N|N%",
-                help="Pictures that may be unlabelled or broken.",
-            ),
-            click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
-            click.option(
-                "--threads",
-                type=click.IntRange(min=1),
-                help="Threads of the towers.  [default: usable cores]",
-            ),
-            cache_dir_option,
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-        )
-    ):
-        command = option(command)
-    return command
+    return together(
+        click.option(
+            "--max-left-out",
+            default="1%",
+            show_default=True,
+            metavar="N|N%",
+            help="Pictures that may be unlabelled or broken.",
+        ),
+        click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="Threads of the towers.  [default: usable cores]",
+        ),
+        cache_dir_option,
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    )(command)
 
 
 def check_own(bundle_path: str) -> None:
