@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ._options import cache_dir_option, together
+from ._options import cache_dir_option, threads_option, together, variant_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,12 +36,8 @@ def labelled_options(command: _Command) -> _Command:
             metavar="N|N%",
             help="Pictures that may be unlabelled or broken.",
         ),
-        click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            help="Threads of the towers.  [default: usable cores]",
-        ),
+        variant_option,
+        threads_option,
         cache_dir_option,
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
     )(command)

@@ -57,7 +57,9 @@ __all__ = [
     "shown",
     "stdout_of_results",
     "templates_of",
+    "threads_option",
     "together",
+    "variant_option",
     "workload_options",
 ]
 
@@ -103,6 +105,20 @@ def cache_dir_option(command: _Command) -> _Command:
     )(command)
 
 
+def variant_option(command: _Command) -> _Command:
+    """Add the option that says which variant of a bundle runs."""
+    return click.option("--variant", default="auto", show_default=True, help="Variant of the bundle.")(
+        command
+    )
+
+
+def threads_option(command: _Command) -> _Command:
+    """Add the option that says how many threads towers have."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]"
+    )(command)
+
+
 def batch_size_option(command: _Command) -> _Command:
     """Add the option that says how many pictures a stream gives to the tower at once."""
     return click.option(
@@ -122,7 +138,7 @@ def model_options(command: _Command) -> _Command:
             metavar="DIR|hf:ORG/NAME@REV",
             help="Bundle to use: a directory, one on the hub, or an embedded one, 'default' or 'nano'.",
         ),
-        click.option("--variant", default="auto", show_default=True, help="Variant of the bundle."),
+        variant_option,
         click.option(
             "--backend",
             type=click.Choice(BACKENDS),
@@ -136,11 +152,7 @@ def model_options(command: _Command) -> _Command:
             show_default=True,
             help="cpu, cuda or cuda:N; with OpenVINO also gpu, gpu:N, npu and auto.",
         ),
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            help="Threads of the towers.  [default: usable cores]",
-        ),
+        threads_option,
         cache_dir_option,
         click.option(
             "--allow",

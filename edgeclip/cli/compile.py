@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import BACKENDS, SCHEMA, Notes, bundle_directory, prepare_stdout, shown
+from ._options import BACKENDS, SCHEMA, Notes, bundle_directory, prepare_stdout, shown, threads_option
 
 if TYPE_CHECKING:
     from edgeclip.bundle import Bundle, Variant
@@ -37,7 +37,7 @@ _RUNNABLE = tuple(name for name in BACKENDS if name != "eager")
     "--device",
     help="cpu, cuda or cuda:N; for OpenVINO gpu, gpu:N or npu too.  [default: cuda for TensorRT, else cpu]",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
+@threads_option
 @click.option(
     "--batch",
     metavar="N|OPT,MAX|MIN/OPT/MAX",

@@ -26,6 +26,7 @@ from ._options import (
     prepare_stdout,
     quiet_broken_pipe,
     templates_of,
+    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class _Recorded(click.Command):
     "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures a tower call."
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the towers.  [default: usable cores]")
+@threads_option
 @cache_dir_option
 @click.option(
     "--max-left-out",
